@@ -1,0 +1,116 @@
+"""CIFAR-100 in its "python version", read from the archive's unpacked folder.
+
+The files are pickles. They are read by an unpickler that knows the four names such files need and refuses every other
+one, so that a forged file can't run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icdctl.errors import ArtifactError
+
+FOLDER = "cifar-100-python"
+ARCHIVE = "cifar-100-python.tar.gz"
+URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+ARCHIVE_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
+MEMBER_MD5 = {
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+}
+MEAN = (0.5071, 0.4867, 0.4408)
+STD = (0.2675, 0.2565, 0.2761)
+SOURCE = "Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html"
+LICENCE = "none stated by its authors; research use is customary"
+SIDE = 32
+CLASS_NAMES = tuple(
+    """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard
+    lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+    pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark
+    shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+    television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    """.split()
+)
+"""The fine labels, in the order of the files."""
+
+_ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Knows arrays, lists, dictionaries and bytes; anything else is refused by name."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for `{module_name}.{global_name}`")
+        return super().find_class(module_name, global_name)
+
+
+def how_to_get(folder: Path) -> str:
+    """What a person does to have the data in place."""
+    return (
+        f"download {URL} (md5 {ARCHIVE_MD5}) and unpack it so that `{folder / FOLDER / 'train'}` exists, or pass the "
+        f"folder that holds `{FOLDER}` with `--data-dir`; `--dataset digits100` needs no download"
+    )
+
+
+def read_split(folder: Path, split: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], bool]:
+    """Images [N, 32, 32, 3], labels [N], and whether the file is the published one, by its md5.
+
+    Args:
+        folder: what holds `cifar-100-python`.
+        split: "train" or "test".
+
+    Raises:
+        ArtifactError: the file is missing, is no such pickle, or its arrays have other shapes.
+    """
+    content, published = _read_member(folder, split)
+    pixels, labels = content.get(b"data"), content.get(b"fine_labels")
+    if not isinstance(pixels, np.ndarray) or not isinstance(labels, list) or pixels.dtype != np.uint8:
+        raise _not_cifar(folder / FOLDER / split, "it holds no `data` and `fine_labels`")
+    if pixels.shape != (len(labels), 3 * SIDE * SIDE) or not labels:
+        raise _not_cifar(folder / FOLDER / split, f"`data` is {list(pixels.shape)} for {len(labels)} labels")
+    fine_labels = np.array(labels, dtype=np.int64)
+    if fine_labels.min() < 0 or fine_labels.max() >= 100:
+        raise _not_cifar(folder / FOLDER / split, "a label is not in 0 to 99")
+    images = pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), fine_labels, published
+
+
+def _read_member(folder: Path, member: str) -> tuple[Mapping[bytes, Any], bool]:
+    path = folder / FOLDER / member
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ArtifactError(f"CIFAR-100 is not there: `{path}` does not exist", hint=how_to_get(folder)) from error
+    except OSError as error:
+        raise ArtifactError(f"`{path}` can't be read: {error.strerror}", hint=how_to_get(folder)) from error
+    try:
+        content = _ArrayUnpickler(io.BytesIO(raw), encoding="bytes").load()
+    except Exception as error:  # a broken pickle raises almost anything
+        raise _not_cifar(path, str(error) or type(error).__name__) from error
+    if not isinstance(content, dict):
+        raise _not_cifar(path, f"it holds a {type(content).__name__}, expected a dictionary")
+    return content, hashlib.md5(raw, usedforsecurity=False).hexdigest() == MEMBER_MD5[member]
+
+
+def _not_cifar(path: Path, cause: str) -> ArtifactError:
+    return ArtifactError(
+        f"`{path}` is not a file of CIFAR-100's python version: {cause}",
+        hint=f"delete it, then download and unpack {URL} again (md5 {ARCHIVE_MD5})",
+    )

@@ -1,0 +1,97 @@
+"""The state of a run at the end of an epoch: one safetensors file, replaced atomically.
+
+It lives outside the run folder, under the run's fingerprint, and is kept after success, so that whatever deletes the
+outputs of a finished run gets them back at once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from icdctl import files
+from icdctl.errors import ArtifactError
+
+_MODEL, _OPTIMIZER = "model.", "optimizer."
+_METADATA = "icdctl"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    epoch: int
+    """Epochs done."""
+    steps: int
+    """Steps done."""
+    history: list[dict[str, float]]
+    """A row an epoch."""
+    seconds: float
+    """Spent, all attempts together."""
+    done: bool
+    """Nothing is left to train."""
+
+
+def checkpoint_path(fingerprint: str) -> Path:
+    """Where the state of a run is kept."""
+    return files.state_folder() / "checkpoints" / fingerprint / "state.safetensors"
+
+
+def save_checkpoint(path: Path, student: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    """Write weights, optimiser state and progress.
+
+    Raises:
+        ArtifactError: the place can't be written to.
+    """
+    tensors = {_MODEL + key: tensor for key, tensor in student.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"{_OPTIMIZER}{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+    held = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    text = json.dumps({"progress": progress.__dict__}, sort_keys=True)
+    files.write_bytes(path, save(held, metadata={_METADATA: text}))
+
+
+def load_checkpoint(path: Path, student: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
+    """Put weights and optimiser back as they were, or return None where nothing was saved.
+
+    Raises:
+        ArtifactError: the file is broken.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as stored:
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (it is no dictionary)
+            progress = Progress(**json.loads(stored.metadata()[_METADATA])["progress"])
+        student.load_state_dict(
+            {key.removeprefix(_MODEL): tensor for key, tensor in tensors.items() if key.startswith(_MODEL)}
+        )
+        _load_optimizer(optimizer, tensors)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ArtifactError(
+            f"checkpoint `{path}` can't be read: {str(error).splitlines()[0]}",
+            hint="delete it and the run folder, and start the run again",
+        ) from error
+    return progress
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(_OPTIMIZER):
+            index, name = key.removeprefix(_OPTIMIZER).split(".", 1)
+            parameter = parameters[int(index)]
+            # Buffers take their parameter's memory layout again, which the fused update expects.
+            same = tensor.shape == parameter.shape
+            state.setdefault(int(index), {})[name] = torch.empty_like(parameter).copy_(tensor) if same else tensor
+    whole = optimizer.state_dict()
+    whole["state"] = state
+    optimizer.load_state_dict(whole)

@@ -1,0 +1,61 @@
+"""What a run ran on: versions, device, commit, command line."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("icdctl", "torch", "torchvision", "numpy", "onnx", "onnxruntime", "safetensors", "scikit-learn", "dvc")
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that matter; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit and whether the tree differs from it; None outside a repository, before a first commit or without git."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Name and size of a device."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {"type": "cuda", "name": properties.name, "memory_bytes": properties.total_memory}
+    threads = {"type": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    return {**threads, "cores": os.cpu_count()}
+
+
+def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
+    """What environment.json holds."""
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "device": describe_device(device),
+        "precision": precision,
+        "git": git_state(Path.cwd()),
+        "command_line": sys.argv,
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()

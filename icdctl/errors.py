@@ -1,0 +1,61 @@
+"""What can go wrong in a way that a person can fix.
+
+IcdctlError            a known failure: exit 1
+  UsageError           a name, a value or a combination that can't work: exit 2
+  ArtifactError        a file that is missing, corrupt, hostile or not what it should be: exit 1
+
+Every one carries a message (what, where, expected and got) and a hint (the command or the change that fixes it).
+Anything else that leaves a command is a bug.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class IcdctlError(Exception):
+    """A failure that was foreseen; the command line prints it without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(IcdctlError):
+    """What was asked for can't be done, whatever the state of the files."""
+
+    exit_code = 2
+
+
+class ArtifactError(IcdctlError):
+    """A file or folder is missing, broken, refused or in use."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], *, listing: str) -> UsageError:
+    """The error for a name that is in none of the tables, with the nearest spelling.
+
+    Args:
+        kind: what the name should have named, e.g. "method".
+        name: as it was typed.
+        known: the names that would have worked.
+        listing: the command that shows them all.
+    """
+    names = list(known)
+    by_folded = {candidate.lower(): candidate for candidate in names}
+    nearest = difflib.get_close_matches(name.lower(), list(by_folded), n=1, cutoff=0.5)
+    suggestion = f"did you mean `{by_folded[nearest[0]]}`? " if nearest else ""
+    return UsageError(f"unknown {kind} `{name}`", hint=f"{suggestion}`{listing}` shows all of them")
+
+
+def combine(problems: Sequence[IcdctlError]) -> IcdctlError:
+    """One error that reports several, a line each; it counts as wrong usage if any of them does."""
+    if len(problems) == 1:
+        return problems[0]
+    wrong_usage = any(isinstance(problem, UsageError) for problem in problems)
+    message = "\nerror: ".join(problem.message for problem in problems)
+    hint = "\nhint: ".join(dict.fromkeys(problem.hint for problem in problems))
+    return UsageError(message, hint=hint) if wrong_usage else IcdctlError(message, hint=hint)

@@ -1,0 +1,124 @@
+"""From a function of images to logits, and labelled images, to numbers. A torch module and an ONNX session go alike.
+
+Shapes: B images, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icdctl.data import Preprocessing
+
+BATCH_SIZE = 500
+_CALIBRATION_BINS = 15
+
+Predict = Callable[[Tensor], Tensor]
+"""[B, H, W, 3] uint8 -> logits [B, K]."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well logits fit labels. Shares are in percent, losses in nats."""
+
+    top1: float
+    top5: float
+    """Of the min(5, K) highest."""
+    loss: float
+    """Mean cross-entropy."""
+    ece: float
+    """Expected calibration error of the top class, 15 bins of equal width."""
+    per_class: tuple[float, ...]
+    """Top-1 within each class; NaN never: a class without images counts 0."""
+
+    def as_json(self) -> dict[str, Any]:
+        """A plain value."""
+        return {
+            "top1": self.top1,
+            "top5": self.top5,
+            "loss": self.loss,
+            "ece": self.ece,
+            "per_class": list(self.per_class),
+        }
+
+
+def module_predictor(model: nn.Module, preprocessing: Preprocessing, device: torch.device) -> Predict:
+    """The logits of a module that is in eval mode on `device`."""
+
+    def predict(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = model(preprocessing.normalise(images.to(device)))
+        return logits
+
+    return predict
+
+
+def predict_all(
+    predict: Predict, images: Tensor, *, batch_size: int = BATCH_SIZE, on_batch: Callable[[int], None] | None = None
+) -> Tensor:
+    """Logits of all images, float32 on the CPU: [N, H, W, 3] uint8 -> [N, K].
+
+    Args:
+        predict: the classifier.
+        images: [N, H, W, 3] uint8.
+        batch_size: images at a time.
+        on_batch: told the number of images after each batch.
+    """
+    parts = []
+    for first in range(0, images.shape[0], batch_size):
+        part = images[first : first + batch_size]
+        parts.append(predict(part).to(torch.float32))
+        if on_batch is not None:
+            on_batch(part.shape[0])
+    return torch.cat(parts).cpu()
+
+
+def evaluate_logits(logits: Tensor, labels: Tensor) -> Evaluation:
+    """Numbers of logits [N, K] against labels [N]."""
+    log_probs = F.log_softmax(logits.double(), dim=1)
+    num_classes = logits.shape[1]
+    ranked = logits.topk(min(5, num_classes), dim=1).indices
+    hits = ranked == labels[:, None]
+    right = hits[:, 0]
+    count = torch.bincount(labels, minlength=num_classes)
+    count_right = torch.bincount(labels[right], minlength=num_classes)
+    per_class = 100.0 * count_right / count.clamp(min=1)
+    return Evaluation(
+        top1=_percent(right),
+        top5=_percent(hits.any(dim=1)),
+        loss=F.nll_loss(log_probs, labels).item(),
+        ece=_calibration_error(log_probs.exp().amax(dim=1), right),
+        per_class=tuple(per_class.tolist()),
+    )
+
+
+def agreement(logits: Tensor, other_logits: Tensor) -> float:
+    """Share of images that both classify alike, in percent: [N, K] twice."""
+    return _percent(logits.argmax(dim=1) == other_logits.argmax(dim=1))
+
+
+def fidelity(student_logits: Tensor, teacher_logits: Tensor) -> float:
+    """Mean KL(teacher || student) of the predictions, in nats; 0 is a perfect copy: [N, K] twice.
+
+    Source: Stanton et al. 2021, section 3, https://arxiv.org/abs/2106.05945
+    """
+    student_log_probs = F.log_softmax(student_logits.double(), dim=1)
+    teacher_log_probs = F.log_softmax(teacher_logits.double(), dim=1)
+    return F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True).item()
+
+
+def _percent(right: Tensor) -> float:
+    return 100.0 * int(right.sum()) / right.shape[0]
+
+
+def _calibration_error(confidence: Tensor, right: Tensor) -> float:
+    """Weighted gap between confidence and accuracy over bins, in percent."""
+    bins = (confidence * _CALIBRATION_BINS).long().clamp(max=_CALIBRATION_BINS - 1)
+    gap = torch.zeros(_CALIBRATION_BINS, dtype=torch.float64)
+    gap.index_add_(0, bins, confidence.double() - right.double())
+    return 100.0 * gap.abs().sum().item() / confidence.shape[0]

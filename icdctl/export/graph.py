@@ -1,0 +1,132 @@
+"""From a PyTorch classifier to the bytes of an ONNX graph: one file, equal bytes for equal weights and versions."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from icdctl.data import Preprocessing
+from icdctl.errors import ArtifactError, UsageError
+from icdctl.export.description import BATCH_NAME, INPUT_NAME, OUTPUT_NAME, Description, InputKind
+
+OPSETS = range(18, 24)
+"""18 is the exporter's own; later ones give the same graph and ask for a newer runtime."""
+
+
+class Deployed(nn.Module):
+    """A classifier that takes pixels: [batch, H, W, 3] uint8 RGB -> logits [batch, K].
+
+    The mean is not folded into the first convolution: its zero padding is meant to be zero after normalisation.
+    """
+
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.model = model
+        mean = torch.tensor(preprocessing.mean, dtype=torch.float64)
+        std = torch.tensor(preprocessing.std, dtype=torch.float64)
+        self.register_buffer("scale", (1 / (255 * std)).float().reshape(1, 3, 1, 1))
+        self.register_buffer("offset", (-mean / std).float().reshape(1, 3, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The whole pass."""
+        # Without `contiguous` the strides of the permuted image lead to index arithmetic in the graph.
+        pixels = image.permute(0, 3, 1, 2).contiguous().to(torch.float32)
+        logits: Tensor = self.model(pixels * self.scale + self.offset)
+        return logits
+
+
+def graph_bytes(model: nn.Module, description: Description, *, opset: int = OPSETS.start) -> bytes:
+    """The .onnx file of a classifier, checked for nothing yet.
+
+    Args:
+        model: [B, 3, H, W] normalised -> logits [B, K]; set to eval mode, on the CPU, float32.
+        description: what goes into the metadata; its input kind says what the graph takes.
+        opset: in `OPSETS`.
+
+    Raises:
+        UsageError: an opset that is not supported.
+        ArtifactError: torch can't export the module.
+    """
+    if opset not in OPSETS:
+        raise UsageError(
+            f"opset {opset} is not supported",
+            hint=f"choose {OPSETS.start} (the default) to {OPSETS.stop - 1}; older runtimes want the lower ones",
+        )
+    example = _example(description.input_kind, description.preprocessing)
+    deployed = Deployed(model, description.preprocessing) if description.input_kind == "uint8" else model
+    proto = _traced(deployed.eval(), example, opset=opset, name=description.model)
+    _strip(proto)
+    proto.producer_name, proto.producer_version = "icdctl", ""
+    proto.graph.name = description.model
+    for key, value in sorted(description.metadata().items()):
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, value
+    content: bytes = proto.SerializeToString(deterministic=True)
+    return content
+
+
+def _example(input_kind: InputKind, preprocessing: Preprocessing) -> Tensor:
+    """Two images: with one, older exporters take the batch size for a constant."""
+    height, width = preprocessing.size
+    if input_kind == "uint8":
+        return torch.zeros(2, height, width, 3, dtype=torch.uint8)
+    return torch.zeros(2, 3, height, width)
+
+
+def _traced(module: nn.Module, example: Tensor, *, opset: int, name: str) -> Any:
+    wanted: dict[str, Any] = {
+        "dynamo": True,
+        "opset_version": opset,
+        "input_names": [INPUT_NAME],
+        "output_names": [OUTPUT_NAME],
+        "dynamic_shapes": ({0: torch.export.Dim(BATCH_NAME)},),  # a dict would be keyed by the argument of `forward`
+        "external_data": False,
+        "optimize": True,
+        "fallback": False,  # never the old exporter, which writes another graph
+        "verbose": False,
+    }
+    known = inspect.signature(torch.onnx.export).parameters  # which of them there are depends on the version of torch
+    arguments = {key: value for key, value in wanted.items() if key in known}
+    try:
+        with _silence(), torch.no_grad():
+            program = torch.onnx.export(module, (example,), **arguments)
+    except torch.onnx.OnnxExporterError as error:
+        raise ArtifactError(
+            f"torch {torch.__version__} can't export `{name}`: {type(error.__cause__ or error).__name__}",
+            hint="the model's `forward` must be free of branches on the values of its input",
+        ) from error
+    assert program is not None
+    return program.model_proto
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The exporter talks on stdout and stderr, and warns of its own innards."""
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _strip(message: Any) -> None:
+    """Clear notes of the exporter at every level: they hold stack traces with the paths of this machine."""
+    for field in ("metadata_props", "doc_string"):
+        if field in message.DESCRIPTOR.fields_by_name:
+            message.ClearField(field)
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if hasattr(value, "__len__") else (value,):
+                _strip(part)

@@ -1,0 +1,136 @@
+"""Reading an .onnx file that anyone may have made: refused before a runtime sees it, unless it is plain and whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from icdctl.errors import ArtifactError
+from icdctl.export.description import Description
+from icdctl.export.graph import OPSETS
+from icdctl.files import sha256_bytes
+
+_MAX_BYTES = (2 << 30) - 1
+_AGAIN_HINT = "make it again with `icdctl export`, or copy it again from where it was made"
+_FOREIGN_HINT = "icdctl reads the files of `icdctl export`: one file, standard operators, opset 18 to 23"
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """The content of a file that passed every check which needs no run."""
+
+    path: Path
+    content: bytes
+    proto: Any
+    """onnx.ModelProto."""
+    description: Description
+    opset: int
+
+    @property
+    def sha256(self) -> str:
+        """Of the content."""
+        return sha256_bytes(self.content)
+
+
+def read_onnx(path: Path | str) -> OnnxFile:
+    """The graph in a file, refused where it is broken, reaches outside itself, or does not say what it is.
+
+    Raises:
+        ArtifactError: the reason, and what to do.
+    """
+    path = Path(path)
+    content = _content(path)
+    try:
+        proto = onnx.ModelProto.FromString(content)
+    except DecodeError as error:
+        raise ArtifactError(f"`{path}` is not an ONNX file, or is cut short", hint=_AGAIN_HINT) from error
+    if not proto.graph.node:
+        raise ArtifactError(f"`{path}` is not an ONNX file, or is cut short: it holds no graph", hint=_AGAIN_HINT)
+    opset = _check_plain(path, proto)
+    try:
+        onnx.checker.check_model(content, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"`{path}` is not a valid ONNX graph: {first_line}", hint=_AGAIN_HINT) from error
+    return OnnxFile(path, content, proto, _description(path, proto), opset)
+
+
+def _content(path: Path) -> bytes:
+    if path.is_dir():
+        raise ArtifactError(f"`{path}` is a folder, not an ONNX file", hint="name the file in it, e.g. `model.onnx`")
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise _refused(path, "it is larger than 2 GiB, which one ONNX file can't be")
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"ONNX file `{path}` does not exist", hint="check the path; `icdctl export` makes such files"
+        ) from error
+    except OSError as error:
+        raise ArtifactError(
+            f"ONNX file `{path}` can't be read: {error.strerror or error}", hint="check its permissions and the disk"
+        ) from error
+    if not content:
+        raise ArtifactError(f"ONNX file `{path}` is empty", hint=_AGAIN_HINT)
+    if content.startswith(b"version https://git-lfs"):
+        raise ArtifactError(
+            f"`{path}` is a git-lfs pointer, not the graph it points to",
+            hint="run `git lfs pull` where it comes from",
+        )
+    if content[:512].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise ArtifactError(
+            f"`{path}` is a web page, not an ONNX file",
+            hint="the server answered with a page (a login or an error) instead of the file; download it again",
+        )
+    return content
+
+
+def _check_plain(path: Path, proto: Any) -> int:
+    """Nothing outside the file, nothing that a plain runtime does not know. Returns the opset."""
+    for message in _messages(proto):
+        if isinstance(message, onnx.TensorProto) and (
+            message.external_data or message.data_location == onnx.TensorProto.EXTERNAL
+        ):
+            raise _refused(path, f"the values of `{message.name}` lie in another file")
+        if isinstance(message, onnx.NodeProto) and message.domain not in ("", "ai.onnx"):
+            raise _refused(path, f"it needs the operator `{message.op_type}` of `{message.domain}`, which is no standard")
+    domains = [entry.domain for entry in proto.opset_import if entry.domain not in ("", "ai.onnx")]
+    if domains or proto.functions:
+        raise _refused(path, f"it brings or needs operators of its own ({', '.join(domains) or 'local functions'})")
+    if len(proto.opset_import) != 1 or proto.opset_import[0].version not in OPSETS:
+        versions = ", ".join(str(entry.version) for entry in proto.opset_import) or "none"
+        raise _refused(path, f"its opset is {versions}, expected {OPSETS.start} to {OPSETS.stop - 1}")
+    return int(proto.opset_import[0].version)
+
+
+def _messages(message: Any) -> Iterator[Any]:
+    """A protobuf message and all that it contains, whatever the depth."""
+    yield message
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if hasattr(value, "__len__") else (value,):
+                yield from _messages(part)
+
+
+def _description(path: Path, proto: Any) -> Description:
+    values = {entry.key: entry.value for entry in proto.metadata_props}
+    if "icdctl.schema" not in values:
+        raise ArtifactError(
+            f"`{path}` was not made by `icdctl export`: its metadata do not say how images become its input",
+            hint="export the weights again with `icdctl export`; graphs of other programs can't be evaluated",
+        )
+    try:
+        return Description.from_metadata(values)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(
+            f"the metadata of `{path}` are not those of `icdctl export`: {error}", hint=_AGAIN_HINT
+        ) from error
+
+
+def _refused(path: Path, reason: str) -> ArtifactError:
+    return ArtifactError(f"`{path}` is refused: {reason}", hint=_FOREIGN_HINT)

@@ -1,0 +1,139 @@
+"""Files that are whole or absent: atomic writes, hashes, locks, and where icdctl keeps its state."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from icdctl.errors import ArtifactError
+
+_CHUNK_BYTES = 1 << 20
+
+
+def sha256_bytes(content: bytes) -> str:
+    """Hex digest of `content`."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` under a temporary name beside `path`, then rename: a reader sees the old file or the new one.
+
+    Raises:
+        ArtifactError: the folder can't be written to, or the disk is full.
+    """
+    make_folder(path.parent)
+    temporary: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise not_writable(path, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` of indented JSON; keys keep their order, NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, *, what: str, hint: str) -> Any:
+    """The value in a JSON file that icdctl wrote.
+
+    Args:
+        path: the file.
+        what: what it should be, for the message, e.g. "run folder".
+        hint: what to do where it is missing or broken.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"no {what}: `{path}` does not exist", hint=hint) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{what} can't be read: `{path}`: {error}", hint=hint) from error
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents.
+
+    Raises:
+        ArtifactError: it can't be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_writable(path, error) from error
+
+
+def not_writable(path: Path, error: OSError) -> ArtifactError:
+    """The error for a place that can't be written to."""
+    return ArtifactError(
+        f"`{path}` can't be written: {error.strerror or error}",
+        hint="choose a folder that you may write to, on a disk with room, with `--out` or `ICDCTL_HOME`",
+    )
+
+
+@contextmanager
+def locked(path: Path, *, busy: str, hint: str) -> Iterator[None]:
+    """Hold the lock file `path` while the block runs, or fail at once with `busy` where another process holds it."""
+    make_folder(path.parent)
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise ArtifactError(busy, hint=hint) from error
+    except OSError as error:
+        raise not_writable(path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def project_root() -> Path:
+    """The nearest folder upwards that holds `dvc.yaml` or `registry/`, else the current folder."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "dvc.yaml").is_file() or (folder / "registry").is_dir():
+            return folder
+    return here
+
+
+def state_folder() -> Path:
+    """Where checkpoints, caches and data live: `ICDCTL_HOME`, or `.icdctl` in the project root."""
+    given = os.environ.get("ICDCTL_HOME")
+    return Path(given).expanduser() if given else project_root() / ".icdctl"
+
+
+def data_folder() -> Path:
+    """Where data sets live: `ICDCTL_DATA`, or `data` in the state folder."""
+    given = os.environ.get("ICDCTL_DATA")
+    return Path(given).expanduser() if given else state_folder() / "data"

@@ -1,0 +1,196 @@
+"""Scale decoupling (SDD) and implicit clustering (CD): everything that reads patch logits.
+
+Shapes: B images, K classes, P patches, C channels. Patches are ordered 1x1, then 2x2 row by row, then 4x4 row by row.
+Patch logits are the classifier applied to a region's mean feature, so one call on the 4x4 grid gives all of them: the
+classifier is linear, and a coarser region's logits are the mean of its cells'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from icdctl.errors import UsageError
+from icdctl.methods.logit import kl_divergence
+
+SCALES = (1, 2, 4)
+"""The grids that can be asked for; 4 x 4 is the finest, and the others are averages of it."""
+
+_CLUSTER_SOFTNESS = 2.0
+_SCALE_WEIGHTS = {1: 1.0, 2: 2.0, 4: 3.0}
+_FINEST = max(SCALES)
+_SHORTEST = 1e-12
+
+
+def parse_scales(text: str) -> tuple[int, ...]:
+    """`1,2,4` (or the reference's `[1,2,4]`) as an ascending tuple.
+
+    Raises:
+        UsageError: empty, repeated, not whole numbers, or a grid that can't be pooled from 4 x 4.
+    """
+    parts = [part.strip() for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
+    if not all(part.isascii() and part.removeprefix("-").isdigit() for part in parts):
+        raise UsageError(f"scales `{text}` are not whole numbers with commas between them", hint="e.g. `--scales 1,2,4`")
+    return check_scales([int(part) for part in parts])
+
+
+def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
+    """The scales in ascending order.
+
+    Raises:
+        UsageError: none given, one given twice, or one that is not 1, 2 or 4.
+    """
+    given = ",".join(map(str, scales))
+    hint = "choose one or more of 1, 2 and 4, e.g. `--scales 1,2,4`"
+    if not scales:
+        raise UsageError("no scale is given", hint=hint)
+    for scale in scales:
+        if scale not in SCALES:
+            raise UsageError(f"scale {scale} of `{given}` can't be pooled from the 4x4 grid", hint=hint)
+    if len(set(scales)) != len(scales):
+        raise UsageError(f"scales `{given}` name one twice", hint=hint)
+    return tuple(sorted(scales))
+
+
+def num_patches(scales: Sequence[int]) -> int:
+    """P, the sum of the squares: 21 for 1, 2, 4."""
+    return sum(scale * scale for scale in scales)
+
+
+def patch_logits(feature_map: Tensor, head: Callable[[Tensor], Tensor], scales: Sequence[int] = SCALES) -> Tensor:
+    """Logits of every region of every scale.
+
+    The map is pooled to 4 x 4 first, whatever the scales, as the reference does. On maps whose side is a multiple of 4
+    that is plain average pooling; on 2 x 2 maps each cell stands four times; on 7 x 7 and 14 x 14 maps the pooling
+    windows overlap, and the 1 x 1 patch is near, but not equal to, the model's own logits.
+
+    Args:
+        feature_map: [B, C, H, W], what the model's head reads after global average pooling.
+        head: the classifier, [N, C] -> [N, K]; it must be affine.
+        scales: some of 1, 2, 4, ascending.
+
+    Returns:
+        [B, K, P].
+
+    Source: Luo et al. 2024 (SDD), section 3.2, https://arxiv.org/abs/2403.13512
+    """
+    cells = F.adaptive_avg_pool2d(feature_map, _FINEST)  # [B, C, 4, 4]
+    batch, channels = cells.shape[:2]
+    logits = head(cells.permute(0, 2, 3, 1).reshape(-1, channels))  # [B * 16, K]
+    grid = logits.reshape(batch, _FINEST, _FINEST, -1).permute(0, 3, 1, 2)  # [B, K, 4, 4]
+    return torch.cat([F.avg_pool2d(grid, _FINEST // scale).flatten(2) for scale in scales], dim=2)
+
+
+def scale_decoupled_loss(
+    row_loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    student_patches: Tensor,
+    teacher_patches: Tensor,
+    labels: Tensor,
+    global_prediction: Tensor,
+) -> Tensor:
+    """A row loss over every patch, complementary patches twice.
+
+    Args:
+        row_loss: (student [N, K], teacher [N, K], labels [N]) -> [N].
+        student_patches: [B, K, P].
+        teacher_patches: [B, K, P], without gradient.
+        labels: [B] int64.
+        global_prediction: [B] int64, the teacher's class for the whole image.
+
+    Returns:
+        [B], the weighted mean over the patches. The weights are not normalised, so the scale of the loss follows the
+        teacher: its mean weight lies between 1 and 2.
+
+    Source: Luo et al. 2024 (SDD), section 3.3, https://arxiv.org/abs/2403.13512
+    """
+    batch, num_classes, patches = student_patches.shape
+    losses = row_loss(
+        student_patches.transpose(1, 2).reshape(-1, num_classes),
+        teacher_patches.transpose(1, 2).reshape(-1, num_classes),
+        labels.repeat_interleave(patches),
+    )
+    weights = complementary_weights(teacher_patches, labels, global_prediction)
+    return (losses.reshape(batch, patches) * weights).mean(dim=1)
+
+
+def complementary_weights(teacher_patches: Tensor, labels: Tensor, global_prediction: Tensor) -> Tensor:
+    """2 where a patch and the whole image disagree on being right, 1 where both are right or both are wrong.
+
+    Args:
+        teacher_patches: [B, K, P].
+        labels: [B] int64.
+        global_prediction: [B] int64.
+
+    Returns:
+        [B, P], of the patches' type.
+    """
+    patch_is_right = teacher_patches.argmax(dim=1) == labels.unsqueeze(1)
+    image_is_right = (global_prediction == labels).unsqueeze(1)
+    return 1.0 + (patch_is_right ^ image_is_right).to(teacher_patches.dtype)
+
+
+def cluster_loss(
+    student_patches: Tensor,
+    teacher_patches: Tensor,
+    *,
+    scales: Sequence[int],
+    corrected: bool,
+) -> Tensor:
+    """Divergence of the patches' similarity rows, scale by scale: what iCD adds to SDD.
+
+    Patch logits are scaled to unit length over the classes; the P x P Gram matrix of a scale, softened by 2, is a
+    distribution in each row; the loss is KL(teacher || student), summed over the rows.
+
+    As published, scale s weighs 1, 2, 3 for s = 1, 2, 4 over the sum of those present, and there is no factor T^2. The
+    1 x 1 scale has a Gram matrix of one element, so its part is exactly 0, yet it keeps its share of the weights.
+    `corrected` shares the weights among the scales that have more than one patch, and multiplies by 2^2.
+
+    Args:
+        student_patches: [B, K, P].
+        teacher_patches: [B, K, P], without gradient.
+        scales: the scales that make up P, ascending.
+        corrected: use the corrected weights and factor.
+
+    Returns:
+        [B], in nats, not negative; exactly 0 when 1 is the only scale.
+
+    Source: iCD, https://arxiv.org/abs/2509.12553; weights as in its published code.
+    """
+    student_unit = _unit_length(student_patches)
+    teacher_unit = _unit_length(teacher_patches)
+    live = [scale for scale in scales if scale > 1]
+    total_weight = sum(_SCALE_WEIGHTS[scale] for scale in (live if corrected else scales))
+    factor = _CLUSTER_SOFTNESS**2 if corrected else 1.0
+
+    loss = student_patches.new_zeros(student_patches.shape[0])
+    first = 0
+    for scale in scales:
+        group = slice(first, first + scale * scale)
+        first = group.stop
+        if scale > 1:
+            weight = factor * _SCALE_WEIGHTS[scale] / total_weight
+            loss = loss + weight * _gram_divergence(student_unit[:, :, group], teacher_unit[:, :, group])
+    return loss
+
+
+def _gram_divergence(student_unit: Tensor, teacher_unit: Tensor) -> Tensor:
+    """KL between the row-wise softened Gram matrices: [B, K, N] twice -> [B], summed over the N rows."""
+    student_gram = student_unit.transpose(1, 2) @ student_unit  # [B, N, N]
+    teacher_gram = teacher_unit.transpose(1, 2) @ teacher_unit
+    student_log_probs = F.log_softmax(student_gram / _CLUSTER_SOFTNESS, dim=2)
+    teacher_log_probs = F.log_softmax(teacher_gram / _CLUSTER_SOFTNESS, dim=2)
+    return kl_divergence(student_log_probs, teacher_log_probs).sum(dim=1)
+
+
+def _unit_length(patches: Tensor) -> Tensor:
+    """[B, K, P] with unit length over the classes; all-zero patches stay zero.
+
+    Large values are scaled down first, so that their squares can't overflow.
+    """
+    size = patches.detach().abs().amax(dim=1, keepdim=True).clamp(min=1.0)
+    scaled = patches / size
+    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return scaled / torch.maximum(length, _SHORTEST / size)

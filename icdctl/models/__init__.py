@@ -1,0 +1,116 @@
+"""Models: one class per architecture, one row per name in `MODELS`, and one contract, `Outputs`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from icdctl.errors import UsageError, unknown_name
+from icdctl.models.fold import fold_batch_norms
+from icdctl.models.mobilenetv2 import MobileNetV2
+from icdctl.models.outputs import Classifier, Outputs
+from icdctl.models.resnet import narrow_resnet, wide_resnet
+from icdctl.models.resnetv2 import res18, res50
+from icdctl.models.shufflenetv1 import ShuffleNetV1
+from icdctl.models.shufflenetv2 import ShuffleNetV2
+from icdctl.models.vgg import VGG
+from icdctl.models.weights import Weights, load_weights, read_weights, save_weights
+from icdctl.models.wrn import WideResNet
+
+__all__ = [
+    "MODELS",
+    "Classifier",
+    "Model",
+    "Outputs",
+    "Weights",
+    "create",
+    "fold_batch_norms",
+    "load_weights",
+    "read_weights",
+    "resolve",
+    "save_weights",
+]
+
+
+class Builder(Protocol):
+    """What makes a model of a given number of classes, for 32 x 32 images or for CUB-200."""
+
+    def __call__(self, num_classes: int, *, cub200: bool = ...) -> Classifier: ...
+
+
+@dataclass(frozen=True)
+class Model:
+    """One row of `icdctl list models`."""
+
+    build: Builder
+    family: str
+    num_params: int
+    """Trainable numbers with 100 classes."""
+    aliases: tuple[str, ...]
+    """The reference's spelling."""
+
+
+MODELS: dict[str, Model] = {
+    "res8": Model(partial(narrow_resnet, 8), "resnet", 83_892, ("resnet8",)),
+    "res14": Model(partial(narrow_resnet, 14), "resnet", 181_108, ("resnet14",)),
+    "res20": Model(partial(narrow_resnet, 20), "resnet", 278_324, ("resnet20",)),
+    "res32": Model(partial(narrow_resnet, 32), "resnet", 472_756, ("resnet32",)),
+    "res44": Model(partial(narrow_resnet, 44), "resnet", 667_188, ("resnet44",)),
+    "res56": Model(partial(narrow_resnet, 56), "resnet", 861_620, ("resnet56",)),
+    "res110": Model(partial(narrow_resnet, 110), "resnet", 1_736_564, ("resnet110",)),
+    "res8x4": Model(partial(wide_resnet, 8), "resnet", 1_233_540, ("resnet8x4",)),
+    "res32x4": Model(partial(wide_resnet, 32), "resnet", 7_433_860, ("resnet32x4",)),
+    "res18": Model(res18, "resnetv2", 11_220_132, ("ResNet18",)),
+    "res50": Model(res50, "resnetv2", 23_705_252, ("ResNet50",)),
+    "wrn16_1": Model(partial(WideResNet, 16, 1), "wrn", 180_916, ("wrn_16_1",)),
+    "wrn16_2": Model(partial(WideResNet, 16, 2), "wrn", 703_284, ("wrn_16_2",)),
+    "wrn40_1": Model(partial(WideResNet, 40, 1), "wrn", 569_780, ("wrn_40_1",)),
+    "wrn40_2": Model(partial(WideResNet, 40, 2), "wrn", 2_255_156, ("wrn_40_2",)),
+    "vgg8": Model(partial(VGG, 8), "vgg", 3_965_028, ("vgg8",)),
+    "vgg11": Model(partial(VGG, 11), "vgg", 9_277_284, ("vgg11",)),
+    "vgg13": Model(partial(VGG, 13), "vgg", 9_462_180, ("vgg13",)),
+    "vgg16": Model(partial(VGG, 16), "vgg", 14_774_436, ("vgg16",)),
+    "vgg19": Model(partial(VGG, 19), "vgg", 20_086_692, ("vgg19",)),
+    "mv2": Model(MobileNetV2, "mobilenetv2", 812_836, ("MobileNetV2",)),
+    "shuv1": Model(ShuffleNetV1, "shufflenetv1", 949_258, ("ShuffleV1",)),
+    "shuv2": Model(ShuffleNetV2, "shufflenetv2", 1_355_528, ("ShuffleV2",)),
+}
+
+
+def resolve(name: str) -> str:
+    """The name in `MODELS` of a model given by that name or by the reference's, in any case, with or without `_sdd`.
+
+    Raises:
+        UsageError: no model has that name.
+    """
+    folded = name.lower().removesuffix("_sdd")
+    for canonical, model in MODELS.items():
+        if folded == canonical or folded in (alias.lower() for alias in model.aliases):
+            return canonical
+    raise unknown_name("model", name, MODELS, listing="icdctl list models")
+
+
+def create(name: str, num_classes: int, *, dataset: str | None = None) -> Classifier:
+    """A model with fresh weights, from torch's global random state.
+
+    Args:
+        name: a key of `MODELS` or the reference's spelling.
+        num_classes: at least 2.
+        dataset: "cub200" gives the variant for 224 x 224 images, with a stem of stride 2 (but for vgg). The reference
+            has seven of these: res32x4, vgg13 and res50 as teachers, mv2, shuv1, vgg8 and res8x4 as students; here
+            every model has one, by the rule of its family. Any other data set, or none, gives the model for 32 x 32
+            images.
+
+    Raises:
+        UsageError: an unknown name, or fewer than 2 classes.
+    """
+    canonical = resolve(name)
+    if num_classes < 2:
+        raise UsageError(
+            f"`{canonical}` can't classify into {num_classes} classes",
+            hint="a classifier needs 2 classes or more; check the data set",
+        )
+    model = MODELS[canonical].build(num_classes, cub200=dataset == "cub200")
+    model.name = canonical
+    return model

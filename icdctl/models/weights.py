@@ -1,0 +1,304 @@
+"""Weight files: safetensors written; safetensors and the .pth of CRD, mdistiller and iCD read, and no code run.
+
+This is the only place in the project that calls `torch.load`, always with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from icdctl.errors import ArtifactError
+from icdctl.files import sha256_bytes, write_bytes
+from icdctl.models.outputs import Classifier
+
+_METADATA_KEY = "icdctl"
+_MAX_BYTES = 2 << 30
+_FETCH_HINT = "fetch it again (`icdctl fetch-teachers`), or copy it again from where it was made"
+_SAVE_HINT = "save it again as `model.state_dict()`, with the program that made it; icdctl never runs code from a file"
+
+# What old checkpoints hold beside tensors: the options of the run and a NumPy number (the best accuracy), whose
+# constructor NumPy 1 knew under another module name. Nothing in this list runs code when it is rebuilt.
+_numpy_scalar = np.float64(0).__reduce__()[0]
+_SAFE_GLOBALS: list[Any] = [
+    argparse.Namespace,
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Int64DType,
+]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a weight file holds."""
+
+    tensors: dict[str, Tensor]
+    """state_dict of one model, in the file's order, on the CPU, in the file's dtypes."""
+    metadata: dict[str, Any]
+    """What `save_weights` was given; empty for files of other programs."""
+    sha256: str
+    """Of the whole file."""
+    format: str
+    """"safetensors" or "pickle"."""
+
+
+def read_weights(path: Path | str) -> Weights:
+    """The tensors of a weight file; the content decides on the format, not the name.
+
+    A checkpoint of CRD or mdistiller gives its model (`["model"]`), one of a whole distiller its student; the prefixes
+    `module.` and `student.` are cut off. Nothing in the file is executed, and no memory is taken beyond 2 GiB.
+
+    Raises:
+        ArtifactError: the file is missing, broken, refused, or holds no weights.
+    """
+    path = Path(path)
+    content = _content(path)
+    if content[8:9] == b"{":
+        tensors, metadata = _read_safetensors(path, content)
+        file_format = "safetensors"
+    else:
+        tensors, metadata = _read_pickle(path, content), {}
+        file_format = "pickle"
+    state = _student_state(path, tensors)
+    _check_tensors(path, state)
+    return Weights(state, metadata, sha256_bytes(content), file_format)
+
+
+def load_weights(model: nn.Module, path: Path | str) -> Weights:
+    """Copy the weights of a file into `model`, all of them or none.
+
+    Keys, shapes and kinds of number are compared before anything is copied; half precision is cast to the model's.
+
+    Returns:
+        What was read, with its metadata and hash.
+
+    Raises:
+        ArtifactError: as `read_weights`; or the weights don't fit the model, or are not finite. The model is unchanged.
+    """
+    weights = read_weights(path)
+    own = model.state_dict()
+    _check_fit(model, own, weights.tensors, Path(path))
+    cast = {key: tensor.to(own[key].dtype) for key, tensor in weights.tensors.items()}
+    for key, tensor in cast.items():
+        if not torch.isfinite(tensor).all():
+            raise ArtifactError(
+                f"weights in `{path}` are not finite: `{key}` holds NaN or infinity",
+                hint="the training run that wrote them diverged; take an earlier checkpoint",
+            )
+    model.load_state_dict(cast)
+    return weights
+
+
+def save_weights(path: Path | str, model: nn.Module | Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    """Write safetensors atomically: floating point as float32, counters as they are, equal content as equal bytes.
+
+    Args:
+        path: the file; its folder is created.
+        model: a module or its state_dict.
+        metadata: what JSON can hold. It goes into one key, `icdctl`: with two or more, the order of the keys, and so
+            the bytes, would vary from run to run.
+
+    Returns:
+        sha256 of the file, hex.
+
+    Raises:
+        ArtifactError: the place can't be written to.
+    """
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    tensors = {}
+    for key, tensor in state.items():
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        # A clone, for safetensors refuses tensors that share memory.
+        tensors[key] = tensor.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
+    text = json.dumps(dict(metadata), sort_keys=True, allow_nan=False)
+    content = safetensors.torch.save(tensors, {_METADATA_KEY: text})
+    write_bytes(Path(path), content)
+    return sha256_bytes(content)
+
+
+def _content(path: Path) -> bytes:
+    if path.is_dir():
+        raise ArtifactError(
+            f"`{path}` is a folder, not a weight file", hint="name the file in it, e.g. `student.safetensors`"
+        )
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise _refused(path, "it is larger than 2 GiB")
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"weight file `{path}` does not exist",
+            hint="check the path; `icdctl fetch-teachers` downloads the published teachers",
+        ) from error
+    except OSError as error:
+        raise ArtifactError(
+            f"weight file `{path}` can't be read: {error.strerror or error}", hint="check its permissions and the disk"
+        ) from error
+    if not content:
+        raise ArtifactError(f"weight file `{path}` is empty", hint=_FETCH_HINT)
+    if content.startswith(b"version https://git-lfs"):
+        raise ArtifactError(
+            f"`{path}` is a git-lfs pointer, not the weights it points to",
+            hint="run `git lfs pull` where it comes from",
+        )
+    if content[:512].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise ArtifactError(
+            f"`{path}` is a web page, not a weight file",
+            hint="the server answered with a page (a login or an error) instead of the file; download it again",
+        )
+    return content
+
+
+def _read_safetensors(path: Path, content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        tensors = safetensors.torch.load(content)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ArtifactError(f"`{path}` is not a whole safetensors file: {error}", hint=_FETCH_HINT) from error
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    text = (header.get("__metadata__") or {}).get(_METADATA_KEY, "{}")
+    try:
+        metadata = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"metadata `icdctl` of `{path}` is not JSON: {error}", hint=_FETCH_HINT) from error
+    if not isinstance(metadata, dict):
+        raise ArtifactError(f"metadata `icdctl` of `{path}` is not a JSON object", hint=_FETCH_HINT)
+    return tensors, metadata
+
+
+def _read_pickle(path: Path, content: bytes) -> Any:
+    if content.startswith(b"PK"):
+        _check_zip(path, content)
+    elif not content.startswith(b"\x80"):
+        raise ArtifactError(
+            f"`{path}` is neither safetensors nor a file of torch.save",
+            hint="weights end in .safetensors, .pth or .pt; if this one should be such a file, the download is broken",
+        )
+    try:
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on odd files; what matters about them is checked here
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # broken files raise anything from EOFError to KeyError; none of them is a bug here
+        culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if culprit:
+            raise _refused(path, f"it asks for `{culprit[1]}`, which is more than plain tensors") from error
+        if "WeightsUnpickler" in str(error) or "Weights only load failed" in str(error):
+            raise _refused(path, "it holds more than plain tensors") from error
+        raise ArtifactError(
+            f"`{path}` is broken, cut short or not made by torch.save: {type(error).__name__}", hint=_FETCH_HINT
+        ) from error
+
+
+def _check_zip(path: Path, content: bytes) -> None:
+    """torch.save stores without compression, so honest entries are never larger than the file that holds them."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise ArtifactError(f"`{path}` is broken or cut short: {error}", hint=_FETCH_HINT) from error
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise _refused(path, "its entries are compressed, which torch.save never does")
+    if sum(entry.file_size for entry in entries) > len(content):
+        raise _refused(path, "its entries claim more bytes than the file has")
+
+
+def _student_state(path: Path, loaded: Any) -> dict[str, Tensor]:
+    """The state_dict in what was loaded: of the one model, or of the student where there is a teacher as well."""
+    state = loaded
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+            break
+    if not isinstance(state, Mapping) or not state:
+        raise ArtifactError(f"`{path}` holds no weights but a {type(state).__name__}", hint=_SAVE_HINT)
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ArtifactError(
+                f"`{path}` is not a state_dict: {_quoted(key)} is a {type(value).__name__}, not a tensor",
+                hint=_SAVE_HINT,
+            )
+    # A distiller's state_dict, with or without DataParallel around it or around its student.
+    state = _without_prefix(state, "module.")
+    student = {key: tensor for key, tensor in state.items() if key.startswith("student.")}
+    return _without_prefix(_without_prefix(student or state, "student."), "module.")
+
+
+def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    if not all(key.startswith(prefix) for key in state):
+        return dict(state)
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+
+
+def _check_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    """A small file can hold a view of 10^12 elements, which would explode on its first copy."""
+    total = 0
+    for key, tensor in state.items():
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise _refused(path, f"{_quoted(key)} is not a plain tensor")
+        num_bytes = tensor.numel() * tensor.element_size()
+        total += num_bytes
+        if num_bytes > tensor.untyped_storage().nbytes():
+            raise _refused(path, f"{_quoted(key)} claims {num_bytes} bytes, more than the file holds for it")
+    if total > _MAX_BYTES:
+        raise _refused(path, "its tensors are larger than 2 GiB")
+
+
+def _check_fit(model: nn.Module, own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], path: Path) -> None:
+    problems = [f"`{key}` is missing" for key in own if key not in loaded]
+    problems += [f"{_quoted(key)} is not part of the model" for key in loaded if key not in own]
+    hint = "they belong to another model; check `--student` or `--teacher`"
+    if not problems:
+        hint = "check the model (`--student` or `--teacher`) and the `--dataset` that they were trained for"
+        for key, expected in own.items():
+            found = loaded[key]
+            if found.shape != expected.shape:
+                problems.append(f"`{key}` is {list(found.shape)}, expected {list(expected.shape)}")
+            elif found.is_floating_point() != expected.is_floating_point() or found.is_complex():
+                problems.append(f"`{key}` is {_kind(found)}, expected {_kind(expected)}")
+        hint = _classes_hint(model, own, loaded) or hint
+    if problems:
+        name = getattr(model, "name", "") or type(model).__name__
+        others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ArtifactError(f"weights in `{path}` do not fit `{name}`: {problems[0]}{others}", hint=hint)
+
+
+def _classes_hint(model: nn.Module, own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str | None:
+    """What to do where only the number of classes differs."""
+    if not isinstance(model, Classifier):
+        return None
+    key = next(name for name, parameter in model.named_parameters() if parameter is model.head.weight)
+    found, expected = loaded[key].shape, own[key].shape
+    if len(found) != 2 or found[0] == expected[0] or found[1] != expected[1]:
+        return None
+    dataset = {100: "cifar100", 200: "cub200"}.get(found[0])
+    advice = f"pass `--dataset {dataset}`" if dataset else "pass the `--dataset` that they were trained on"
+    return f"they were trained on {found[0]} classes; {advice}"
+
+
+def _quoted(key: object) -> str:
+    """A key from a file, which may hold anything, as it can be shown on a terminal."""
+    return f"`{str(key)[:80].encode('unicode_escape').decode('ascii')}`"
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _refused(path: Path, reason: str) -> ArtifactError:
+    return ArtifactError(f"`{path}` is refused: {reason}", hint=_SAVE_HINT)

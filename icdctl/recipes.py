@@ -1,0 +1,111 @@
+"""Recipes: how a data set is trained, as one named row of numbers. `RECIPES` is the table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from icdctl.errors import UsageError, unknown_name
+
+Schedule = Literal["step", "cosine"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row of `icdctl list recipes`. Flags, environment and params.yaml override it field by field."""
+
+    about: str
+    dataset: str
+    """What it was made for; it is the default of that data set unless another row comes first."""
+    epochs: int
+    batch_size: int
+    lr: float
+    """Learning rate for students that `lr_of_student` does not name."""
+    lr_of_student: Mapping[str, float] = field(default_factory=dict)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    """On every parameter, biases and batch norm included."""
+    clip_norm: float = 40.0
+    """The gradient's global L2 norm is scaled down to this."""
+    schedule: Schedule = "step"
+    lr_decay_epochs: tuple[int, ...] = ()
+    """`step`: the rate falls in the epoch after each of these."""
+    lr_decay_rate: float = 0.1
+    """`step`: by this factor."""
+    lr_warmup_share: float = 0.0
+    """`cosine`: the share of all steps in which the rate rises linearly from 0."""
+    crop_padding: int = 0
+    """Zeros on each side before a random crop back to size; 0 for no crop."""
+    flip: bool = False
+    """Mirror half of the images."""
+    drop_last: bool = False
+    """Leave out an epoch's last batch where it is not full."""
+    distillation_warmup_share: float | None = None
+    """Distillation warm-up as a share of the epochs, rounded down, at least one epoch, for the methods that have a
+    warm-up; None keeps the method's own number of epochs."""
+
+
+_SLOW_STUDENTS = {"mv2": 0.01, "shuv1": 0.01, "shuv2": 0.01}
+
+RECIPES: dict[str, Recipe] = {
+    "cifar100": Recipe(
+        about="the reference's CIFAR-100 recipe (CRD, DKD, SDD and iCD share it)",
+        dataset="cifar100",
+        epochs=240,
+        batch_size=64,
+        lr=0.05,
+        lr_of_student=_SLOW_STUDENTS,
+        lr_decay_epochs=(150, 180, 210),
+        crop_padding=4,
+        flip=True,
+    ),
+    "digits100": Recipe(
+        about="students on the embedded digits, in seconds; never flipped, for a mirrored digit is another or none",
+        dataset="digits100",
+        epochs=16,
+        batch_size=64,
+        lr=0.1,
+        nesterov=True,
+        schedule="cosine",
+        lr_warmup_share=0.15,
+        distillation_warmup_share=0.125,
+    ),
+    "digits100-teacher": Recipe(
+        about="teachers on the embedded digits: shifted by up to 2 pixels",
+        dataset="digits100",
+        epochs=8,
+        batch_size=64,
+        lr=0.1,
+        nesterov=True,
+        schedule="cosine",
+        lr_warmup_share=0.15,
+        crop_padding=2,
+        distillation_warmup_share=0.125,
+    ),
+}
+
+
+def resolve(name: str) -> str:
+    """The name in `RECIPES`.
+
+    Raises:
+        UsageError: no such recipe.
+    """
+    if name not in RECIPES:
+        raise unknown_name("recipe", name, RECIPES, listing="icdctl list recipes")
+    return name
+
+
+def default_for(dataset: str) -> str:
+    """The first recipe that was made for a data set.
+
+    Raises:
+        UsageError: none was.
+    """
+    for name, recipe in RECIPES.items():
+        if recipe.dataset == dataset:
+            return name
+    raise UsageError(f"no recipe was made for `{dataset}`", hint="name one with `--recipe`; see `icdctl list recipes`")

@@ -1,0 +1,148 @@
+"""What a person may point at: a run folder, a weights file, a registered artifact. One answer: a `Target`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from icdctl import models, registry
+from icdctl.data import DATASETS, Preprocessing
+from icdctl.errors import ArtifactError, UsageError
+from icdctl.models import Classifier, Weights
+
+WEIGHTS_FILE = "student.safetensors"
+"""The weights of a run folder, and of an artifact made from one."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A trained classifier on disk, and what is known of it."""
+
+    path: Path
+    """The weights file."""
+    sha256: str
+    """Of the weights file."""
+    model: str
+    """A name in `MODELS`."""
+    dataset: str
+    """What it was trained on, or is taken to have been."""
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    origin: str
+    """What was pointed at, as a person would write it."""
+    weights: Weights
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    def load(self) -> Classifier:
+        """The model in eval mode on the CPU, float32.
+
+        Raises:
+            ArtifactError: the file has changed since it was looked at, or does not fit.
+        """
+        model = models.create(self.model, self.num_classes, dataset=self.dataset)
+        models.load_weights(model, self.path)
+        return model.eval()
+
+
+def metadata(model: str, dataset: str, class_names: tuple[str, ...], preprocessing: Preprocessing) -> dict[str, Any]:
+    """What a weights file says of itself, enough to use it with nothing beside it."""
+    return {
+        "class_names": list(class_names),
+        "dataset": dataset,
+        "model": model,
+        "num_classes": len(class_names),
+        "preprocessing": preprocessing.as_json(),
+    }
+
+
+def resolve(target: str, *, dataset: str | None = None, registry_folder: Path | None = None) -> Target:
+    """What `target` points at.
+
+    Args:
+        target: a run folder, a weights file (.safetensors, or a .pth of CRD, mdistiller or iCD), or
+            `registry:NAME[@vN]`.
+        dataset: what a file that does not say so was trained on; its normalisation and class names are then taken.
+        registry_folder: where `registry:` names are looked up; the project's registry otherwise.
+
+    Raises:
+        UsageError: the file does not say what it was trained on, and `dataset` was not given.
+        ArtifactError: nothing is there, or it is broken.
+    """
+    if target.startswith("registry:"):
+        folder = registry_folder or registry.default_folder()
+        artifact = registry.find(folder, target.removeprefix("registry:"))
+        return _from_file(artifact.file(WEIGHTS_FILE), origin=target, dataset=dataset)
+    path = Path(target).expanduser()
+    if path.is_dir():
+        weights_file = path / WEIGHTS_FILE
+        if not weights_file.is_file():
+            unfinished = (path / "config.json").is_file()
+            raise ArtifactError(
+                f"`{path}` holds no `{WEIGHTS_FILE}`" + (": its run is not finished" if unfinished else ""),
+                hint=f"finish it with `--resume --out {path}`" if unfinished else "point at a finished run folder",
+            )
+        return _from_file(weights_file, origin=target, dataset=dataset)
+    return _from_file(path, origin=target, dataset=dataset)
+
+
+def _from_file(path: Path, *, origin: str, dataset: str | None) -> Target:
+    weights = models.read_weights(path)
+    said = weights.metadata
+    if said:
+        return _from_metadata(path, origin, weights, said)
+    if dataset is None:
+        raise UsageError(
+            f"`{path}` does not say which data set it was trained on",
+            hint="pass it with `--dataset`, e.g. `--dataset cifar100` for the CRD and mdistiller teachers",
+        )
+    model, num_classes = identify(path, weights.tensors, dataset=dataset)
+    row = DATASETS[dataset]
+    if num_classes != len(row.class_names):
+        raise ArtifactError(
+            f"weights in `{path}` tell {num_classes} classes apart, `{dataset}` has {len(row.class_names)}",
+            hint="pass the data set that they were trained on with `--dataset`",
+        )
+    return Target(path, weights.sha256, model, dataset, row.class_names, row.preprocessing, origin, weights)
+
+
+def _from_metadata(path: Path, origin: str, weights: Weights, said: dict[str, Any]) -> Target:
+    try:
+        class_names = tuple(str(name) for name in said["class_names"])
+        preprocessing = Preprocessing.from_json(said["preprocessing"])
+        model, dataset = models.resolve(said["model"]), str(said["dataset"])
+    except (KeyError, TypeError, ValueError, UsageError) as error:
+        raise ArtifactError(
+            f"`{path}` does not say what it is as icdctl's files do: {error}",
+            hint="it was written by another program or version; train or convert it again",
+        ) from error
+    return Target(path, weights.sha256, model, dataset, class_names, preprocessing, origin, weights)
+
+
+def identify(path: Path, tensors: dict[str, Tensor], *, dataset: str) -> tuple[str, int]:
+    """Which model has exactly these keys and shapes, and its number of classes.
+
+    Raises:
+        ArtifactError: none of them has.
+    """
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    # The head is the one matrix among them: every other weight is a convolution's or a batch norm's.
+    heads = [shape for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2]
+    if len(heads) == 1 and heads[0][0] >= 2:
+        num_classes = heads[0][0]
+        for name in models.MODELS:
+            with torch.device("meta"):
+                state = models.create(name, num_classes, dataset=dataset).state_dict()
+            if {key: tensor.shape for key, tensor in state.items()} == shapes:
+                return name, num_classes
+    raise ArtifactError(
+        f"weights in `{path}` fit none of the {len(models.MODELS)} models for `{dataset}`",
+        hint="`icdctl list models` shows them; the layout must be that of CRD, mdistiller or icdctl",
+    )
