@@ -299,7 +299,9 @@ def _values(options: Options, recipe: Recipe, student: str) -> dict[str, Any]:
     """What was given, else the recipe's, else the default."""
     defaults = {key: getattr(recipe, key) for key in _FROM_RECIPE} | _OWN_DEFAULTS
     defaults["lr"] = recipe.lr_of_student.get(student, recipe.lr)
-    return {key: default if getattr(options, key) is None else getattr(options, key) for key, default in defaults.items()}
+    return {
+        key: default if getattr(options, key) is None else getattr(options, key) for key, default in defaults.items()
+    }
 
 
 def _fill_warmup(settings: dict[str, float | str], options: Options, recipe: Recipe, epochs: int) -> None:
@@ -357,7 +359,9 @@ def parse_duration(given: str | float | None) -> float | None:
         hours, minutes, rest = (float(part or 0) for part in match.groups())
         seconds = hours * 3600 + minutes * 60 + rest
     if seconds <= 0:
-        raise UsageError(f"time limit `{given}` is no duration above 0", hint="e.g. `--time-limit 90m`, `1h30m` or `45s`")
+        raise UsageError(
+            f"time limit `{given}` is no duration above 0", hint="e.g. `--time-limit 90m`, `1h30m` or `45s`"
+        )
     return seconds
 
 

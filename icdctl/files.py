@@ -122,7 +122,9 @@ def project_root() -> Path:
     """The nearest folder upwards that holds `dvc.yaml` or `registry/`, else the current folder."""
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if (folder / "dvc.yaml").is_file() or (folder / "registry").is_dir():
+        registry = folder / "registry"
+        is_package = (registry / "__init__.py").is_file()  # icdctl's own code, for those who work on it
+        if (folder / "dvc.yaml").is_file() or (registry.is_dir() and not is_package):
             return folder
     return here
 

@@ -13,9 +13,7 @@ from icdctl import models, registry
 from icdctl.data import DATASETS, Preprocessing
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.models import Classifier, Weights
-
-WEIGHTS_FILE = "student.safetensors"
-"""The weights of a run folder, and of an artifact made from one."""
+from icdctl.registry import WEIGHTS_FILE
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,11 @@ class Target:
             ArtifactError: the file has changed since it was looked at, or does not fit.
         """
         model = models.create(self.model, self.num_classes, dataset=self.dataset)
-        models.load_weights(model, self.path)
+        loaded = models.load_weights(model, self.path)
+        if loaded.sha256 != self.sha256:
+            raise ArtifactError(
+                f"`{self.path}` was replaced while it was being read", hint="run the command again when it is at rest"
+            )
         return model.eval()
 
 

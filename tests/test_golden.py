@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import golden_support as golden
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from icdctl import models
-from icdctl.methods import patch_logits
+from icdctl.data import epoch_views
+from icdctl.engine.step import StepRule, TrainingStep
+from icdctl.engine.teacher import InlineTeacher
+from icdctl.methods import check_settings, distillation_terms, patch_logits
+from icdctl.methods.logit import dkd_loss, kd_loss, nkd_loss
+from icdctl.methods.patch import cluster_loss, scale_decoupled_loss
 
 MODEL_ENTRIES: dict[str, dict[str, Any]] = golden.read("models.json").get("entries", {})
 TRAIN_STEPS = [
@@ -132,3 +139,202 @@ def assert_statistics(model: models.Classifier, expected: dict[str, Any]) -> Non
         assert values.sum().item() == pytest.approx(wanted["sum"], rel=1e-6, abs=1e-6 * wanted["l2"])
     counters = {key: int(value) for key, value in buffers.items() if key.endswith("num_batches_tracked")}
     assert {key: count for key, count in counters.items() if count != 1} == expected["num_batches_tracked_not_1"]
+
+
+# Losses: the functions, and the sums of terms that the reference's trainer backpropagates.
+
+LOSS_FILE = golden.read("losses.json")
+LOSS_ARRAYS = golden.read_arrays("losses.npz") if LOSS_FILE else {}
+CASES: dict[str, dict[str, Any]] = {
+    case["id"]: case for case in LOSS_FILE.get("cases", []) if case["section"] in ("loss", "forward_train")
+}
+NONFINITE_RULE = "inputs that are not finite: the reference zeroes the loss, icdctl stops the run (checked: not finite)"
+GUARDED_RULE = "the reference's guard fired on finite float64 values: its 0 without gradient is no value of the loss"
+REFUSED_RULE = "scale sets that the reference refuses: icdctl has a value, and the reference has none to compare with"
+SCALES_OF_PATCHES = {1: (1,), 4: (2,), 5: (1, 2), 16: (4,), 17: (1, 4), 20: (2, 4), 21: (1, 2, 4)}
+GRADIENT_FLOOR = 1e-6
+"""Gradients below this norm are compared as if they had it: where student and teacher agree they are rounding."""
+
+
+def loss_inputs(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    inputs = {}
+    for name, key in case["inputs"].items():
+        value = torch.from_numpy(np.array(LOSS_ARRAYS[key]))
+        inputs[name] = value.to(dtype) if value.is_floating_point() else value
+    for name in case.get("grad_wrt", []):
+        inputs[name].requires_grad_()
+    return inputs
+
+
+def losses_of(case: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The case's loss by icdctl, as the reference's function reduces it."""
+    numbers, method = case["hparams"], case["method"]
+    student, teacher, labels = inputs["student"], inputs["teacher"], inputs.get("target", torch.empty(0))
+    rows: Callable[[Tensor, Tensor, Tensor], Tensor]
+    if "temp" in numbers:
+        rows = partial(nkd_loss, gamma=numbers["gamma"], temperature=numbers["temp"], drop_target=False)
+    elif "alpha" in numbers:
+        rows = partial(dkd_loss, **numbers)
+    else:
+
+        def rows(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+            return kd_loss(student, teacher, temperature=numbers["temperature"])
+
+    if method == "cluster_loss":
+        scales = SCALES_OF_PATCHES[student.shape[2]]
+        value = cluster_loss(student, teacher, scales=scales, corrected=False).mean()
+        return {"loss": numbers["gamma"] * numbers["temperature"] ** 2 * value}
+    if student.dim() == 3:
+        return {"loss": scale_decoupled_loss(rows, student, teacher, labels, teacher[:, :, 0].argmax(dim=1)).mean()}
+    if method.endswith("(per row)"):
+        value = rows(student, teacher, labels)
+        return {"loss": value / len(value) if method.startswith("dkd") else value}
+    return {"loss": rows(student, teacher, labels).mean()}
+
+
+def terms_of(case: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The case's terms by icdctl, under the reference's names."""
+    if case["method"] == "NONE":
+        ce = distillation_terms("ce", student_logits=inputs["student_logits"], labels=inputs["target"])["ce"]
+        return {"ce": ce}
+    patches = inputs["student_patch"].shape[2]
+    method, settings = reference_settings(case["method"], case["hparams"])
+    terms = distillation_terms(
+        method,
+        student_logits=inputs["student_logits"],
+        student_patches=inputs["student_patch"],
+        teacher_logits=inputs["teacher_logits"],
+        teacher_patches=inputs["teacher_patch"],
+        labels=inputs["target"],
+        scales=SCALES_OF_PATCHES[patches],
+        epoch=case["hparams"]["epoch"],
+        settings=settings,
+    )
+    named = {f"loss_{name}": term for name, term in terms.items()}
+    return {**named, "__total__": torch.stack(list(terms.values())).sum()}
+
+
+def reference_settings(reference_method: str, numbers: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """Our method and settings for a reference class and its configuration."""
+    method = reference_method.lower()
+    if method.endswith("nkd"):
+        settings = {"ce_weight": numbers["DKD.CE_WEIGHT"], "warmup_epochs": numbers["DKD.WARMUP"]}
+        if method != "nkd":
+            settings |= {"beta": numbers["DKD.BETA"], "temperature": numbers["DKD.T"]}
+    elif method.endswith("dkd"):
+        settings = {
+            "alpha": numbers["DKD.ALPHA"],
+            "beta": numbers["DKD.BETA"],
+            "temperature": numbers["DKD.T"],
+            "ce_weight": numbers["DKD.CE_WEIGHT"],
+            "warmup_epochs": numbers["DKD.WARMUP" if method == "dkd" else "warmup"],
+        }
+    else:
+        settings = {
+            "temperature": numbers["KD.TEMPERATURE"],
+            "ce_weight": numbers["KD.LOSS.CE_WEIGHT"],
+            "kd_weight": numbers["KD.LOSS.KD_WEIGHT"],
+        }
+    return method, settings | ({"gamma": numbers["CD.GAMMA"]} if method.startswith("cd_") else {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("case_id", CASES)
+def test_loss_reaches_the_float64_value_of_the_reference(case_id: str, dtype: torch.dtype) -> None:
+    case = CASES[case_id]
+    section = f"{case['section']} {str(dtype).removeprefix('torch.')}"
+    inputs = loss_inputs(case, dtype)
+    actual = losses_of(case, inputs) if case["section"] == "loss" else terms_of(case, inputs)
+    if "expected_error" in case:
+        assert all(torch.isfinite(value).all() for value in actual.values())
+        golden.record(section, skipped_rule=REFUSED_RULE)
+        return
+    if not all(torch.isfinite(value).all() for value in inputs.values()):
+        assert not all(torch.isfinite(value).all() for value in actual.values())
+        golden.record(section, skipped_rule=NONFINITE_RULE)
+        return
+    if case["guard_hit"]["float64"]:
+        assert all(torch.isfinite(value).all() for value in actual.values())
+        golden.record(section, skipped_rule=GUARDED_RULE)
+        return
+
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (1e-9, 1e-12)
+    assert set(actual) == set(case["expected"]["float64"])
+    for name, expected in case["expected"]["float64"].items():
+        wanted = LOSS_ARRAYS[expected["npz"]] if isinstance(expected, dict) else np.float64(expected)
+        np.testing.assert_allclose(actual[name].detach().double().numpy(), wanted, rtol=rtol, atol=atol, err_msg=name)
+    check_gradients(case, inputs, actual)
+    golden.record(section, checked=1)
+
+
+def check_gradients(case: dict[str, Any], inputs: dict[str, Tensor], actual: dict[str, Tensor]) -> None:
+    total = next(actual[name] for name in ("__total__", "loss", "ce") if name in actual)
+    if total.requires_grad:
+        total.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    for name, expected in (case.get("grad") or {}).items():
+        gradient = inputs[name].grad
+        found = torch.zeros_like(inputs[name]) if gradient is None else gradient
+        wanted = (
+            torch.zeros_like(found) if expected is None else torch.from_numpy(np.array(LOSS_ARRAYS[expected["npz"]]))
+        )
+        error = (found.double() - wanted.double()).norm() / max(wanted.double().norm().item(), GRADIENT_FLOOR)
+        assert error <= 1e-5, f"{name}: {error:.1e}"
+
+
+# Trajectories: steps of training, by the very step that the engine runs.
+
+TRAJECTORIES: dict[str, dict[str, Any]] = {
+    trajectory["spec"]["id"]: trajectory for trajectory in golden.read("trajectory.json").get("trajectories", [])
+}
+
+
+def trajectory_model(name: str, spec: dict[str, Any], role: str) -> models.Classifier:
+    model = models.create(name, spec["num_classes"])
+    golden.fill(model, fill_seed=spec[f"{role}_fill_seed"], gain=spec[f"{role}_gain"])
+    return model.double()
+
+
+@pytest.mark.parametrize("trajectory_id", TRAJECTORIES)
+def test_training_follows_the_trajectory_of_the_reference(trajectory_id: str) -> None:
+    trajectory = TRAJECTORIES[trajectory_id]
+    spec = trajectory["spec"]
+    method, settings = reference_settings(
+        spec["distiller"],
+        {
+            "DKD.ALPHA": spec["alpha"],
+            "DKD.BETA": spec["beta"],
+            "DKD.T": spec["T"],
+            "DKD.CE_WEIGHT": spec["ce_weight"],
+            "warmup": spec["warmup"],
+            "CD.GAMMA": spec["gamma"],
+        },
+    )
+    scales = golden.scales_of(spec["M"])
+    student = trajectory_model(spec["student"], spec, "student")
+    cpu = torch.device("cpu")
+    teacher = InlineTeacher(trajectory_model(spec["teacher"], spec, "teacher"), scales=scales, device=cpu)
+    optimizer = torch.optim.SGD(
+        student.parameters(), spec["lr"], momentum=spec["momentum"], weight_decay=spec["weight_decay"], fused=True
+    )
+    rule = StepRule(method, check_settings(method, settings), scales, spec["clip"])
+    step = TrainingStep(student, optimizer, rule, steps_per_epoch=spec["steps"], device=cpu)
+    step.start_epoch(spec["epoch"])
+    comparable = min(trajectory.get("comparable_steps_float64", spec["steps"]) - 2, spec["steps"])
+    student.train()
+    for index in range(spec["steps"]):
+        images, labels = trajectory_batch(spec, index)
+        step(index, images, labels, teacher.answer(epoch_views(1, seed=0, epoch=1, crop_padding=0, flip=False), images))
+    for index in range(comparable):
+        wanted = trajectory["steps_float64"][index]
+        expected = [wanted[f"loss_{name}"] for name in rule.term_names] + [wanted["grad_norm_before_clip"]]
+        np.testing.assert_allclose(step.log[index].numpy(), expected, rtol=1e-6, err_msg=f"step {index}")
+    golden.record("trajectory steps", checked=comparable)
+    late = spec["steps"] - comparable
+    golden.record("trajectory steps", skipped_rule="chaotic: past the file's comparable steps less two", skipped=late)
+
+
+def trajectory_batch(spec: dict[str, Any], index: int) -> tuple[Tensor, Tensor]:
+    random = np.random.RandomState(spec["data_seed"] + index)
+    images = random.standard_normal((spec["batch"], 3, 32, 32)).astype(np.float32)
+    labels = random.randint(0, spec["num_classes"], size=spec["batch"])
+    return torch.from_numpy(images).double(), torch.from_numpy(labels)

@@ -90,7 +90,7 @@ def load(
     row = DATASETS[resolve(name)]
     if not row.embedded and (train_images is not None or test_images is not None):
         raise UsageError(
-            f"`{name}` has {row.train_images} training and {row.test_images} test images, other sizes can't be asked for",
+            f"`{name}` has a fixed size, {row.train_images} training and {row.test_images} test images",
             hint="leave `--train-images` out; it is for `--dataset digits100`",
         )
     chosen_train = row.train_images if train_images is None else train_images
@@ -113,16 +113,7 @@ def _load_digits100(folder: Path, train_images: int, test_images: int) -> Datase
         tensors = tuple(torch.from_numpy(array) for array in arrays)
         sha256 = _fingerprint(*tensors)
         files.write_bytes(path, save(dict(zip(keys, tensors, strict=True)), metadata={"sha256": sha256}))
-    row = DATASETS["digits100"]
-    return Dataset(
-        "digits100",
-        row.class_names,
-        row.preprocessing,
-        *tensors,
-        source=digits100.SOURCE,
-        licence=digits100.LICENCE,
-        sha256=sha256,
-    )
+    return _dataset("digits100", tensors, sha256=sha256)
 
 
 def _read_cache(path: Path, keys: Sequence[str]) -> tuple[tuple[Tensor, ...], str]:
@@ -142,15 +133,24 @@ def _load_cifar100(folder: Path, train_images: int, test_images: int) -> Dataset
     if not (train_published and test_published):
         caveat = f"`{folder / cifar100.FOLDER}` is not the published CIFAR-100 (other md5): results can't be compared"
     tensors = tuple(torch.from_numpy(array) for array in (train_pixels, train_labels, test_pixels, test_labels))
-    row = DATASETS["cifar100"]
+    return _dataset("cifar100", tensors, sha256=_fingerprint(*tensors), caveat=caveat)
+
+
+def _dataset(name: str, tensors: Sequence[Tensor], *, sha256: str, caveat: str | None = None) -> Dataset:
+    """The record of a row of `DATASETS` with its images and labels."""
+    row = DATASETS[name]
+    train_images, train_labels, test_images, test_labels = tensors
     return Dataset(
-        "cifar100",
-        row.class_names,
-        row.preprocessing,
-        *tensors,
-        source=cifar100.SOURCE,
-        licence=cifar100.LICENCE,
-        sha256=_fingerprint(*tensors),
+        name=name,
+        class_names=row.class_names,
+        preprocessing=row.preprocessing,
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
+        source=row.source,
+        licence=row.licence,
+        sha256=sha256,
         caveat=caveat,
     )
 

@@ -1,6 +1,6 @@
 """CIFAR-100 in its "python version", read from the archive's unpacked folder.
 
-The files are pickles. They are read by an unpickler that knows the four names such files need and refuses every other
+The files are pickles. They are read by an unpickler that knows the few names such files need and refuses every other
 one, so that a forged file can't run code.
 """
 
@@ -31,21 +31,21 @@ STD = (0.2675, 0.2565, 0.2761)
 SOURCE = "Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html"
 LICENCE = "none stated by its authors; research use is customary"
 SIDE = 32
-CLASS_NAMES = tuple(
-    """
-    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
-    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
-    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard
-    lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
-    pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark
-    shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
-    television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
-    """.split()
-)
+_FINE_LABELS = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
+man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
+tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
+CLASS_NAMES = tuple(_FINE_LABELS.split())
 """The fine labels, in the order of the files."""
 
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),  # the same, as written by numpy 2
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
     ("_codecs", "encode"),

@@ -93,7 +93,8 @@ def _compose(label: int, pool: list[list[Image.Image]], random: np.random.Random
     # The sum of four uniform draws is near to normal, and exact on every machine.
     noise = random.randint(0, 256, (4, SIDE, SIDE, 3)).sum(axis=0) / 255.0 - 2.0
     noisy = canvas + noise * (_NOISE_STD * 3.0**0.5)
-    return (noisy.clip(0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+    pixels: _Pixels = (noisy.clip(0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+    return pixels
 
 
 def _ground(random: np.random.RandomState) -> npt.NDArray[np.float64]:
@@ -132,4 +133,3 @@ def _blend(
     height, width = opacity.shape
     region = canvas[top : top + height, left : left + width]
     region += opacity[:, :, None] * (colour - region)
-

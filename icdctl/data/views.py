@@ -18,7 +18,7 @@ from icdctl.data.dataset import Preprocessing
 
 @dataclass(frozen=True)
 class Views:
-    """Views of images: entry i is image `index[i]`, cropped at (`top[i]`, `left[i]`) of the padded image, then flipped."""
+    """Views of images: entry i is image `index[i]`, cropped at (`top[i]`, `left[i]`) once padded, then flipped."""
 
     index: Tensor
     """[N] int64."""

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from icdctl import files, models, targets
-from icdctl.config import CUSTOM_MODEL, RunConfig
+from icdctl import files, models, registry, targets
+from icdctl.config import RunConfig
 from icdctl.data import Dataset, ImageStore, epoch_views
 from icdctl.engine.checkpoint import Progress, checkpoint_path, load_checkpoint, save_checkpoint
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
@@ -26,7 +25,7 @@ from icdctl.engine.schedule import learning_rate
 from icdctl.engine.step import StepRule, TrainingStep
 from icdctl.engine.teacher import InlineTeacher, Teacher, cache_answers
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
-from icdctl.evaluate import evaluate_logits, module_predictor, predict_all
+from icdctl.evaluation import evaluate_logits, module_predictor, predict_all
 from icdctl.methods import METHODS
 from icdctl.models import Classifier
 
@@ -209,7 +208,7 @@ class _Session:
         if self.num_steps == 0:
             raise UsageError("one training image is too few", hint="train on 2 images or more")
         self.student = student if student is not None else self._new_student()
-        self.student.to(device=device, memory_format=torch.channels_last)
+        self.student.to(device).to(memory_format=torch.channels_last)
         self.optimizer = _make_optimizer(config, self.student)
         rule = StepRule(config.method, config.settings, config.scales, config.clip_norm, precision == "bf16")
         self.step = TrainingStep(self.student, self.optimizer, rule, steps_per_epoch=self.num_steps, device=device)
@@ -365,11 +364,9 @@ class _Session:
             "variant": config.settings["variant"],
             "dataset_sha256": self.dataset.sha256,
         }
-        said = targets.metadata(
-            config.student, config.dataset, self.dataset.class_names, self.dataset.preprocessing
-        )
+        said = targets.metadata(config.student, config.dataset, self.dataset.class_names, self.dataset.preprocessing)
         _write_history(out / "history.csv", history)
-        models.save_weights(out / targets.WEIGHTS_FILE, self.student, said)
+        models.save_weights(out / registry.WEIGHTS_FILE, self.student, said)
         files.write_json(out / "metrics.json", metrics)
         return RunResult(out, config, metrics, True, self.student.eval())
 

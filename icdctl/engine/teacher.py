@@ -48,7 +48,7 @@ class InlineTeacher:
             scales: of the patches; None for methods that read none.
             device: where it runs.
         """
-        self._model = fold_batch_norms(model).to(device=device, memory_format=torch.channels_last)
+        self._model = fold_batch_norms(model).to(device).to(memory_format=torch.channels_last)
         self._scales = scales
 
     def answer(self, views: Views, images: Tensor) -> Answer:
@@ -61,9 +61,7 @@ class InlineTeacher:
             outputs = self._model.outputs(images)
             if self._scales is None:
                 return Answer(outputs.logits, None)
-            return Answer(
-                outputs.logits, methods.patch_logits(outputs.feature_map, self._model.head, self._scales)
-            )
+            return Answer(outputs.logits, methods.patch_logits(outputs.feature_map, self._model.head, self._scales))
 
 
 class CachedTeacher:
@@ -97,4 +95,6 @@ def cache_answers(
         answers.append(teacher(store.inputs(part)))
         on_images(len(part))
     patches = [answer.patches for answer in answers if answer.patches is not None]
-    return CachedTeacher(Answer(torch.cat([answer.logits for answer in answers]), torch.cat(patches) if patches else None))
+    return CachedTeacher(
+        Answer(torch.cat([answer.logits for answer in answers]), torch.cat(patches) if patches else None)
+    )

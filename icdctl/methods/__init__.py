@@ -45,7 +45,7 @@ Settings = Mapping[str, float | str]
 """A method's own numbers, and its `variant`."""
 
 VARIANTS = ("published", "corrected")
-"""`published` reproduces the reference code's numbers, quirks included; `corrected` is documented in docs/methods.md."""
+"""`published` has the reference code's numbers, quirks included; docs/methods.md says what `corrected` changes."""
 
 _KD = {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9, "warmup_epochs": 0.0}
 _DKD = {"temperature": 4.0, "alpha": 1.0, "beta": 2.0, "ce_weight": 1.0, "kd_weight": 1.0, "warmup_epochs": 20.0}
@@ -171,11 +171,17 @@ def distillation_terms(
         raise UsageError(f"method `{name}` needs the teacher's logits", hint="pass `teacher_logits`")
     teacher_logits = teacher_logits.detach()
 
-    if row.needs_patches:
-        student_patches, teacher_patches = _check_patches(name, student_patches, teacher_patches, scales)
+    kd_factor = float(values["kd_weight"]) * _warmup_factor(epoch, float(values["warmup_epochs"]))
+    if not row.needs_patches:
+        terms["kd"] = kd_factor * _row_loss(row.loss, student_logits, teacher_logits, labels, values).mean()
+        return terms
+
+    student_patches, teacher_patches = _check_patches(name, student_patches, teacher_patches, scales)
+    if tuple(scales) == (1,):  # as in the reference, logits are compared where the whole image is the only patch
+        kd = _row_loss(row.loss, student_logits, teacher_logits, labels, values)
+    else:
         # Without the 1x1 patch the whole image's prediction comes from the logits themselves.
         global_logits = teacher_patches[:, :, 0] if scales[0] == 1 else teacher_logits
-    if row.needs_patches and tuple(scales) != (1,):
         kd = scale_decoupled_loss(
             lambda student, teacher, rows: _row_loss(row.loss, student, teacher, rows, values),
             student_patches,
@@ -183,10 +189,8 @@ def distillation_terms(
             labels,
             global_logits.argmax(dim=1),
         )
-    else:  # as in the reference, logits are compared where the whole image is the only patch
-        kd = _row_loss(row.loss, student_logits, teacher_logits, labels, values)
-    terms["kd"] = float(values["kd_weight"]) * _warmup_factor(epoch, float(values["warmup_epochs"])) * kd.mean()
-    if row.cluster and student_patches is not None and teacher_patches is not None:
+    terms["kd"] = kd_factor * kd.mean()
+    if row.cluster:
         cluster = cluster_loss(student_patches, teacher_patches, scales=scales, corrected=corrected)
         terms["cluster"] = float(values["gamma"]) * cluster.mean()
     return terms

@@ -33,7 +33,9 @@ def parse_scales(text: str) -> tuple[int, ...]:
     """
     parts = [part.strip() for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
     if not all(part.isascii() and part.removeprefix("-").isdigit() for part in parts):
-        raise UsageError(f"scales `{text}` are not whole numbers with commas between them", hint="e.g. `--scales 1,2,4`")
+        raise UsageError(
+            f"scales `{text}` are not whole numbers with commas between them", hint="e.g. `--scales 1,2,4`"
+        )
     return check_scales([int(part) for part in parts])
 
 

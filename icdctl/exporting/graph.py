@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from icdctl.data import Preprocessing
 from icdctl.errors import ArtifactError, UsageError
-from icdctl.export.description import BATCH_NAME, INPUT_NAME, OUTPUT_NAME, Description, InputKind
+from icdctl.exporting.description import BATCH_NAME, INPUT_NAME, OUTPUT_NAME, Description, InputKind
 
 OPSETS = range(18, 24)
 """18 is the exporter's own; later ones give the same graph and ask for a newer runtime."""

@@ -13,14 +13,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError, field_validator
 
 from icdctl import files
 from icdctl.errors import ArtifactError
 
-SCHEMA = 1
+SCHEMA: Final = 1
 MANIFEST_FILE = "manifest.json"
 CARD_FILE = "card.md"
 FILES_FOLDER = "files"
@@ -70,14 +70,14 @@ class TeacherRecord(_Record):
 class OnnxRecord(_Record):
     """How far the ONNX file's numbers are from the weights' own, as `icdctl export` measured."""
 
-    max_error: float
-    """Largest difference of a logit."""
-    tolerance: float
-    """What it was allowed to be."""
-    agreement: float
-    """How often both name the same class."""
     passed: bool
-    """The verdict."""
+    """No check failed."""
+    max_error: float | None
+    """Largest difference of a logit; null where it is not finite."""
+    tolerance: float | None
+    """What it was allowed to be."""
+    agreement: float | None
+    """Percent of images for which both name the same class; null where no images were given."""
 
 
 class GitRecord(_Record):
@@ -128,8 +128,8 @@ class Manifest(_Record):
     """Null where no export was registered with it."""
     git: GitRecord | None
     """Null where the run was not made in a git checkout."""
-    versions: dict[str, str]
-    """Of Python and the libraries that matter."""
+    versions: dict[str, str | None]
+    """Of Python and the packages that matter; null for one that was not installed."""
 
     @field_validator("files")
     @classmethod
@@ -293,7 +293,7 @@ def _summary(manifest: Manifest) -> str:
 
 def _numbers(manifest: Manifest) -> list[tuple[str, ...]]:
     metrics = manifest.metrics
-    rows = [("top-1, final epoch", f"**{_percent(metrics.get('final_top1'))}**")]
+    rows: list[tuple[str, ...]] = [("top-1, final epoch", f"**{_percent(metrics.get('final_top1'))}**")]
     if "final_top5" in metrics:
         rows.append(("top-5, final epoch", _percent(metrics["final_top5"])))
     if "best_top1" in metrics:
@@ -301,14 +301,22 @@ def _numbers(manifest: Manifest) -> list[tuple[str, ...]]:
     if type(metrics.get("params")) is int:
         rows.append(("parameters", f"{metrics['params']:,}"))
     if manifest.onnx:
-        verdict = "passed" if manifest.onnx.passed else "NOT passed"
-        numbers = f"largest error {manifest.onnx.max_error:.2g} of {manifest.onnx.tolerance:.2g} allowed"
-        rows.append(("ONNX against weights", f"{verdict}: {numbers}, agreement {manifest.onnx.agreement:g}"))
-    return list(rows)
+        rows.append(("ONNX against weights", _verdict(manifest.onnx)))
+    return rows
+
+
+def _verdict(onnx: OnnxRecord) -> str:
+    parts = ["passed" if onnx.passed else "NOT passed"]
+    if onnx.max_error is not None and onnx.tolerance is not None:
+        parts.append(f"largest error {onnx.max_error:.2g} of {onnx.tolerance:.2g} allowed")
+    if onnx.agreement is not None:
+        parts.append(f"same class for {onnx.agreement:.2f} % of images")
+    return ", ".join(parts)
 
 
 def _training(manifest: Manifest) -> str:
-    rows = [
+    versions = [(name, version) for name, version in manifest.versions.items() if version is not None]
+    rows: list[tuple[str, ...]] = [
         ("epochs", str(manifest.epochs)),
         ("seed", str(manifest.seed)),
         ("scales", ", ".join(map(str, manifest.scales)) or "none"),
@@ -316,7 +324,7 @@ def _training(manifest: Manifest) -> str:
         ("recipe", f"`{json.dumps(manifest.recipe)}`"),
         ("registered", manifest.created),
         ("code", _code(manifest.git)),
-        ("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()) or "not on record"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions) or "not on record"),
     ]
     return _table(("", "value"), rows)
 
@@ -350,7 +358,7 @@ def _usage(artifact: Artifact) -> str:
     return (
         "```\n"
         f"icdctl eval {target}\n"
-        f"icdctl distill --teacher {target} --student res8 --dataset {dataset} --method kd\n"
+        f"icdctl distill --teacher {target} --student MODEL --dataset {dataset} --method kd\n"
         "```"
     )
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from icdctl.errors import ArtifactError
-from icdctl.export.description import Description
-from icdctl.export.graph import OPSETS
+from icdctl.exporting.description import Description
+from icdctl.exporting.graph import OPSETS
 from icdctl.files import sha256_bytes
 
 _MAX_BYTES = (2 << 30) - 1
@@ -98,7 +98,9 @@ def _check_plain(path: Path, proto: Any) -> int:
         ):
             raise _refused(path, f"the values of `{message.name}` lie in another file")
         if isinstance(message, onnx.NodeProto) and message.domain not in ("", "ai.onnx"):
-            raise _refused(path, f"it needs the operator `{message.op_type}` of `{message.domain}`, which is no standard")
+            raise _refused(
+                path, f"it needs the operator `{message.op_type}` of `{message.domain}`, which is no standard"
+            )
     domains = [entry.domain for entry in proto.opset_import if entry.domain not in ("", "ai.onnx")]
     if domains or proto.functions:
         raise _refused(path, f"it brings or needs operators of its own ({', '.join(domains) or 'local functions'})")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from icdctl.data import Preprocessing
 from icdctl.errors import ArtifactError, UsageError
-from icdctl.export.description import INPUT_NAME, OUTPUT_NAME, Description, InputKind
-from icdctl.export.reading import OnnxFile, read_onnx
+from icdctl.exporting.description import INPUT_NAME, OUTPUT_NAME, Description, InputKind
+from icdctl.exporting.reading import OnnxFile, read_onnx
 
 _WARM_UP_RUNS = 10
 _SILENT = 4
@@ -29,14 +29,15 @@ class OnnxClassifier:
     Args:
         path: the file, or one that has been read.
         threads: of the runtime; torch's own number otherwise.
+        optimise: let the runtime rewrite the graph as it usually does. Without that it runs what is written.
 
     Raises:
         ArtifactError: the file is missing, broken, refused, or was made by another program.
     """
 
-    def __init__(self, path: Path | str | OnnxFile, *, threads: int | None = None) -> None:
+    def __init__(self, path: Path | str | OnnxFile, *, threads: int | None = None, optimise: bool = True) -> None:
         self.file = path if isinstance(path, OnnxFile) else read_onnx(path)
-        self._session = _session(self.file, threads or torch.get_num_threads())
+        self._session = _session(self.file, threads or torch.get_num_threads(), optimise=optimise)
 
     @property
     def description(self) -> Description:
@@ -105,11 +106,13 @@ class OnnxClassifier:
         return torch.from_numpy(logits)
 
 
-def _session(file: OnnxFile, threads: int) -> Any:
+def _session(file: OnnxFile, threads: int, *, optimise: bool = True) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _SILENT  # what goes wrong is raised
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(file.content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # as in `_run`

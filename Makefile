@@ -1,0 +1,39 @@
+# Two commands on a fresh machine with python3 (and venv), make and git: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint test-slow test-methods install format clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(INSTALLED)
+
+demo: $(INSTALLED)  ## The whole job on the embedded data set; everything under runs/demo.
+	$(RUN)/icdctl demo
+
+lint: $(INSTALLED)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+test: lint  ## Style, types, tests: what CI runs.
+	$(RUN)/python -m pytest
+
+test-methods: $(INSTALLED)  ## The methods against each other, trained on the embedded digits (4 minutes).
+	$(RUN)/python -m pytest -m slow tests/test_methods_trained.py
+
+test-slow: $(INSTALLED)  ## Everything that takes minutes: all models exported, methods trained, the demo.
+	$(RUN)/python -m pytest -m slow
+
+format: $(INSTALLED)
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

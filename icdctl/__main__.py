@@ -1,0 +1,5 @@
+"""`python -m icdctl`."""
+
+from icdctl.cli import run
+
+run()

@@ -1,0 +1,421 @@
+"""The library: what the commands call, and what `import icdctl` offers.
+
+Each function takes keywords named like the flags, resolves every name, and hands a frozen configuration to the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from icdctl import config as configuration
+from icdctl import data, evaluation, files, methods, models, registry, targets
+from icdctl.config import CUSTOM_MODEL, Options, RunConfig
+from icdctl.data import Dataset
+from icdctl.engine import run as engine
+from icdctl.engine.device import resolve_device
+from icdctl.engine.run import Observer, RunResult
+from icdctl.errors import ArtifactError, IcdctlError, UsageError, combine
+from icdctl.exporting import Export, OnnxClassifier, export_onnx
+from icdctl.models import Classifier
+from icdctl.models.external import adapt
+from icdctl.targets import Target
+
+Model = str | Path | nn.Module
+
+_VERIFICATION_IMAGES = 1000
+"""How many test images join the verification of an export; the reference runs in float64, which is slow."""
+
+
+def train(
+    config: Mapping[str, Any] | None = None,
+    *,
+    resume: bool = False,
+    observer: Observer | None = None,
+    **options: Any,
+) -> RunResult:
+    """Train a model on labels alone.
+
+    Args:
+        config: options as a mapping; keywords override it.
+        resume: start, go on, or finish at once, whatever the state of the run folder is.
+        observer: told of the progress.
+        **options: `student` (a model's name or an nn.Module; `model` means the same), `dataset`, `out`, `epochs`, `lr`,
+            `seed`, ...: the fields of `icdctl.config.Options`.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    given = {**(config or {}), **options}
+    if "model" in given:
+        given["student"] = given.pop("model")
+    return _Job("train", given).run(resume=resume, observer=observer)
+
+
+def distill(
+    config: Mapping[str, Any] | None = None,
+    *,
+    resume: bool = False,
+    observer: Observer | None = None,
+    **options: Any,
+) -> RunResult:
+    """Train a student to imitate a teacher.
+
+    Args:
+        config: options as a mapping; keywords override it.
+        resume: start, go on, or finish at once, whatever the state of the run folder is.
+        observer: told of the progress.
+        **options: `method`, `teacher` (a name, `registry:NAME`, a run folder, a weights file or an nn.Module),
+            `student` (a name or an nn.Module), `scales`, `settings`, ...: the fields of `icdctl.config.Options`.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    return _Job("distill", {**(config or {}), **options}).run(resume=resume, observer=observer)
+
+
+def plan(
+    command: Literal["train", "distill"], options: Mapping[str, Any], config_file: Path | None = None
+) -> RunConfig:
+    """The resolved configuration of a run that is not started; the teacher must be there, the data need not.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    return _Job(command, options, config_file).config
+
+
+def start(
+    command: Literal["train", "distill"],
+    options: Mapping[str, Any],
+    *,
+    config_file: Path | None = None,
+    resume: bool = False,
+    observer: Observer | None = None,
+) -> RunResult:
+    """`train` or `distill` by name, from options and a config.json.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    return _Job(command, options, config_file).run(resume=resume, observer=observer)
+
+
+class _Job:
+    """Options with every name resolved."""
+
+    def __init__(
+        self, command: Literal["train", "distill"], options: Mapping[str, Any], config_file: Path | None = None
+    ) -> None:
+        given = dict(options)
+        self.student_module = _take_module(given, "student")
+        self.teacher_module = _take_module(given, "teacher")
+        gathered = configuration.gather(given, config_file=config_file)
+        _check_needed(command, gathered)
+        problems: list[IcdctlError] = []
+        self.teacher_target: Target | None = None
+        needs_teacher = command == "distill" and _needs_teacher(gathered)
+        if needs_teacher and self.teacher_module is None:
+            try:
+                self.teacher_target = find_teacher(str(gathered.teacher), dataset=gathered.dataset or "cifar100")
+            except IcdctlError as error:
+                problems.append(error)
+        if problems:
+            problems += _missing_data(gathered)
+        self.config = configuration.build(command, gathered, teacher=self._teacher_identity(), problems=problems)
+
+    def _teacher_identity(self) -> tuple[str, str, str] | None:
+        if self.teacher_target is not None:
+            target = self.teacher_target
+            return target.model, str(target.path.resolve()), target.sha256
+        return (CUSTOM_MODEL, "", "") if self.teacher_module is not None else None
+
+    def run(self, *, resume: bool, observer: Observer | None) -> RunResult:
+        """Load what is needed, then train."""
+        config = self.config
+        dataset = load_data(config.dataset, data_dir=config.data_dir, train_images=config.train_images)
+        if dataset.caveat and observer is not None:
+            observer.message(f"warning: {dataset.caveat}")
+        needs_patches = methods.METHODS[config.method].needs_patches
+        if needs_patches and config.scales == (1,) and observer is not None:
+            observer.message("warning: with scale 1 alone there are no patches: SDD and the cluster term add nothing")
+        return engine.run(
+            config,
+            dataset,
+            teacher=self._teacher(dataset, needs_patches),
+            student=self._own_student(dataset, needs_patches),
+            resume=resume,
+            observer=observer,
+        )
+
+    def _teacher(self, dataset: Dataset, needs_patches: bool) -> Classifier | None:
+        if self.teacher_target is not None:
+            if self.teacher_target.num_classes != dataset.num_classes:
+                raise ArtifactError(
+                    f"teacher `{self.teacher_target.origin}` tells {self.teacher_target.num_classes} classes apart, "
+                    f"`{dataset.name}` has {dataset.num_classes}",
+                    hint=f"train one with `icdctl train --model {self.teacher_target.model} --dataset {dataset.name}`",
+                )
+            return self.teacher_target.load()
+        return self._adapted(self.teacher_module, dataset, needs_patches)
+
+    def _own_student(self, dataset: Dataset, needs_patches: bool) -> Classifier | None:
+        return self._adapted(self.student_module, dataset, needs_patches)
+
+    def _adapted(self, module: nn.Module | None, dataset: Dataset, needs_patches: bool) -> Classifier | None:
+        if module is None:
+            return None
+        size = dataset.preprocessing.size
+        return adapt(module, image_size=size, num_classes=dataset.num_classes, needs_patches=needs_patches)
+
+
+def _take_module(given: dict[str, Any], key: str) -> nn.Module | None:
+    """An nn.Module among the options, replaced by a name there."""
+    value = given.get(key)
+    if isinstance(value, nn.Module):
+        given[key] = CUSTOM_MODEL
+        return value
+    if isinstance(value, Path):
+        given[key] = str(value)
+    return None
+
+
+def _check_needed(command: str, options: Options) -> None:
+    """A student always; a method and a teacher for `distill`."""
+    needed = ["student"] if command == "train" else ["method", "student"]
+    if command == "distill" and _needs_teacher(options):
+        needed.append("teacher")
+    missing = [name for name in needed if getattr(options, name) is None]
+    if missing:
+        flags = ", ".join(f"`--{'model' if command == 'train' else name}`" for name in missing)
+        example = (
+            "icdctl train --model res20 --dataset digits100"
+            if command == "train"
+            else "icdctl distill --method cd_sdd_dkd --teacher res32x4 --student mv2 --scales 1,2,4"
+        )
+        raise UsageError(f"{flags} {'is' if len(missing) == 1 else 'are'} missing", hint=f"e.g. `{example}`")
+
+
+def _needs_teacher(options: Options) -> bool:
+    row = methods.METHODS.get(str(options.method).lower().replace("-", "_"))
+    return row is None or row.needs_teacher
+
+
+def _missing_data(options: Options) -> list[IcdctlError]:
+    """What is wrong with the data, to be reported together with a missing teacher."""
+    try:
+        load_data(data.resolve(options.dataset or "cifar100"), data_dir=options.data_dir)
+    except IcdctlError as error:
+        return [error]
+    return []
+
+
+def load_data(dataset: str, *, data_dir: str | None = None, train_images: int | None = None) -> Dataset:
+    """The data set of a run.
+
+    Raises:
+        UsageError, ArtifactError: see `icdctl.data.load`.
+    """
+    folder = Path(data_dir).expanduser() if data_dir is not None else None
+    embedded = data.DATASETS[data.resolve(dataset)].embedded
+    return data.load(dataset, folder=folder, train_images=train_images if embedded else None)
+
+
+def find_teacher(teacher: str, *, dataset: str) -> Target:
+    """What `--teacher` names: a path, `registry:NAME`, or a model whose registered teacher for the data set is taken.
+
+    Raises:
+        UsageError: no path and no model.
+        ArtifactError: the model has no registered teacher; the hint says how to get one.
+    """
+    name = data.resolve(dataset)
+    if teacher.startswith("registry:") or Path(teacher).expanduser().exists() or "/" in teacher or "." in teacher:
+        return targets.resolve(teacher, dataset=name)
+    model = models.resolve(teacher)
+    artifact = registry.find_teacher(registry.default_folder(), model=model, dataset=name)
+    if artifact is not None:
+        return targets.resolve(f"registry:{artifact.reference}")
+    published = _published_teacher(model, name)
+    raise ArtifactError(
+        f"teacher `{model}` for `{name}` is not there: no such artifact in `{registry.default_folder()}`",
+        hint=f"{published}train one with `icdctl train --model {model} --dataset {name} --out runs/teacher`, then pass "
+        "`--teacher runs/teacher`, or register it with `icdctl registry add runs/teacher`",
+    )
+
+
+_CRD_TEACHERS = {
+    "res32x4": "resnet32x4",
+    "wrn40_2": "wrn_40_2",
+    "res56": "resnet56",
+    "res110": "resnet110",
+    "vgg13": "vgg13",
+    "res50": "ResNet50",
+}
+_CRD_ARCHIVE = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
+
+
+def _published_teacher(model: str, dataset: str) -> str:
+    """Where the literature's own teacher can be had, as the start of a hint."""
+    if dataset != "cifar100" or model not in _CRD_TEACHERS:
+        return ""
+    member = f"cifar_teachers/{_CRD_TEACHERS[model]}_vanilla/ckpt_epoch_240.pth"
+    return f"download {_CRD_ARCHIVE}, unpack it and pass `--teacher {member}`; or "
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Numbers of a classifier on a data set's test images."""
+
+    target: str
+    dataset: str
+    num_images: int
+    numbers: evaluation.Evaluation
+    agreement: float | None
+    """With the teacher, in percent."""
+    fidelity: float | None
+    """Mean KL(teacher || this), in nats."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        found = {"target": self.target, "dataset": self.dataset, "num_images": self.num_images}
+        compared = {} if self.agreement is None else {"agreement": self.agreement, "fidelity": self.fidelity}
+        return {**found, **self.numbers.as_json(), **compared}
+
+
+def evaluate(
+    target: Model,
+    *,
+    dataset: str | None = None,
+    teacher: Model | None = None,
+    data_dir: str | None = None,
+    device: str = "auto",
+    observer: Observer | None = None,
+) -> EvaluationResult:
+    """Top-1, top-5, loss, calibration and top-1 per class on the test images; with a teacher, how alike the two are.
+
+    Args:
+        target: a run folder, a weights file, `registry:NAME`, an .onnx file or an nn.Module.
+        dataset: what to test on; by default what the target was trained on.
+        teacher: another such thing to compare with.
+        data_dir: what holds the data sets.
+        device: for torch models; ONNX files run on the CPU.
+        observer: told of the progress.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    place = resolve_device(device)
+    seen = observer or engine.SilentObserver()
+    name, predict, label = _predictor(target, dataset, place)
+    held = load_data(name, data_dir=data_dir)
+    others = None
+    if teacher is not None:
+        other_name, other_predict, other_label = _predictor(teacher, dataset or name, place)
+        if other_name != name:
+            raise UsageError(
+                f"`{other_label}` was trained on `{other_name}`, `{label}` on `{name}`",
+                hint="compare models of one data set, or name the one to test on with `--dataset`",
+            )
+        seen.begin("teacher", held.test_images.shape[0])
+        others = evaluation.predict_all(other_predict, held.test_images, on_batch=seen.advance)
+    seen.begin("evaluating", held.test_images.shape[0])
+    logits = evaluation.predict_all(predict, held.test_images, on_batch=seen.advance)
+    if logits.shape[1] != held.num_classes or (others is not None and others.shape != logits.shape):
+        raise ArtifactError(
+            f"`{label}` tells {logits.shape[1]} classes apart, `{name}` has {held.num_classes}",
+            hint="name the data set that it was trained on with `--dataset`",
+        )
+    return EvaluationResult(
+        target=label,
+        dataset=name,
+        num_images=logits.shape[0],
+        numbers=evaluation.evaluate_logits(logits, held.test_labels),
+        agreement=None if others is None else evaluation.agreement(logits, others),
+        fidelity=None if others is None else evaluation.fidelity(logits, others),
+    )
+
+
+def _predictor(target: Model, dataset: str | None, device: torch.device) -> tuple[str, evaluation.Predict, str]:
+    """The data set of a classifier, its function from pixels to logits, and what to call it."""
+    name = None if dataset is None else data.resolve(dataset)
+    if isinstance(target, nn.Module):
+        if name is None:
+            raise UsageError("the data set is not named", hint="pass `dataset`, e.g. `dataset='cifar100'`")
+        preprocessing = data.DATASETS[name].preprocessing
+        return name, evaluation.module_predictor(target.eval().to(device), preprocessing, device), type(target).__name__
+    label = str(target)
+    if label.endswith(".onnx"):
+        session = OnnxClassifier(Path(label))
+        return name or data.resolve(session.description.dataset), session.logits, label
+    found = targets.resolve(label, dataset=name)
+    model = found.load().to(device).to(memory_format=torch.channels_last)
+    return name or found.dataset, evaluation.module_predictor(model, found.preprocessing, device), label
+
+
+def export(
+    target: str | Path,
+    out: str | Path | None = None,
+    *,
+    input_kind: Literal["uint8", "float"] = "uint8",
+    opset: int = 18,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+    replace: bool = False,
+) -> Export:
+    """An ONNX file that agrees with PyTorch, verified, in a folder with its card, hashes and report.
+
+    Args:
+        target: a run folder, a weights file or `registry:NAME`.
+        out: the folder to make; by default `onnx` in the run folder, or beside the weights file.
+        input_kind: `uint8` pixels [batch, H, W, 3], or normalised `float` images [batch, 3, H, W].
+        opset: 18 to 23.
+        dataset: for weights that do not say what they were trained on.
+        data_dir: what holds the data sets; where the data are there, the test images join the verification.
+        replace: an existing folder.
+
+    Raises:
+        IcdctlError: with a message and a hint; a file that fails verification is not kept.
+    """
+    found = targets.resolve(str(target), dataset=None if dataset is None else data.resolve(dataset))
+    if out is None:
+        beside = found.path.parent if not str(target).startswith("registry:") else Path.cwd()
+        out = beside / "onnx"
+    images, labels = None, None
+    try:
+        held = load_data(found.dataset, data_dir=data_dir)
+        images, labels = held.test_images[:_VERIFICATION_IMAGES], held.test_labels[:_VERIFICATION_IMAGES]
+    except (ArtifactError, UsageError):
+        pass  # verification then uses its own probe images, and the card states no accuracy
+    facts = _facts(found)
+    return export_onnx(
+        found,
+        Path(out),
+        input_kind=input_kind,
+        opset=opset,
+        images=images,
+        labels=labels,
+        facts=facts,
+        replace=replace,
+    )
+
+
+def _facts(target: Target) -> dict[str, Any]:
+    """What the run folder of a weights file says of how it came about, for the model card."""
+    row = data.DATASETS.get(target.dataset)
+    facts: dict[str, Any] = {} if row is None else {"data_source": row.source, "data_licence": row.licence}
+    folder = target.path.parent
+    hint = "point at the weights file itself"
+    if (folder / "config.json").is_file() and (folder / "metrics.json").is_file():
+        config = files.read_json(folder / "config.json", what="config", hint=hint)
+        metrics = files.read_json(folder / "metrics.json", what="metrics", hint=hint)
+        facts |= {key: config.get(key) for key in ("method", "teacher", "teacher_sha256", "scales", "settings", "seed")}
+        facts |= {key: metrics.get(key) for key in ("final_top1", "best_top1", "best_epoch", "variant")}
+    return facts
+
+
+__all__ = ["EvaluationResult", "RunResult", "combine", "distill", "evaluate", "export", "plan", "start", "train"]

@@ -1,0 +1,52 @@
+"""`icdctl demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from icdctl import console
+from icdctl.commands import options
+from icdctl.commands.training import ProgressObserver
+from icdctl.errors import IcdctlError
+
+
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The only folder it writes to.", show_default="runs/demo")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of all runs.")] = 0,
+    device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto",
+    restart: Annotated[bool, typer.Option("--restart", help="Throw an earlier demo in that folder away.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """The whole job in two minutes: teacher, plain and distilled student, ONNX, registry, report.
+
+    Example: icdctl demo --out /tmp/demo
+    """
+    from icdctl import files
+    from icdctl.demo import CAVEATS, CURVES_FILE, REPORT_FILE, TABLE_COLUMNS, run_demo, table_rows
+
+    folder = out if out is not None else files.project_root() / "runs" / "demo"
+    with console.progress() as display:
+        result = run_demo(
+            folder,
+            seed=seed,
+            device=device,
+            restart=restart,
+            stage=lambda label: ProgressObserver(display, label),
+        )
+    if as_json:
+        console.show_json(result.as_json())
+    else:
+        console.show_table(TABLE_COLUMNS, table_rows(result))
+        console.show_line(f"\ndistillation adds {result.gain:.1f} points; read this with it:")
+        for caveat in CAVEATS:
+            console.show_line(f"- {caveat}")
+        console.show_line(f"\nreport  {folder / REPORT_FILE}\ncurves  {folder / CURVES_FILE}")
+        console.show_line(f"try     icdctl eval {folder / 'distilled'} --teacher {folder / 'teacher'}")
+    failures = result.failures()
+    if failures:
+        raise IcdctlError("the demo ran, but " + "; ".join(failures), hint="run it again with another `--seed`")

@@ -1,0 +1,78 @@
+"""`icdctl distill`: the main job."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from icdctl.commands import options
+from icdctl.commands.training import run_training
+
+
+def distill(
+    method: Annotated[
+        str | None, typer.Option(help="Loss to train with; `icdctl list methods`.", rich_help_panel="What")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Frozen model to learn from: a name (its registered teacher), `registry:NAME`, a run folder or a "
+            "weights file.",
+            rich_help_panel="What",
+        ),
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option(help="Model to train; `icdctl list models`.", rich_help_panel="What")
+    ] = None,
+    dataset: options.Dataset = None,
+    scales: options.Scales = None,
+    recipe: options.Recipe = None,
+    settings: options.Settings = None,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = None,
+    lr: options.LearningRate = None,
+    seed: options.Seed = None,
+    optimizer: options.Optimizer = None,
+    train_images: options.TrainImages = None,
+    data_dir: options.DataDir = None,
+    device: options.Device = None,
+    precision: options.Precision = None,
+    teacher_mode: options.TeacherMode = None,
+    deterministic: options.Deterministic = False,
+    max_steps: options.MaxSteps = None,
+    time_limit: options.TimeLimit = None,
+    out: options.Out = None,
+    resume: options.Resume = False,
+    config: options.ConfigFile = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+) -> None:
+    """Train a student to imitate a teacher; leave weights, metrics and configuration in a run folder.
+
+    Example: icdctl distill --method cd_sdd_dkd --teacher res32x4 --student mv2 --scales 1,2,4
+    """
+    given = options.given_options(
+        method=method,
+        teacher=teacher,
+        student=student,
+        dataset=dataset,
+        scales=scales,
+        recipe=recipe,
+        settings=options.parse_settings(settings),
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        optimizer=optimizer,
+        train_images=train_images,
+        data_dir=data_dir,
+        device=device,
+        precision=precision,
+        teacher_mode=teacher_mode,
+        deterministic=deterministic,
+        max_steps=max_steps,
+        time_limit=time_limit,
+        out=out,
+    )
+    run_training("distill", given, config_file=config, resume=resume, dry_run=dry_run, as_json=as_json)

@@ -1,0 +1,96 @@
+"""`icdctl doctor`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from icdctl import console, files
+from icdctl.commands import options
+from icdctl.errors import IcdctlError
+
+_LOW_DISK_BYTES = 2 * 10**9
+
+
+def doctor(as_json: options.Json = False) -> None:
+    """Look at the machine: versions, devices, folders, data; exit 1 where something would fail.
+
+    Example: icdctl doctor
+    """
+    checks = [*_software(), *_devices(), *_folders(), *_data()]
+    broken = [check for check in checks if check["status"] == "fail"]
+    if as_json and not broken:
+        console.show_json({"checks": checks})
+    elif not as_json:
+        console.show_table(
+            ["", "what", "found"], [[check["status"], check["what"], check["found"]] for check in checks]
+        )
+    if broken:
+        raise IcdctlError(
+            "; ".join(f"{check['what']}: {check['found']}" for check in broken), hint=str(broken[0]["hint"])
+        )
+
+
+def _check(status: str, what: str, found: str, hint: str = "") -> dict[str, Any]:
+    return {"status": status, "what": what, "found": found, "hint": hint}
+
+
+def _software() -> list[dict[str, Any]]:
+    from icdctl.engine.environment import versions
+
+    hint = "install what is missing: `pip install icdctl`"
+    return [
+        _check("ok" if version else "fail", name, version or "not installed", hint)
+        for name, version in versions().items()
+    ]
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    found = [_check("ok", "cpu", threads)]
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or "no CUDA"
+        return [
+            *found,
+            _check("none", "cuda", f"no device (torch is built for {built}); `--device auto` takes the CPU"),
+        ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        found.append(_check("ok", f"cuda:{index}", f"{properties.name}, {memory}"))
+    return found
+
+
+def _folders() -> list[dict[str, Any]]:
+    home = files.state_folder()
+    found = [_check("ok", "project", str(files.project_root()))]
+    nearest = next(folder for folder in (home, *home.parents) if folder.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=nearest):
+            pass
+        free = shutil.disk_usage(nearest).free
+        status = "ok" if free > _LOW_DISK_BYTES else "low"
+        return [*found, _check(status, "state", f"{home}, {free / 1e9:.0f} GB free")]
+    except OSError as error:
+        hint = "name a folder that you may write to with `ICDCTL_HOME`"
+        return [*found, _check("fail", "state", f"`{home}` can't be written: {error.strerror}", hint)]
+
+
+def _data() -> list[dict[str, Any]]:
+    from icdctl.data import DATASETS, cifar100
+
+    folder = files.data_folder()
+    found = []
+    for name, row in DATASETS.items():
+        if row.embedded:
+            found.append(_check("ok", name, "embedded"))
+        elif (Path(folder) / cifar100.FOLDER / "train").is_file():
+            found.append(_check("ok", name, str(folder / cifar100.FOLDER)))
+        else:
+            found.append(_check("none", name, f"not in `{folder}`: {cifar100.how_to_get(folder)}"))
+    return found

@@ -1,0 +1,47 @@
+"""`icdctl eval`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from icdctl import console
+from icdctl.commands import options
+from icdctl.commands.training import observed
+
+
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A run folder, a weights file, `registry:NAME` or an .onnx file.")],
+    teacher: Annotated[
+        str | None, typer.Option(help="Another such thing, to say how alike the two are.", show_default=False)
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="What to test on.", show_default="what it was trained on")] = None,
+    data_dir: options.DataDir = None,
+    device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Measure a classifier on the test images: top-1, top-5, loss, calibration; with a teacher, agreement too.
+
+    Example: icdctl eval runs/demo/distilled --teacher runs/demo/teacher
+    """
+    from icdctl import api
+
+    with observed() as observer:
+        result = api.evaluate(
+            target, dataset=dataset, teacher=teacher, data_dir=data_dir, device=device, observer=observer
+        )
+    if as_json:
+        console.show_json(result.as_json())
+        return
+    numbers = result.numbers
+    worst = min(range(len(numbers.per_class)), key=numbers.per_class.__getitem__)
+    console.show_line(f"{'images':<11} {result.num_images:,} test images of {result.dataset}")
+    console.show_line(f"{'top-1':<11} {numbers.top1:.2f}")
+    console.show_line(f"{'top-5':<11} {numbers.top5:.2f}")
+    console.show_line(f"{'loss':<11} {numbers.loss:.4f}")
+    console.show_line(f"{'ece':<11} {numbers.ece:.2f} (calibration error, percent)")
+    console.show_line(f"{'worst class':<11} {worst} ({numbers.per_class[worst]:.1f})")
+    if result.agreement is not None and result.fidelity is not None:
+        console.show_line(f"{'agreement':<11} {result.agreement:.2f} (same class as `{teacher}`)")
+        console.show_line(f"{'fidelity':<11} {result.fidelity:.4f} nats of KL from it")

@@ -1,0 +1,71 @@
+"""`icdctl export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from icdctl import console
+from icdctl.commands import options
+from icdctl.errors import UsageError
+
+
+def export(
+    target: Annotated[str, typer.Argument(help="A run folder, a weights file or `registry:NAME`.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Folder to make.", show_default="onnx in the run folder"),
+    ] = None,
+    input_kind: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            help="`uint8`: pixels [batch, H, W, 3], preprocessing inside; `float`: normalised [batch, 3, H, W].",
+        ),
+    ] = "uint8",
+    opset: Annotated[int, typer.Option(help="18 to 23.")] = 18,
+    dataset: Annotated[
+        str | None, typer.Option(help="For weights that do not say what they were trained on.", show_default=False)
+    ] = None,
+    data_dir: options.DataDir = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an export that is there.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Make an ONNX file that agrees with PyTorch, and prove it with onnxruntime.
+
+    Example: icdctl export runs/demo/distilled
+    """
+    from icdctl import api
+
+    with console.progress() as display:
+        display.add_task("exporting and verifying", total=None, note="")
+        result = api.export(
+            target,
+            out,
+            input_kind=_input_kind(input_kind),
+            opset=opset,
+            dataset=dataset,
+            data_dir=data_dir,
+            replace=replace,
+        )
+    if as_json:
+        console.show_json(result.as_json())
+        return
+    report = result.report
+    agreement = "no test images here" if report.agreement is None else f"{report.agreement:.2f} % of the test images"
+    console.show_line(f"{'file':<11} {result.model_file} ({result.num_bytes / 1e6:.2f} MB, opset {opset})")
+    console.show_line(f"{'verified':<11} largest difference {report.max_error:.1e}, allowed {report.tolerance:.1e}")
+    console.show_line(f"{'agreement':<11} {agreement}")
+    if result.accuracy is not None:
+        console.show_line(f"{'top-1':<11} {result.accuracy['top1']:.2f} with onnxruntime")
+    console.show_line(f"{'card':<11} {result.folder / 'README.md'}")
+
+
+def _input_kind(name: str) -> Literal["uint8", "float"]:
+    if name == "uint8":
+        return "uint8"
+    if name == "float":
+        return "float"
+    raise UsageError(f"unknown input `{name}`", hint="choose `--input uint8` or `--input float`")

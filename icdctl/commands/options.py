@@ -1,0 +1,143 @@
+"""Options that several commands share, each defined once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from icdctl.errors import UsageError
+
+_TRAINING = "Training"
+_WHERE = "Where and how long"
+
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="What to train on; `icdctl list datasets`.", show_default="cifar100", rich_help_panel=_TRAINING),
+]
+DataDir = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder that holds the data sets' folders.",
+        show_default="$ICDCTL_DATA or .icdctl/data",
+        rich_help_panel=_WHERE,
+    ),
+]
+Scales = Annotated[
+    str | None, typer.Option(help="Patch grids: some of 1, 2, 4.", show_default="1,2,4", rich_help_panel=_TRAINING)
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting of the method, e.g. `gamma=8`; may be repeated. `icdctl list methods` shows them.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+Epochs = Annotated[int | None, typer.Option(show_default="of the recipe", rich_help_panel=_TRAINING)]
+BatchSize = Annotated[int | None, typer.Option(show_default="of the recipe", rich_help_panel=_TRAINING)]
+LearningRate = Annotated[float | None, typer.Option("--lr", show_default="of the recipe", rich_help_panel=_TRAINING)]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        help="Of initial weights, order, crops and flips.",
+        show_default="0",
+        rich_help_panel=_TRAINING,
+    ),
+]
+Optimizer = Annotated[
+    str | None, typer.Option(help="`sgd` or `adamw`.", show_default="of the recipe", rich_help_panel=_TRAINING)
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        help="Named set of training numbers; `icdctl list recipes`.",
+        show_default="the data set's",
+        rich_help_panel=_TRAINING,
+    ),
+]
+TrainImages = Annotated[
+    int | None,
+    typer.Option(help="How many images digits100 makes.", show_default="4000", rich_help_panel=_TRAINING),
+]
+Device = Annotated[
+    str | None, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.", show_default="auto", rich_help_panel=_WHERE)
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="`fp32`, `tf32` (CUDA) or `bf16` (student in autocast).",
+        show_default="auto: tf32 on CUDA, else fp32",
+        rich_help_panel=_WHERE,
+    ),
+]
+TeacherMode = Annotated[
+    str | None,
+    typer.Option(
+        help="`inline`: the teacher runs on each batch; `cache`: once on each image (no crops, no flips).",
+        show_default="auto: cache where it fits",
+        rich_help_panel=_WHERE,
+    ),
+]
+Out = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="Run folder to make.",
+        show_default="runs/<dataset>/<what differs>",
+        rich_help_panel=_WHERE,
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Start, go on, or finish at once, whatever is there.", rich_help_panel=_WHERE),
+]
+MaxSteps = Annotated[int | None, typer.Option(help="Stop after this many steps in all.", rich_help_panel=_WHERE)]
+TimeLimit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="90m",
+        help="Stop in time, save, and leave with 0; `--resume` goes on.",
+        rich_help_panel=_WHERE,
+    ),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="Only algorithms that repeat bit for bit.", rich_help_panel=_WHERE),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="A run's config.json, to repeat it.", rich_help_panel=_WHERE),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved configuration; train nothing.", rich_help_panel=_WHERE)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else, on stdout.")]
+
+
+def parse_settings(given: Sequence[str] | None) -> dict[str, str] | None:
+    """`["gamma=8", "beta=2"]` as a dictionary.
+
+    Raises:
+        UsageError: one is not KEY=VALUE, or a key is given twice.
+    """
+    if not given:
+        return None
+    settings: dict[str, str] = {}
+    for item in given:
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip() or not value.strip():
+            raise UsageError(f"setting `{item}` is not KEY=VALUE", hint="e.g. `--set gamma=8`")
+        if key.strip() in settings:
+            raise UsageError(f"setting `{key.strip()}` is given twice", hint="give it once")
+        settings[key.strip()] = value.strip()
+    return settings
+
+
+def given_options(**options: Any) -> dict[str, Any]:
+    """The options of a run, those that were given alone; a flag that was not set counts as not given."""
+    return {key: value for key, value in options.items() if value is not None and value is not False}

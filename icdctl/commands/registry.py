@@ -1,0 +1,109 @@
+"""`icdctl registry`: the artifact registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from icdctl import console
+from icdctl.commands import options
+from icdctl.errors import ArtifactError
+
+app = typer.Typer(help="Register trained models: numbered, hashed, with lineage.", no_args_is_help=True)
+
+Folder = Annotated[
+    Path | None,
+    typer.Option("--registry", metavar="DIR", help="The registry's folder.", show_default="registry in the project"),
+]
+
+
+@app.command("add")
+def add(
+    run_folder: Annotated[Path, typer.Argument(help="A finished run.")],
+    name: Annotated[str | None, typer.Option(show_default="<dataset>/<student>-<method>")] = None,
+    export_folder: Annotated[
+        Path | None, typer.Option("--onnx", metavar="DIR", help="Its export folder.", show_default=False)
+    ] = None,
+    folder: Folder = None,
+    as_json: options.Json = False,
+) -> None:
+    """Register a finished run as the next version of its name.
+
+    Example: icdctl registry add runs/digits100/res20-ce-s0
+    """
+    from icdctl import registry
+
+    artifact = registry.add(folder or registry.default_folder(), run_folder, export_folder=export_folder, name=name)
+    if as_json:
+        console.show_json(artifact.as_json())
+    else:
+        console.show_line(artifact.reference)
+
+
+@app.command("list")
+def list_(folder: Folder = None, as_json: options.Json = False) -> None:
+    """Show what is registered.
+
+    Example: icdctl registry list
+    """
+    from icdctl import registry
+
+    found = [artifact.as_json() for artifact in registry.list_artifacts(folder or registry.default_folder())]
+    if as_json:
+        console.show_json({"artifacts": found})
+    elif found:
+        rows = [[item["reference"], item["variant"], item["teacher"] or "", item["final_top1"]] for item in found]
+        console.show_table(["artifact", "variant", "teacher", "top-1"], rows)
+    else:
+        console.talk("nothing is registered; `icdctl registry add RUN` registers a finished run")
+
+
+@app.command("show")
+def show(
+    name: Annotated[str, typer.Argument(help="NAME or NAME@vN.")], folder: Folder = None, as_json: options.Json = False
+) -> None:
+    """Show one artifact's card and lineage.
+
+    Example: icdctl registry show digits100/res8-cd_sdd_dkd
+    """
+    from icdctl import registry
+
+    where = folder or registry.default_folder()
+    artifact = registry.find(where, name)
+    line = registry.lineage(where, artifact)
+    if as_json:
+        console.show_json({**artifact.as_json(), "manifest": artifact.manifest.as_json(), "lineage": line})
+        return
+    console.show_line(registry.card(artifact).rstrip())
+    console.show_line("\n## Lineage\n")
+    for step in line:
+        console.show_line(f"- {step}")
+
+
+@app.command("verify")
+def verify(
+    name: Annotated[str | None, typer.Argument(help="NAME or NAME@vN; all by default.")] = None,
+    folder: Folder = None,
+    as_json: options.Json = False,
+) -> None:
+    """Compare every registered file with its hash; a file that is elsewhere is absent, not corrupt.
+
+    Example: icdctl registry verify
+    """
+    from icdctl import registry
+
+    results = registry.verify(folder or registry.default_folder(), name)
+    broken = [result for result in results if not result.sound]
+    if as_json and not broken:
+        console.show_json({"artifacts": [result.as_json() for result in results]})
+    elif not as_json:
+        rows = [[result.reference, "sound" if result.sound else "BROKEN", result.summary] for result in results]
+        console.show_table(["artifact", "result", "files"], rows)
+    if broken:
+        raise ArtifactError(
+            f"{len(broken)} of {len(results)} artifacts are broken: "
+            + "; ".join(f"{result.reference}: {result.summary}" for result in broken),
+            hint="restore the files (`dvc checkout`, `dvc pull`), or register the run again",
+        )

@@ -1,0 +1,61 @@
+"""`icdctl train`: teachers and baselines."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from icdctl.commands import options
+from icdctl.commands.training import run_training
+
+
+def train(
+    model: Annotated[
+        str | None, typer.Option(help="Model to train; `icdctl list models`.", rich_help_panel="What")
+    ] = None,
+    dataset: options.Dataset = None,
+    recipe: options.Recipe = None,
+    settings: options.Settings = None,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = None,
+    lr: options.LearningRate = None,
+    seed: options.Seed = None,
+    optimizer: options.Optimizer = None,
+    train_images: options.TrainImages = None,
+    data_dir: options.DataDir = None,
+    device: options.Device = None,
+    precision: options.Precision = None,
+    deterministic: options.Deterministic = False,
+    max_steps: options.MaxSteps = None,
+    time_limit: options.TimeLimit = None,
+    out: options.Out = None,
+    resume: options.Resume = False,
+    config: options.ConfigFile = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+) -> None:
+    """Train a model on labels alone: a teacher of your own, or a student's baseline.
+
+    Example: icdctl train --model res20 --dataset digits100 --recipe digits100-teacher
+    """
+    given = options.given_options(
+        student=model,
+        dataset=dataset,
+        recipe=recipe,
+        settings=options.parse_settings(settings),
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        optimizer=optimizer,
+        train_images=train_images,
+        data_dir=data_dir,
+        device=device,
+        precision=precision,
+        deterministic=deterministic,
+        max_steps=max_steps,
+        time_limit=time_limit,
+        out=out,
+    )
+    run_training("train", given, config_file=config, resume=resume, dry_run=dry_run, as_json=as_json)

@@ -1,0 +1,98 @@
+"""What `train` and `distill` share: run, show progress, print the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from icdctl import console
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from icdctl.engine.run import RunResult
+
+
+class ProgressObserver:
+    """Shows a run as a progress bar with the time left."""
+
+    def __init__(self, display: Progress, label: str = "") -> None:
+        self._display = display
+        self._label = f"{label}: " if label else ""
+        self._task: TaskID | None = None
+
+    def begin(self, what: str, total: int) -> None:
+        """See `icdctl.engine.run.Observer`."""
+        self._task = self._display.add_task(f"{self._label}{what}", total=total, note="")
+
+    def advance(self, images: int) -> None:
+        """See `icdctl.engine.run.Observer`."""
+        if self._task is not None:
+            self._display.advance(self._task, images)
+
+    def epoch(self, row: dict[str, float], epochs: int) -> None:
+        """See `icdctl.engine.run.Observer`."""
+        if self._task is not None:
+            note = f"epoch {row['epoch']:.0f}/{epochs} test top-1 {row['test_top1']:.2f}"
+            self._display.update(self._task, note=note)
+
+    def message(self, text: str) -> None:
+        """See `icdctl.engine.run.Observer`."""
+        console.talk(text)
+
+
+@contextmanager
+def observed(label: str = "") -> Iterator[ProgressObserver]:
+    """An observer for the block, with a display of its own."""
+    with console.progress() as display:
+        yield ProgressObserver(display, label)
+
+
+def run_training(
+    command: Literal["train", "distill"],
+    options: dict[str, Any],
+    *,
+    config_file: Path | None,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train as the options say and print the outcome.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    from icdctl import api
+
+    if dry_run:
+        console.show_json(api.plan(command, options, config_file).model_dump(mode="json"))
+        return
+    with observed() as observer:
+        result = api.start(command, options, config_file=config_file, resume=resume, observer=observer)
+    if as_json:
+        console.show_json(result.as_json())
+    else:
+        _show(result)
+
+
+def _show(result: RunResult) -> None:
+    metrics = result.metrics
+    if not result.finished:
+        console.show_line(f"stopped; go on with `--resume --out {result.out}`")
+        return
+    rows = [
+        ("run folder", str(result.out)),
+        (
+            "top-1",
+            f"{metrics['final_top1']:.2f} in the final epoch (best {metrics['best_top1']:.2f} in epoch "
+            f"{metrics['best_epoch']}, chosen on the test set)",
+        ),
+        ("top-5", f"{metrics['final_top5']:.2f}"),
+        ("test loss", f"{metrics['final_loss']:.4f}"),
+        ("variant", metrics["variant"]),
+        ("time", f"{metrics['seconds']:.1f} s, {metrics['images_per_second']:,.0f} images/s"),
+    ]
+    for name, value in rows:
+        console.show_line(f"{name:<11} {value}")

@@ -1,0 +1,38 @@
+"""`icdctl validate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from icdctl import console
+from icdctl.commands import options
+from icdctl.errors import ArtifactError
+
+
+def validate(
+    path: Annotated[
+        Path, typer.Argument(help="A run folder, a config.json, a weights file, an export folder or an .onnx file.")
+    ],
+    as_json: options.Json = False,
+) -> None:
+    """Say whether something is sound, without running it.
+
+    Example: icdctl validate runs/demo/distilled
+    """
+    from icdctl.soundness import inspect
+
+    checks = inspect(path)
+    broken = [check for check in checks if not check.sound]
+    if as_json and not broken:
+        console.show_json({"path": str(path), "checks": [check.as_json() for check in checks]})
+    elif not as_json:
+        rows = [[check.what, "sound" if check.sound else "BROKEN", check.found] for check in checks]
+        console.show_table(["what", "result", "found"], rows)
+    if broken:
+        raise ArtifactError(
+            f"`{path}` is not sound: " + "; ".join(f"{check.what}: {check.found}" for check in broken),
+            hint=broken[0].hint,
+        )

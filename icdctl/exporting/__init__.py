@@ -1,0 +1,25 @@
+"""Export to ONNX: a graph that takes pixels, verified against the weights it came from, in a folder that says so.
+
+`export_onnx` makes the folder, `verify_folder` and `verify_file` look at one later, `OnnxClassifier` runs it.
+"""
+
+from icdctl.exporting.description import Description, InputKind
+from icdctl.exporting.package import Export, export_onnx
+from icdctl.exporting.reading import OnnxFile, read_onnx
+from icdctl.exporting.report import Check, Report
+from icdctl.exporting.session import OnnxClassifier
+from icdctl.exporting.verify import verify_file, verify_folder
+
+__all__ = [
+    "Check",
+    "Description",
+    "Export",
+    "InputKind",
+    "OnnxClassifier",
+    "OnnxFile",
+    "Report",
+    "export_onnx",
+    "read_onnx",
+    "verify_file",
+    "verify_folder",
+]

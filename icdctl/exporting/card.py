@@ -1,0 +1,130 @@
+"""The model card: what a person who finds the folder needs to use the graph, and to judge it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from icdctl.exporting.description import INPUT_NAME, OUTPUT_NAME, Description
+from icdctl.exporting.manifest import MODEL_FILE
+from icdctl.exporting.report import Report
+
+
+def card(
+    description: Description,
+    report: Report,
+    *,
+    opset: int,
+    num_bytes: int,
+    accuracy: Mapping[str, Any] | None,
+    facts: Mapping[str, Any],
+) -> str:
+    """Markdown.
+
+    Args:
+        description: what the graph says of itself.
+        report: its verification.
+        opset: of the graph.
+        num_bytes: size of the graph.
+        accuracy: `top1` in percent and the number of `images`, where it was measured.
+        facts: what the caller knows of the model's origin; nested mappings become dotted keys.
+    """
+    height, width = description.preprocessing.size
+    title = f"# {_text(description.model)} for {_text(description.dataset)}"
+    purpose = (
+        f"An image classifier with {description.num_classes} classes, for {height} x {width} RGB images, as an ONNX "
+        f"graph (opset {opset}, {description.precision}, {num_bytes / 1e6:.2f} MB, `{MODEL_FILE}`)."
+    )
+    sections = [
+        f"{title}\n\n{purpose}",
+        _interface(description),
+        f"## Use\n\nWith numpy, pillow and onnxruntime, in this folder:\n\n```python\n{snippet(description)}```",
+        _verification(description, report),
+    ]
+    if accuracy is not None:
+        measured = f"{accuracy['top1']:.2f} % top-1 on {accuracy['images']} images, measured with this graph"
+        sections.append(f"## Accuracy\n\n{measured} in ONNX Runtime.")
+    if facts:
+        rows = "\n".join(f"| {_text(key)} | {_text(value)} |" for key, value in _flat(facts))
+        sections.append(f"## Origin\n\n| | |\n|---|---|\n{rows}")
+    sections.append(_limits(description))
+    return "\n\n".join(sections) + "\n"
+
+
+def snippet(description: Description) -> str:
+    """A program that prints the class of `image.png`, without torch and without icdctl."""
+    height, width = description.preprocessing.size
+    lines = [
+        "import json",
+        "import numpy as np",
+        "import onnxruntime as ort",
+        "from PIL import Image",
+        f'session = ort.InferenceSession("{MODEL_FILE}", providers=["CPUExecutionProvider"])',
+        f'image = np.asarray(Image.open("image.png").convert("RGB").resize(({width}, {height})), np.uint8)[None]',
+    ]
+    if description.input_kind == "float":
+        mean, std = list(description.preprocessing.mean), list(description.preprocessing.std)
+        lines.append(f"image = ((image / 255 - {mean}) / {std}).transpose(0, 3, 1, 2).astype(np.float32)")
+    lines += [
+        f'logits = session.run(["{OUTPUT_NAME}"], {{"{INPUT_NAME}": image}})[0]',
+        'print(json.loads(session.get_modelmeta().custom_metadata_map["names"])[str(logits[0].argmax())])',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _interface(description: Description) -> str:
+    shape = ", ".join(str(side) for side in description.input_shape)
+    mean, std = list(description.preprocessing.mean), list(description.preprocessing.std)
+    formula = f"(pixel / 255 - mean) / std with mean {mean} and std {std}, red first"
+    if description.input_kind == "uint8":
+        meaning = f"pixels, red first; the graph computes {formula}"
+        dtype = "uint8"
+    else:
+        meaning = f"normalised by the caller: {formula}"
+        dtype = "float32"
+    return (
+        "## Input and output\n\n"
+        "| name | type | shape | meaning |\n|---|---|---|---|\n"
+        f"| `{INPUT_NAME}` | {dtype} | [{shape}] | {meaning} |\n"
+        f"| `{OUTPUT_NAME}` | float32 | [batch, {description.num_classes}] | one score a class, before softmax |\n\n"
+        "`batch` is any number. The class names are in the metadata of the graph, as JSON under `names`."
+    )
+
+
+def _verification(description: Description, report: Report) -> str:
+    rows = "\n".join(f"| {check.name} | {check.status} | {_text(check.detail)} |" for check in report.checks)
+    return (
+        "## Verification\n\n"
+        f"Made from weights with sha256 `{description.weights_sha256}` and compared with them before this folder was "
+        "written; all numbers are in `verify.json`. `icdctl verify .` looks again.\n\n"
+        f"| check | result | |\n|---|---|---|\n{rows}"
+    )
+
+
+def _limits(description: Description) -> str:
+    height, width = description.preprocessing.size
+    return (
+        "## Limits\n\n"
+        f"- It knows the {description.num_classes} classes of `{_text(description.dataset)}` and answers with one of "
+        "them whatever the image shows.\n"
+        f"- Images must be brought to {height} x {width} by the caller; how they are resized changes the result "
+        "slightly.\n"
+        "- The scores are not calibrated probabilities.\n"
+        "- Values were compared on a CPU; other runtimes and half precision round differently."
+    )
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str:
+    """One line that can't break out of a table cell or turn into markup."""
+    if isinstance(value, float):
+        value = f"{value:.6g}"
+    line = " ".join(str(value).split())
+    return line.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,378 @@
+"""Registering a finished run: check, copy, hash, describe, and give it the next number."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePath
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, JsonValue, StringConstraints, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from icdctl import files
+from icdctl.errors import ArtifactError
+from icdctl.registry.artifact import (
+    CARD_FILE,
+    FILES_FOLDER,
+    MANIFEST_FILE,
+    SCHEMA,
+    WEIGHTS_FILE,
+    Artifact,
+    DatasetRecord,
+    FileRecord,
+    GitRecord,
+    Manifest,
+    OnnxRecord,
+    TeacherRecord,
+    card,
+    first_problem,
+)
+from icdctl.registry.find import check_name, list_artifacts, newest, taken_numbers, versions_of
+
+RUN_FILES = (WEIGHTS_FILE, "config.json", "history.csv", "metrics.json", "environment.json")
+EXPORT_FILES = ("model.onnx", "model.json", "verify.json", "README.md", "manifest.json")
+
+_NEW = ".new-"
+_STALE_SECONDS = 24 * 3600
+_TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
+
+
+class _Config(BaseModel):
+    """What the registry reads of a run's `config.json`."""
+
+    method: str
+    dataset: str
+    student: str
+    teacher: str | None
+    teacher_sha256: str | None = None
+    scales: tuple[int, ...] | None = None
+    seed: int
+    settings: dict[str, JsonValue]
+    recipe: JsonValue = None
+
+
+class _Metrics(BaseModel):
+    """What the registry reads of a run's `metrics.json`; the rest is kept as it is."""
+
+    final_top1: float
+    epochs: int
+    variant: str | None = None
+    dataset_sha256: str | None = None
+
+
+class _Git(GitRecord):
+    model_config = ConfigDict(extra="ignore")
+
+
+class _Environment(BaseModel):
+    """What the registry reads of a run's `environment.json`."""
+
+    versions: dict[str, str | None]
+    git: _Git | None = None
+
+
+class _Verdict(OnnxRecord):
+    """What the registry reads of an export's `verify.json`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class _Facts(BaseModel):
+    """What the registry reads of an export's `model.json`."""
+
+    weights_sha256: str
+
+
+_FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class _ExportManifest(BaseModel):
+    """What the registry reads of an export's `manifest.json`."""
+
+    files: dict[_FileName, FileRecord]
+
+
+@dataclass(frozen=True)
+class _Run:
+    config: _Config
+    metrics: _Metrics
+    all_metrics: dict[str, JsonValue]
+    environment: _Environment
+
+
+@dataclass(frozen=True)
+class _Export:
+    onnx: OnnxRecord
+    sha256: dict[str, str]
+    """By file name, all but the list itself."""
+
+
+def add(folder: Path, run_folder: Path, *, export_folder: Path | None = None, name: str | None = None) -> Artifact:
+    """Register a finished run under the next version of its name.
+
+    Args:
+        folder: the registry.
+        run_folder: what `icdctl train` or `icdctl distill` left; it is copied.
+        export_folder: what `icdctl export` made of it, registered along with it.
+        name: `<dataset>/<student>-<method>` of the run otherwise; without a `/` it goes below the run's data set.
+
+    Raises:
+        UsageError: `name` can't be a name.
+        ArtifactError: the run is unfinished, broken or already registered, or the registry can't be written.
+    """
+    run = _read_run(run_folder)
+    export = _read_export(export_folder, run_folder) if export_folder else None
+    chosen = _name_of(run.config, name)
+    home = folder / chosen
+    files.make_folder(home)
+    _remove_stale(home)
+    building = home / f"{_NEW}{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        records = {row: _copy(run_folder / row, building / FILES_FOLDER / row) for row in RUN_FILES}
+        if export and export_folder:
+            records |= _copy_export(export_folder, export, building / FILES_FOLDER)
+        draft = _manifest(folder, chosen, run, records, export.onnx if export else None)
+        artifact = _publish(folder, building, draft)
+        try:
+            _track(folder, artifact)
+        except BaseException:
+            artifact.folder.rename(building)
+            raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return artifact
+
+
+def _read_run(run_folder: Path) -> _Run:
+    """The documents of a run, checked, before anything is written."""
+    config_path = run_folder / "config.json"
+    if not config_path.is_file():
+        raise ArtifactError(
+            f"`{run_folder}` is not a run folder: it has no `config.json`",
+            hint="point at a folder that `icdctl train` or `icdctl distill` made",
+        )
+    hint = f"finish the run with `--resume --out {run_folder}`, or train it again"
+    missing = [name for name in RUN_FILES if not (run_folder / name).is_file()]
+    if missing:
+        raise ArtifactError(f"run `{run_folder}` is not finished: it has no `{'`, `'.join(missing)}`", hint=hint)
+    config, _ = _read(config_path, _Config, hint)
+    metrics, all_metrics = _read(run_folder / "metrics.json", _Metrics, hint)
+    environment, _ = _read(run_folder / "environment.json", _Environment, hint)
+    _check_weights(run_folder / WEIGHTS_FILE, hint)
+    return _Run(config, metrics, all_metrics, environment)
+
+
+def _read_export(export_folder: Path, run_folder: Path) -> _Export:
+    """The documents of an export, and that it is of this run's weights."""
+    hint = f"export it again: `icdctl export {run_folder} --out {export_folder}`"
+    missing = [name for name in EXPORT_FILES if not (export_folder / name).is_file()]
+    if missing:
+        raise ArtifactError(f"`{export_folder}` is not an export: it has no `{'`, `'.join(missing)}`", hint=hint)
+    listed, _ = _read(export_folder / "manifest.json", _ExportManifest, hint)
+    facts, _ = _read(export_folder / "model.json", _Facts, hint)
+    verdict, _ = _read(export_folder / "verify.json", _Verdict, hint)
+    weights = files.sha256_file(run_folder / WEIGHTS_FILE)
+    if facts.weights_sha256 != weights:
+        raise ArtifactError(
+            f"`{export_folder}` was made of other weights: sha256 {facts.weights_sha256[:12]}…, the run has "
+            f"{weights[:12]}…",
+            hint=hint,
+        )
+    return _Export(OnnxRecord(**verdict.model_dump()), {name: row.sha256 for name, row in listed.files.items()})
+
+
+Document = TypeVar("Document", bound=BaseModel)
+
+
+def _read(path: Path, kind: type[Document], hint: str) -> tuple[Document, dict[str, JsonValue]]:
+    """A JSON object, as `kind` and whole."""
+    value = files.read_json(path, what="file", hint=hint)
+    try:
+        json.dumps(value, allow_nan=False)
+        return kind.model_validate(value), value
+    except ValidationError as error:
+        raise ArtifactError(f"`{path}` is broken: {first_problem(error)}", hint=hint) from error
+    except ValueError as error:
+        raise ArtifactError(f"`{path}` holds a number that is not finite", hint=hint) from error
+
+
+def _check_weights(path: Path, hint: str) -> None:
+    """A safetensors file states its own length, so one that was cut off is known without reading it."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"weights `{path}` are broken: {error}", hint=hint) from error
+
+
+def _name_of(config: _Config, given: str | None) -> str:
+    dataset = _slug(config.dataset)
+    name = f"{dataset}/{_slug(config.student)}-{_slug(config.method)}" if given is None else given
+    check_name(name)
+    return name if "/" in name else f"{dataset}/{name}"
+
+
+def _slug(text: str) -> str:
+    """`text` in the letters of names; of `imagefolder:DIR` the last part of DIR is kept."""
+    kind, _, rest = text.partition(":")
+    words = f"{kind}-{PurePath(rest).name}" if rest else kind
+    return re.sub(r"\.{2,}", ".", re.sub(r"[^a-z0-9._-]+", "-", words.lower())).strip("-._")
+
+
+def _remove_stale(home: Path) -> None:
+    """What an add that was killed has left; a younger one may still be at work."""
+    for path in home.glob(f"{_NEW}*"):
+        try:
+            stale = time.time() - path.stat().st_mtime > _STALE_SECONDS
+        except FileNotFoundError:
+            continue
+        if stale:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _copy(source: Path, target: Path) -> FileRecord:
+    """Copy a file; the hash is the copy's."""
+    files.make_folder(target.parent)
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        if source.is_file() and os.access(source, os.R_OK):
+            raise files.not_writable(target, error) from error
+        raise ArtifactError(
+            f"`{source}` can't be read: {error.strerror or error}", hint="nothing was registered; look at that file"
+        ) from error
+    return FileRecord(sha256=files.sha256_file(target), bytes=target.stat().st_size)
+
+
+def _copy_export(export_folder: Path, export: _Export, target: Path) -> dict[str, FileRecord]:
+    """Copy the files that an export lists, and the list."""
+    records = {}
+    for name in (*sorted(export.sha256), "manifest.json"):
+        row = f"onnx/{name}"
+        records[row] = _copy(export_folder / name, target / row)
+        if name in export.sha256 and records[row].sha256 != export.sha256[name]:
+            raise ArtifactError(
+                f"`{export_folder / name}` has changed since it was exported", hint="export it again: `icdctl export`"
+            )
+    return records
+
+
+def _manifest(folder: Path, name: str, run: _Run, records: dict[str, FileRecord], onnx: OnnxRecord | None) -> Manifest:
+    from icdctl.data import DATASETS  # here, not above: it takes torch along
+
+    config = run.config
+    row = DATASETS.get(config.dataset)
+    variant = config.settings.get("variant", run.metrics.variant)
+    git = run.environment.git
+    try:
+        return Manifest(
+            schema=SCHEMA,
+            name=name,
+            version=1,  # until `_publish` knows
+            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z",
+            files=records,
+            dataset=DatasetRecord(
+                name=config.dataset,
+                sha256=run.metrics.dataset_sha256,
+                source=row.source if row else None,
+                licence=row.licence if row else None,
+            ),
+            model=config.student,
+            method=config.method,
+            variant=None if variant is None else str(variant),
+            teacher=_teacher_record(folder, config),
+            scales=config.scales or (),
+            seed=config.seed,
+            settings=config.settings,
+            recipe=config.recipe,
+            epochs=run.metrics.epochs,
+            metrics=run.all_metrics,
+            onnx=onnx,
+            git=GitRecord(**git.model_dump()) if git else None,
+            versions=run.environment.versions,
+        )
+    except ValidationError as error:
+        raise ArtifactError(
+            f"the run says what can't be: {first_problem(error)}", hint="it was edited or another program wrote it"
+        ) from error
+
+
+def _teacher_record(folder: Path, config: _Config) -> TeacherRecord | None:
+    if config.teacher is None:
+        return None
+    registered = None
+    if config.teacher_sha256 is not None:
+        same = [artifact for artifact in list_artifacts(folder) if artifact.sha256 == config.teacher_sha256]
+        registered = newest(same)
+    return TeacherRecord(
+        model=config.teacher,
+        sha256=config.teacher_sha256,
+        artifact=registered.reference if registered else None,
+    )
+
+
+def _publish(folder: Path, building: Path, draft: Manifest) -> Artifact:
+    """Give what was built the next number. Whoever else takes that number first is looked at before trying again."""
+    home = building.parent
+    while True:
+        _refuse_twin(versions_of(folder, draft.name), draft)
+        version = max(taken_numbers(home), default=0) + 1
+        manifest = draft.model_copy(update={"version": version})
+        artifact = Artifact(draft.name, version, home / f"v{version}", manifest)
+        files.write_json(building / MANIFEST_FILE, manifest.as_json())
+        files.write_text(building / CARD_FILE, card(artifact))
+        try:
+            building.rename(artifact.folder)
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise files.not_writable(artifact.folder, error) from error
+        else:
+            return artifact
+
+
+def _refuse_twin(registered: Iterable[Artifact], draft: Manifest) -> None:
+    """One run is one version, unless an export comes along that was not registered with it before."""
+    keys = [WEIGHTS_FILE, "metrics.json", "config.json"]
+    if draft.onnx:
+        keys.append("onnx/model.onnx")
+    for artifact in registered:
+        if all(artifact.manifest.files.get(key) == draft.files[key] for key in keys):
+            raise ArtifactError(
+                f"this run is registered already, as `{artifact.reference}`",
+                hint=f"`icdctl registry show {artifact.reference}`",
+            )
+
+
+def _track(folder: Path, artifact: Artifact) -> None:
+    """Hand the blobs of the project's own registry to DVC, where the project uses it."""
+    root = files.project_root()
+    if not (root / ".dvc").is_dir() or folder.resolve() != (root / "registry").resolve():
+        return
+    target = PurePath("registry") / artifact.name / artifact.folder.name / FILES_FOLDER
+    # No `-q`: with it, dvc fails without a word.
+    result = subprocess.run(
+        [sys.executable, "-m", "dvc", "--wait-for-lock", "add", str(target)],
+        cwd=root,
+        env={**os.environ, "DVC_NO_ANALYTICS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode != 0:
+        reason = (result.stderr.strip() or result.stdout.strip() or "it did not say why").splitlines()[0]
+        raise ArtifactError(
+            f"`dvc add {target}` failed ({result.returncode}): {reason}; nothing was registered",
+            hint="`dvc doctor` and `dvc status` tell more; then register the run again",
+        )

@@ -1,0 +1,172 @@
+"""Finding registered artifacts by where they lie; a folder is read only where it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from icdctl.errors import ArtifactError, UsageError
+from icdctl.registry.artifact import CARD_FILE, DVC_FILE, MANIFEST_FILE, Artifact, read_manifest
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)?")
+_VERSION_FOLDER = re.compile(r"v([1-9][0-9]*)")
+_REFERENCE = re.compile(r"(?P<name>[^@]+)(?:@v(?P<version>[1-9][0-9]*))?")
+
+
+def list_artifacts(folder: Path) -> list[Artifact]:
+    """All versions of all names, by name and version; none where there is no registry.
+
+    Raises:
+        ArtifactError: a manifest is broken; the message names the file.
+    """
+    return [artifact for name in names(folder) for artifact in versions_of(folder, name)]
+
+
+def find(folder: Path, reference: str) -> Artifact:
+    """The artifact that `reference` names.
+
+    Args:
+        folder: the registry.
+        reference: `NAME@vN`, or `NAME` for its newest version. The data set may be left out where one alone has
+            such a name.
+
+    Raises:
+        UsageError: that is no reference.
+        ArtifactError: there is no such artifact, or its manifest is broken.
+    """
+    match = _REFERENCE.fullmatch(reference.removeprefix("registry:"))
+    typed = match["name"] if match else reference
+    check_name(typed)
+    name = _whole_name(folder, typed)
+    versions = version_numbers(folder, name)
+    version = int(match["version"]) if match and match["version"] else versions[-1]
+    if version not in versions:
+        raise ArtifactError(
+            f"no version {version} of `{name}`: it has {', '.join(f'v{number}' for number in versions)}",
+            hint="`icdctl registry list` shows all of them",
+        )
+    return artifact_at(folder, name, version)
+
+
+def find_teacher(folder: Path, *, model: str, dataset: str) -> Artifact | None:
+    """The newest `model` that was trained on the labels of `dataset` alone, if one is registered.
+
+    Raises:
+        ArtifactError: a manifest is broken.
+    """
+    facts = (model, dataset, "ce")
+    rows = ((artifact, artifact.manifest) for artifact in list_artifacts(folder))
+    return newest(artifact for artifact, row in rows if (row.model, row.dataset.name, row.method) == facts)
+
+
+def lineage(folder: Path, artifact: Artifact) -> list[str]:
+    """Who learnt from whom: the artifact, its teacher, the teacher's teacher, as far as they are known.
+
+    Registered ones are `NAME@vN`; one that is not registered ends the list with its model and hash.
+    """
+    line: list[str] = []
+    current: Artifact | None = artifact
+    while current is not None and current.reference not in line:
+        line.append(current.reference)
+        teacher = current.manifest.teacher
+        if teacher is None:
+            break
+        current = teacher_of(folder, current)
+        if current is None:
+            weights = f"sha256 {teacher.sha256[:12]}…" if teacher.sha256 else "no weights on record"
+            line.append(f"{teacher.artifact or teacher.model} ({weights}, not in this registry)")
+    return line
+
+
+def teacher_of(folder: Path, artifact: Artifact) -> Artifact | None:
+    """The registered teacher, where it is still the one that it was."""
+    teacher = artifact.manifest.teacher
+    if teacher is None or teacher.artifact is None:
+        return None
+    try:
+        found = find(folder, teacher.artifact)
+    except (ArtifactError, UsageError):
+        return None
+    return found if found.sha256 == teacher.sha256 else None
+
+
+def newest(artifacts: Iterable[Artifact]) -> Artifact | None:
+    """The one that was registered last."""
+    return max(artifacts, key=lambda artifact: (artifact.manifest.created, artifact.version), default=None)
+
+
+def _whole_name(folder: Path, typed: str) -> str:
+    known = names(folder)
+    if typed in known:
+        return typed
+    same_end = [name for name in known if name.partition("/")[2] == typed]
+    if len(same_end) == 1:
+        return same_end[0]
+    if same_end:
+        raise ArtifactError(
+            f"`{typed}` is the name of {len(same_end)} artifacts: `{'`, `'.join(same_end)}`", hint="write it whole"
+        )
+    if not known:
+        raise ArtifactError(
+            f"no artifact `{typed}`: nothing is registered in `{folder}`", hint="`icdctl registry add RUN_FOLDER`"
+        )
+    spellings = known if "/" in typed else [name.partition("/")[2] for name in known]
+    nearest = difflib.get_close_matches(typed, spellings, n=1, cutoff=0.5)
+    suggestion = f"did you mean `{nearest[0]}`? " if nearest else ""
+    raise ArtifactError(f"no artifact `{typed}`", hint=f"{suggestion}`icdctl registry list` shows all of them")
+
+
+def names(folder: Path) -> list[str]:
+    """Names with a version, sorted."""
+    found = (f"{home.parent.name}/{home.name}" for dataset in _folders(folder) for home in _folders(dataset))
+    return sorted(name for name in found if _NAME.fullmatch(name) and version_numbers(folder, name))
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else iter(())
+
+
+def taken_numbers(home: Path) -> list[int]:
+    """Numbers of everything that is called like a version."""
+    matches = (_VERSION_FOLDER.fullmatch(path.name) for path in home.iterdir())
+    return [int(match[1]) for match in matches if match]
+
+
+def version_numbers(folder: Path, name: str) -> list[int]:
+    """Numbers of the versions of a name, ascending.
+
+    When git goes back to before a version, its blobs stay behind, since git does not know them: they are no version.
+    """
+    home = folder / name
+    kept = (MANIFEST_FILE, CARD_FILE, DVC_FILE)
+    return sorted(n for n in taken_numbers(home) if any((home / f"v{n}" / entry).is_file() for entry in kept))
+
+
+def versions_of(folder: Path, name: str) -> list[Artifact]:
+    """All versions of a name, ascending."""
+    return [artifact_at(folder, name, version) for version in version_numbers(folder, name)]
+
+
+def artifact_at(folder: Path, name: str, version: int) -> Artifact:
+    """The version that lies there.
+
+    Raises:
+        ArtifactError: its manifest is absent or broken.
+    """
+    path = folder / name / f"v{version}"
+    return Artifact(name, version, path, read_manifest(path / MANIFEST_FILE))
+
+
+def check_name(name: str) -> None:
+    """Refuse what can't be a name, or could lead out of the registry.
+
+    Raises:
+        UsageError: it is refused; the hint has an example.
+    """
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise UsageError(
+            f"`{name}` can't be the name of an artifact",
+            hint="lower-case letters, digits, `.`, `_` and `-`, as in `cifar100/res8-kd`, and `@v2` for a version",
+        )

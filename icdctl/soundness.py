@@ -1,0 +1,110 @@
+"""Is a run folder, a configuration, a weights file or an export what it should be? Looking only, nothing is run."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from icdctl import files, registry, targets
+from icdctl.config import RunConfig, from_validation
+from icdctl.errors import ArtifactError, IcdctlError
+from icdctl.exporting import verify_file, verify_folder
+
+_AGAIN = "train it again, or go on with `--resume`"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    sound: bool
+    found: str
+    hint: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """A plain value."""
+        return asdict(self)
+
+
+def inspect(path: Path) -> list[Finding]:
+    """Everything that can be said of what lies at `path`.
+
+    Raises:
+        ArtifactError: nothing lies there, or nothing that icdctl knows.
+    """
+    if not path.exists():
+        raise ArtifactError(f"`{path}` does not exist", hint="name a run folder, a file or an export folder")
+    if path.is_dir():
+        if (path / "manifest.json").is_file() and (path / "model.onnx").is_file():
+            return [Finding(check.name, check.status != "fail", check.detail) for check in verify_folder(path).checks]
+        if (path / "config.json").is_file():
+            return _run_folder(path)
+        raise ArtifactError(f"`{path}` is neither a run folder nor an export", hint="point at the folder itself")
+    if path.suffix == ".onnx":
+        return [Finding(check.name, check.status != "fail", check.detail) for check in verify_file(path).checks]
+    if path.suffix == ".json":
+        return [_attempt("config", lambda: _config(path))]
+    return [_attempt("weights", lambda: _weights(path))]
+
+
+def _run_folder(folder: Path) -> list[Finding]:
+    findings = [_attempt("config", lambda: _config(folder / "config.json"))]
+    if not (folder / "metrics.json").is_file():
+        return [*findings, Finding("metrics", False, "the run is not finished: no metrics.json", _AGAIN)]
+    findings.append(_attempt("weights", lambda: _weights(folder / registry.WEIGHTS_FILE)))
+    findings.append(_attempt("history", lambda: _history(folder)))
+    return findings
+
+
+def _attempt(what: str, look: Callable[[], str]) -> Finding:
+    """What a look finds, or why it failed."""
+    try:
+        return Finding(what, True, look())
+    except IcdctlError as error:
+        return Finding(what, False, error.message, error.hint)
+
+
+def _config(path: Path) -> str:
+    stated = files.read_json(path, what="config", hint=_AGAIN)
+    if not isinstance(stated, dict):
+        raise ArtifactError(f"`{path}` holds no JSON object", hint=_AGAIN)
+    try:
+        config = RunConfig(**stated)
+    except ValidationError as error:
+        raise ArtifactError(f"`{path}`: {from_validation(error).message}", hint=_AGAIN) from error
+    return f"{config.method}, {config.student}, {config.dataset}, variant {config.settings['variant']}"
+
+
+def _weights(path: Path) -> str:
+    target = targets.resolve(str(path))
+    target.load()
+    return f"{target.model}, {target.num_classes} classes, finite, sha256 {target.sha256[:12]}"
+
+
+def _history(folder: Path) -> str:
+    """Every epoch once, all finite, and the last one what metrics.json states."""
+    path = folder / "history.csv"
+    metrics = files.read_json(folder / "metrics.json", what="metrics", hint=_AGAIN)
+    try:
+        with path.open(newline="") as file:
+            rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        epochs = [int(row["epoch"]) for row in rows]
+        stated = float(metrics["final_top1"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"`{path}` can't be read: {error}", hint=_AGAIN) from error
+    if epochs != list(range(1, len(rows) + 1)) or not rows:
+        raise ArtifactError(f"`{path}` has epochs {epochs}", hint=_AGAIN)
+    if not all(math.isfinite(value) for row in rows for value in row.values()):
+        raise ArtifactError(f"`{path}` holds a value that is not finite", hint=_AGAIN)
+    if rows[-1]["test_top1"] != stated:
+        raise ArtifactError(
+            f"`{path}` ends with top-1 {rows[-1]['test_top1']}, metrics.json states {stated}", hint=_AGAIN
+        )
+    return f"{len(rows)} epochs, top-1 {stated:.2f}"

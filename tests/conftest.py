@@ -1,0 +1,43 @@
+"""What all tests share: a clean environment, the command line as a function, and the golden summary."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import golden_support
+import pytest
+
+CommandLine = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def clean_surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on the developer's shell, or leaves anything in the project."""
+    for name in [name for name in os.environ if name.startswith("ICDCTL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("ICDCTL_HOME", str(tmp_path_factory.getbasetemp() / "state"))
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path_factory.getbasetemp() / "matplotlib"))
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.chdir(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture
+def icdctl(capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """Run one command in this process: exit code, stdout, stderr."""
+    from icdctl.cli import main
+
+    def command(*arguments: str | Path) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return command
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many golden numbers were compared, and which were not, by what rule."""
+    for line in golden_support.summary_lines():
+        terminalreporter.write_line(line)
