@@ -138,7 +138,9 @@ class _Job:
     def run(self, *, resume: bool, observer: Observer | None) -> RunResult:
         """Load what is needed, then train."""
         config = self.config
-        dataset = load_data(config.dataset, data_dir=config.data_dir, train_images=config.train_images)
+        dataset = load_data(
+            config.dataset, data_dir=config.data_dir, train_images=config.train_images, test_images=config.test_images
+        )
         if dataset.caveat and observer is not None:
             observer.message(f"warning: {dataset.caveat}")
         needs_patches = methods.METHODS[config.method].needs_patches
@@ -215,15 +217,16 @@ def _missing_data(options: Options) -> list[IcdctlError]:
     return []
 
 
-def load_data(dataset: str, *, data_dir: str | None = None, train_images: int | None = None) -> Dataset:
+def load_data(
+    dataset: str, *, data_dir: str | None = None, train_images: int | None = None, test_images: int | None = None
+) -> Dataset:
     """The data set of a run.
 
     Raises:
         UsageError, ArtifactError: see `icdctl.data.load`.
     """
     folder = Path(data_dir).expanduser() if data_dir is not None else None
-    embedded = data.DATASETS[data.resolve(dataset)].embedded
-    return data.load(dataset, folder=folder, train_images=train_images if embedded else None)
+    return data.load(dataset, folder=folder, train_images=train_images, test_images=test_images)
 
 
 def find_teacher(teacher: str, *, dataset: str) -> Target:
@@ -293,6 +296,7 @@ def evaluate(
     dataset: str | None = None,
     teacher: Model | None = None,
     data_dir: str | None = None,
+    test_images: int | None = None,
     device: str = "auto",
     observer: Observer | None = None,
 ) -> EvaluationResult:
@@ -303,6 +307,7 @@ def evaluate(
         dataset: what to test on; by default what the target was trained on.
         teacher: another such thing to compare with.
         data_dir: what holds the data sets.
+        test_images: how many test images digits100 makes.
         device: for torch models; ONNX files run on the CPU.
         observer: told of the progress.
 
@@ -312,7 +317,7 @@ def evaluate(
     place = resolve_device(device)
     seen = observer or engine.SilentObserver()
     name, predict, label = _predictor(target, dataset, place)
-    held = load_data(name, data_dir=data_dir)
+    held = load_data(name, data_dir=data_dir, test_images=test_images)
     others = None
     if teacher is not None:
         other_name, other_predict, other_label = _predictor(teacher, dataset or name, place)

@@ -67,6 +67,8 @@ class RunConfig(BaseModel):
     drop_last: bool
     train_images: int | None = Field(ge=1)
     """How many images `digits100` makes; None for data sets of a fixed size."""
+    test_images: int | None = Field(ge=1)
+    """Likewise, for testing."""
     data_dir: str | None
     device: str
     precision: Precision
@@ -116,6 +118,7 @@ class Options(BaseSettings):
     flip: bool | None = None
     drop_last: bool | None = None
     train_images: int | None = None
+    test_images: int | None = None
     data_dir: str | None = None
     device: str | None = None
     precision: str | None = None
@@ -240,10 +243,10 @@ def build(
     recipe_name = recipe_name or recipes.default_for(dataset)
     values = _values(options, RECIPES[recipe_name], student)
     _fill_warmup(settings, options, RECIPES[recipe_name], values["epochs"])
-    embedded = data.DATASETS[dataset].embedded
-    if options.train_images is not None and not embedded:
+    row = data.DATASETS[dataset]
+    if not row.embedded and (options.train_images is not None or options.test_images is not None):
         raise UsageError(
-            f"`--train-images` is given, but `{dataset}` has a fixed size",
+            f"`--train-images` or `--test-images` is given, but `{dataset}` has a fixed size",
             hint="leave it out, or use `--dataset digits100`",
         )
     name, weights, sha256 = teacher or (None, None, None)
@@ -259,8 +262,11 @@ def build(
         settings=settings,
         recipe=recipe_name,
         time_limit_seconds=time_limit,
-        train_images=(options.train_images or data.DATASETS[dataset].train_images) if embedded else None,
+        train_images=row.train_images if row.embedded else None,
+        test_images=row.test_images if row.embedded else None,
     )
+    sizes = {"train_images": options.train_images, "test_images": options.test_images}
+    values |= {key: size for key, size in sizes.items() if size is not None}
     values["out"] = options.out or str(files.project_root() / "runs" / dataset / default_run_name(values))
     try:
         return RunConfig(**values)
@@ -326,7 +332,9 @@ def default_run_name(values: Mapping[str, Any]) -> str:
     expected: dict[str, Any] = {key: getattr(recipe, key) for key in _FROM_RECIPE}
     expected["lr"] = recipe.lr_of_student.get(values["student"], recipe.lr)
     expected["max_steps"] = None
-    expected["train_images"] = data.DATASETS[values["dataset"]].train_images if values["train_images"] else None
+    row = data.DATASETS[values["dataset"]]
+    for key in ("train_images", "test_images"):
+        expected[key] = getattr(row, key) if row.embedded else None
     for key, value in expected.items():
         if values[key] != value:
             parts.append(f"{key.replace('_', '')}{_short(values[key])}")

@@ -18,6 +18,7 @@ def evaluate(
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="What to test on.", show_default="what it was trained on")] = None,
     data_dir: options.DataDir = None,
+    test_images: options.TestImages = None,
     device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto",
     as_json: options.Json = False,
 ) -> None:
@@ -29,7 +30,13 @@ def evaluate(
 
     with observed() as observer:
         result = api.evaluate(
-            target, dataset=dataset, teacher=teacher, data_dir=data_dir, device=device, observer=observer
+            target,
+            dataset=dataset,
+            teacher=teacher,
+            data_dir=data_dir,
+            test_images=test_images,
+            device=device,
+            observer=observer,
         )
     if as_json:
         console.show_json(result.as_json())

@@ -64,6 +64,10 @@ TrainImages = Annotated[
     int | None,
     typer.Option(help="How many images digits100 makes.", show_default="4000", rich_help_panel=_TRAINING),
 ]
+TestImages = Annotated[
+    int | None,
+    typer.Option(help="How many test images digits100 makes.", show_default="2000", rich_help_panel=_TRAINING),
+]
 Device = Annotated[
     str | None, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.", show_default="auto", rich_help_panel=_WHERE)
 ]

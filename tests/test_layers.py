@@ -1,0 +1,112 @@
+"""The house has floors: imports go down, never up, and never in circles."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import icdctl
+
+PACKAGE = Path(icdctl.__file__).parent
+BASE = {"errors", "files"}
+ALLOWED: dict[str, set[str]] = {
+    "__init__": {"api", "errors", "methods", "models"},
+    "__main__": {"cli"},
+    "cli": {"__init__", "commands", "console", "errors"},
+    "commands": {
+        *BASE,
+        "__init__",
+        "api",
+        "console",
+        "data",
+        "demo",
+        "engine",
+        "exporting",
+        "methods",
+        "models",
+        "recipes",
+        "registry",
+        "soundness",
+        "targets",
+    },
+    "demo": {*BASE, "api", "engine", "exporting", "figures", "registry"},
+    "api": {*BASE, "config", "data", "engine", "evaluation", "exporting", "methods", "models", "registry", "targets"},
+    "soundness": {*BASE, "config", "exporting", "registry", "targets"},
+    "engine": {*BASE, "config", "data", "evaluation", "methods", "models", "registry", "targets"},
+    "exporting": {*BASE, "data", "models", "targets"},
+    "targets": {*BASE, "data", "models", "registry"},
+    "registry": {*BASE, "data"},
+    "evaluation": {"data"},
+    "config": {*BASE, "data", "methods", "models", "recipes"},
+    "recipes": {"errors"},
+    "methods": {"errors"},
+    "models": BASE,
+    "data": BASE,
+    "figures": {"files"},
+    "console": set(),
+    "files": {"errors"},
+    "errors": set(),
+}
+"""Room -> the rooms that it may import, besides itself."""
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of icdctl that a file imports, at its head or inside a function."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "icdctl" else [node.module]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "icdctl":
+                known = len(parts) > 1 and parts[1] in ALLOWED
+                rooms.add(parts[1] if known else "__init__")
+    return rooms
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_the_rooms_below_it_alone(path: Path) -> None:
+    room = room_of(path)
+    assert imported_rooms(path) - {room} <= ALLOWED[room]
+
+
+def test_the_floors_have_no_circle() -> None:
+    below = {room: rooms - {"__init__"} for room, rooms in ALLOWED.items() if room != "__init__"}
+    while below:
+        free = {room for room, rooms in below.items() if not rooms & set(below)}
+        assert free, f"a circle among {sorted(below)}"
+        below = {room: rooms for room, rooms in below.items() if room not in free}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["distill", "--help"], ["--version"], ["registry", "--help"]])
+def test_help_comes_without_importing_torch(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from icdctl.cli import main
+code = main({arguments!r})
+heavy = [name for name in ("torch", "numpy", "onnx", "sklearn") if name in sys.modules]
+sys.exit(f"imported {{heavy}}" if heavy else code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_public_names_are_there() -> None:
+    assert sorted(icdctl.__all__) == dir(icdctl)
+    for name in icdctl.__all__:
+        assert getattr(icdctl, name) is not None
+    assert callable(icdctl.export)
+    with pytest.raises(AttributeError, match="no attribute 'distil'"):
+        icdctl.distil  # noqa: B018 (looking is the test)
