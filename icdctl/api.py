@@ -125,7 +125,7 @@ class _Job:
                 self.teacher_target = find_teacher(str(gathered.teacher), dataset=gathered.dataset or "cifar100")
             except IcdctlError as error:
                 problems.append(error)
-        if problems:
+        if problems and not any(isinstance(problem, UsageError) for problem in problems):
             problems += _missing_data(gathered)
         self.config = configuration.build(command, gathered, teacher=self._teacher_identity(), problems=problems)
 

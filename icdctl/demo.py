@@ -27,13 +27,14 @@ REPORT_FILE = "report.md"
 CURVES_FILE = "learning_curves.png"
 
 CAVEATS = (
-    f"The teacher saw {TEACHER_IMAGES:,} images, the students {STUDENT_IMAGES:,}: part of the gain is the teacher's larger "
-    "training set reaching the student.",
-    f"Plain training catches up with more data: on {TEACHER_IMAGES:,} images for as many epochs the same student reached "
-    "96.5 % without a teacher (one run, while this demo was designed). Here distillation saves data and time.",
-    "The cluster term shows no gain on these images: in five paired runs cd_sdd_dkd was 0.5 +- 0.7 points below sdd_dkd. "
-    "What helps here is SDD.",
-    "One seed, a small synthetic composition of real digits: this shows that the machinery works, not how methods rank.",
+    f"The teacher saw {TEACHER_IMAGES:,} images, the students {STUDENT_IMAGES:,} of them: part of the gain is the "
+    "teacher's larger training set reaching the student.",
+    f"Plain training catches up with more data: on {TEACHER_IMAGES:,} images, for as many epochs, the same student "
+    "reached 97.1, 97.1 and 97.8 without a teacher (seeds 0 to 2). What distillation saves here is data and time.",
+    "The cluster term shows no gain on these images: cd_sdd_dkd less sdd_dkd was +0.25 +- 0.56 points over five paired "
+    "seeds of six epochs. What helps here is SDD.",
+    "One seed, and small synthetic compositions of real digits: this shows that the machinery works, not how methods "
+    "rank.",
 )
 
 Stage = Callable[[str], Observer]

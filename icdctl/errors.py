@@ -52,10 +52,12 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, listing: str) ->
 
 
 def combine(problems: Sequence[IcdctlError]) -> IcdctlError:
-    """One error that reports several, a line each; it counts as wrong usage if any of them does."""
-    if len(problems) == 1:
-        return problems[0]
-    wrong_usage = any(isinstance(problem, UsageError) for problem in problems)
-    message = "\nerror: ".join(problem.message for problem in problems)
-    hint = "\nhint: ".join(dict.fromkeys(problem.hint for problem in problems))
+    """One error that reports several, a line each. Where any is wrong usage, those are all that is said: what files are
+    missing matters once the names are right."""
+    wrong_usage = [problem for problem in problems if isinstance(problem, UsageError)]
+    told: Sequence[IcdctlError] = wrong_usage or problems
+    if len(told) == 1:
+        return told[0]
+    message = "\nerror: ".join(problem.message for problem in told)
+    hint = "\nhint: ".join(dict.fromkeys(problem.hint for problem in told))
     return UsageError(message, hint=hint) if wrong_usage else IcdctlError(message, hint=hint)

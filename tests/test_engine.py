@@ -61,7 +61,9 @@ def history(out: Path) -> list[dict[str, float]]:
 
 def test_a_run_leaves_what_the_contract_says(teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    result = library.distill(method="cd_sdd_dkd", teacher=teacher, student="res8", scales="1,2,4", **SMALL, out=str(out))
+    result = library.distill(
+        method="cd_sdd_dkd", teacher=teacher, student="res8", scales="1,2,4", **SMALL, out=str(out)
+    )
     assert sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) == [
         "config.json",
         "environment.json",
@@ -323,10 +325,24 @@ def test_two_steps_follow_sgd_and_clipping_worked_by_hand(tmp_path: Path) -> Non
 def test_a_killed_process_resumes_and_a_terminated_one_says_143(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "icdctl", "train", "--model", "res8", "--dataset", "digits100"]
-    command += ["--train-images", "200", "--test-images", "100", "--epochs", "90", "--device", "cpu", "--resume", "--out", str(out)]
+    command += [
+        "--train-images",
+        "200",
+        "--test-images",
+        "100",
+        "--epochs",
+        "90",
+        "--device",
+        "cpu",
+        "--resume",
+        "--out",
+        str(out),
+    ]
     for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
         rows = len(history(out)) if (out / "history.csv").exists() else 0
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         deadline = time.monotonic() + 120
         while not ((out / "history.csv").exists() and len(history(out)) > rows + 1):
             assert process.poll() is None
