@@ -393,30 +393,39 @@ def test_a_damaged_graph_is_refused(
     assert_refused_and_nothing_left(target, tmp_path / "exports", f"{reason}: ")
 
 
-def raise_eps(module: nn.Module) -> None:
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.eps = 1e-3
-
-
 def train_mode(module: nn.Module) -> None:
-    """Dropout is live in it; batch norms are exported as in eval mode whatever the mode."""
+    """Dropout is live in it; batch norms are folded before."""
     network = module.get_submodule("model")
     network.fc = nn.Sequential(nn.Dropout(0.5), network.get_submodule("fc"))
     module.train()
 
 
-@pytest.mark.parametrize("damage", [raise_eps, train_mode])
-def test_a_damaged_module_is_refused(
-    damage: Callable[[nn.Module], None], target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_module_exported_in_train_mode_is_refused(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     intact = graph._traced
 
     def traced(module: nn.Module, example: Tensor, **options: Any) -> Any:
-        damage(module)
+        train_mode(module)
         return intact(module, example, **options)
 
     monkeypatch.setattr(graph, "_traced", traced)
+
+    assert_refused_and_nothing_left(target, tmp_path / "exports", "values: ")
+
+
+def test_batch_norms_folded_with_another_epsilon_are_refused(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intact = graph.fold_batch_norms
+
+    def folded(model: nn.Module) -> nn.Module:
+        for part in model.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.eps = 1e-3
+        return intact(model)
+
+    monkeypatch.setattr(graph, "fold_batch_norms", folded)
 
     assert_refused_and_nothing_left(target, tmp_path / "exports", "values: ")
 

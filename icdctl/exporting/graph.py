@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from icdctl.data import Preprocessing
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting.description import BATCH_NAME, INPUT_NAME, OUTPUT_NAME, Description, InputKind
+from icdctl.models import fold_batch_norms
 
 OPSETS = range(18, 24)
 """18 is the exporter's own; later ones give the same graph and ask for a newer runtime."""
@@ -45,6 +46,41 @@ class Deployed(nn.Module):
         return logits
 
 
+class Affine(nn.Module):
+    """A batch norm in eval mode: one factor and one offset a channel, computed in float64."""
+
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        mean, variance = norm.running_mean, norm.running_var
+        assert mean is not None
+        assert variance is not None
+        scale = norm.weight.detach().double() / torch.sqrt(variance.double() + norm.eps)
+        offset = norm.bias.detach().double() - mean.double() * scale
+        self.register_buffer("scale", scale.float().reshape(1, -1, 1, 1))
+        self.register_buffer("offset", offset.float().reshape(1, -1, 1, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[batch, C, H, W] -> the same."""
+        return features * self.scale + self.offset
+
+
+def _without_batch_norms(model: nn.Module) -> nn.Module:
+    """A copy in which batch norms are part of the convolution before them, or affine.
+
+    The exporter would fold most of them itself, but how, and whether it can write the others, depends on the versions
+    of torch and onnxscript.
+    """
+    network = fold_batch_norms(model)
+    for name, norm in list(network.named_modules()):
+        if isinstance(norm, nn.BatchNorm2d):
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, Affine(norm))
+    return network
+
+
 def graph_bytes(model: nn.Module, description: Description, *, opset: int = OPSETS.start) -> bytes:
     """The .onnx file of a classifier, checked for nothing yet.
 
@@ -63,7 +99,8 @@ def graph_bytes(model: nn.Module, description: Description, *, opset: int = OPSE
             hint=f"choose {OPSETS.start} (the default) to {OPSETS.stop - 1}; older runtimes want the lower ones",
         )
     example = _example(description.input_kind, description.preprocessing)
-    deployed = Deployed(model, description.preprocessing) if description.input_kind == "uint8" else model
+    network = _without_batch_norms(model)
+    deployed = Deployed(network, description.preprocessing) if description.input_kind == "uint8" else network
     proto = _traced(deployed.eval(), example, opset=opset, name=description.model)
     _strip(proto)
     proto.producer_name, proto.producer_version = "icdctl", ""
