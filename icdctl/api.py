@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from icdctl import config as configuration
-from icdctl import data, evaluation, files, methods, models, registry, targets
+from icdctl import data, evaluation, files, methods, targets, teachers
 from icdctl.config import CUSTOM_MODEL, Options, RunConfig
 from icdctl.data import Dataset
 from icdctl.engine import run as engine
@@ -122,7 +122,7 @@ class _Job:
         needs_teacher = command == "distill" and _needs_teacher(gathered)
         if needs_teacher and self.teacher_module is None:
             try:
-                self.teacher_target = find_teacher(str(gathered.teacher), dataset=gathered.dataset or "cifar100")
+                self.teacher_target = teachers.find(str(gathered.teacher), dataset=gathered.dataset or "cifar100")
             except IcdctlError as error:
                 problems.append(error)
         if problems and not any(isinstance(problem, UsageError) for problem in problems):
@@ -227,47 +227,6 @@ def load_data(
     """
     folder = Path(data_dir).expanduser() if data_dir is not None else None
     return data.load(dataset, folder=folder, train_images=train_images, test_images=test_images)
-
-
-def find_teacher(teacher: str, *, dataset: str) -> Target:
-    """What `--teacher` names: a path, `registry:NAME`, or a model whose registered teacher for the data set is taken.
-
-    Raises:
-        UsageError: no path and no model.
-        ArtifactError: the model has no registered teacher; the hint says how to get one.
-    """
-    name = data.resolve(dataset)
-    if teacher.startswith("registry:") or Path(teacher).expanduser().exists() or "/" in teacher or "." in teacher:
-        return targets.resolve(teacher, dataset=name)
-    model = models.resolve(teacher)
-    artifact = registry.find_teacher(registry.default_folder(), model=model, dataset=name)
-    if artifact is not None:
-        return targets.resolve(f"registry:{artifact.reference}")
-    published = _published_teacher(model, name)
-    raise ArtifactError(
-        f"teacher `{model}` for `{name}` is not there: no such artifact in `{registry.default_folder()}`",
-        hint=f"{published}train one with `icdctl train --model {model} --dataset {name} --out runs/teacher`, then pass "
-        "`--teacher runs/teacher`, or register it with `icdctl registry add runs/teacher`",
-    )
-
-
-_CRD_TEACHERS = {
-    "res32x4": "resnet32x4",
-    "wrn40_2": "wrn_40_2",
-    "res56": "resnet56",
-    "res110": "resnet110",
-    "vgg13": "vgg13",
-    "res50": "ResNet50",
-}
-_CRD_ARCHIVE = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
-
-
-def _published_teacher(model: str, dataset: str) -> str:
-    """Where the literature's own teacher can be had, as the start of a hint."""
-    if dataset != "cifar100" or model not in _CRD_TEACHERS:
-        return ""
-    member = f"cifar_teachers/{_CRD_TEACHERS[model]}_vanilla/ckpt_epoch_240.pth"
-    return f"download {_CRD_ARCHIVE}, unpack it and pass `--teacher {member}`; or "
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ float64 and shareable by many students. Shapes: B images.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +87,7 @@ class TrainingStep:
 
     def _terms(self, images: Tensor, labels: Tensor, answer: Answer | None) -> tuple[dict[str, Tensor], Tensor]:
         """The weighted loss terms and the logits [B, K]."""
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.rule.autocast):
+        with torch.autocast(self._device.type, dtype=torch.bfloat16) if self.rule.autocast else nullcontext():
             outputs = self.student.outputs(images)
             patches = None
             if self._needs_patches:

@@ -76,7 +76,7 @@ def dkd_loss(
 
     Source: Zhao et al. 2022, equations 5 to 7, https://arxiv.org/abs/2203.08679
     """
-    target = F.one_hot(labels, student_logits.shape[1]).bool()
+    target = _is_target(labels, student_logits.shape[1])
     student, teacher = student_logits / temperature, teacher_logits / temperature
 
     target_term = kl_divergence(_target_split(student, target), _target_split(teacher, target))
@@ -113,7 +113,7 @@ def nkd_loss(
 
     Source: Yang et al. 2023, equation 8, https://arxiv.org/abs/2303.13005
     """
-    target = F.one_hot(labels, student_logits.shape[1]).bool()
+    target = _is_target(labels, student_logits.shape[1])
     index = labels.unsqueeze(1)
     student_target = F.log_softmax(student_logits, dim=1).gather(1, index).squeeze(1)
     teacher_target = F.softmax(teacher_logits, dim=1).gather(1, index).squeeze(1)
@@ -142,6 +142,11 @@ def kl_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tenso
         student_log_probs.exp() - teacher_probs - teacher_probs * difference,
     )
     return part.sum(dim=-1)
+
+
+def _is_target(labels: Tensor, num_classes: int) -> Tensor:
+    """[B] -> [B, K] bool; unlike `one_hot`, it never looks at the values, so no device has to be waited for."""
+    return labels[:, None] == torch.arange(num_classes, device=labels.device)
 
 
 def _log_probs_of_all(logits: Tensor, target: Tensor) -> Tensor:
