@@ -76,6 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort) as interrupt:
         code = 143 if interrupt.args == (signal.SIGTERM,) else 130
         return _fail(code, "interrupted", "run the same command again", as_json)
+    except MemoryError:
+        return _fail(1, "there is not enough memory for that", "ask for fewer images or smaller batches", as_json)
     except BrokenPipeError:
         # Whoever read our output has left, which is no failure; and nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import icdctl as library
 from icdctl import config, files, methods, models
 from icdctl.engine import run as engine
+from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
 from icdctl.engine.schedule import learning_rate
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 
@@ -355,3 +356,26 @@ def test_a_killed_process_resumes_and_a_terminated_one_says_143(tmp_path: Path) 
             assert "error: interrupted; the state after epoch" in error
             assert "hint: go on" in error
     assert len(history(out)) >= 4
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory")]
+)
+def test_out_of_memory_names_what_to_make_smaller(error: RuntimeError) -> None:
+    with (
+        pytest.raises(IcdctlError, match="`cpu` ran out of memory") as caught,
+        backend_settings(torch.device("cpu"), "fp32", deterministic=False),
+    ):
+        raise error
+    assert "--batch-size" in caught.value.hint
+    assert "--teacher-mode inline" in caught.value.hint
+
+
+def test_an_absent_device_is_an_error_with_a_hint() -> None:
+    with pytest.raises(IcdctlError, match=r"`cuda:99` is not there") as caught:
+        resolve_device("cuda:99")
+    assert "--device cpu" in caught.value.hint
+    with pytest.raises(UsageError, match="unknown device `gpu`"):
+        resolve_device("gpu")
+    with pytest.raises(UsageError, match="tf32"):
+        resolve_precision("tf32", torch.device("cpu"))

@@ -60,7 +60,10 @@ def backend_settings(device: torch.device, precision: str, *, deterministic: boo
     torch.use_deterministic_algorithms(deterministic)
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # The CPU's allocator has no exception of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         raise IcdctlError(
             f"`{device}` ran out of memory: {str(error).splitlines()[0]}",
             hint="a smaller `--batch-size`, `--teacher-mode inline` (nothing cached), or another `--device`",

@@ -241,7 +241,7 @@ class _Session:
         try:
             if not progress.done:
                 teacher = self._teacher()
-                self.observer.begin("training", (self.limit_steps - progress.steps) * config.batch_size)
+                self.observer.begin("training", self._images_of(self.limit_steps) - self._images_of(progress.steps))
             while not progress.done:
                 epoch_started = time.perf_counter()
                 row = self._epoch(progress, teacher)
@@ -264,6 +264,12 @@ class _Session:
         except KeyboardInterrupt as interrupt:
             raise interrupted(interrupt, progress.epoch, config) from interrupt
         return self._finish(out, progress)
+
+    def _images_of(self, steps: int) -> int:
+        """How many images so many steps see, epochs with a smaller last batch included."""
+        epochs, rest = divmod(steps, self.num_steps)
+        per_epoch = min(self.num_images, self.num_steps * self.config.batch_size)
+        return epochs * per_epoch + rest * self.config.batch_size
 
     def _out_of_time(self, spent: float, last_epoch: float) -> bool:
         limit = self.config.time_limit_seconds
@@ -348,7 +354,6 @@ class _Session:
         config, history = self.config, progress.history
         best = max(history, key=lambda row: row["test_top1"])
         last = history[-1]
-        seen = min(progress.steps, config.epochs * self.num_steps) * config.batch_size
         metrics: dict[str, Any] = {
             "final_top1": last["test_top1"],
             "final_top5": last["test_top5"],
@@ -358,8 +363,8 @@ class _Session:
             "epochs": progress.epoch,
             "steps": progress.steps,
             "seconds": progress.seconds,
-            "images_per_second": seen / progress.seconds,
-            "nonfinite_steps": 0,
+            "images_per_second": self._images_of(progress.steps) / progress.seconds,
+            "nonfinite_steps": 0,  # a run that meets one stops
             "params": sum(parameter.numel() for parameter in self.student.parameters()),
             "variant": config.settings["variant"],
             "dataset_sha256": self.dataset.sha256,

@@ -103,6 +103,7 @@ def graph_bytes(model: nn.Module, description: Description, *, opset: int = OPSE
     deployed = Deployed(network, description.preprocessing) if description.input_kind == "uint8" else network
     proto = _traced(deployed.eval(), example, opset=opset, name=description.model)
     _strip(proto)
+    _name_batch(proto.graph)
     proto.producer_name, proto.producer_version = "icdctl", ""
     proto.graph.name = description.model
     for key, value in sorted(description.metadata().items()):
@@ -156,6 +157,15 @@ def _silence() -> Iterator[None]:
     ):
         warnings.simplefilter("ignore")
         yield
+
+
+def _name_batch(graph: Any) -> None:
+    """Call the dynamic dimension by its name: older exporters call it `s0` or the like."""
+    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim:
+            if symbol and dimension.dim_param == symbol:
+                dimension.dim_param = BATCH_NAME
 
 
 def _strip(message: Any) -> None:
