@@ -15,6 +15,9 @@ import filelock
 
 from icdctl.errors import ArtifactError
 
+LARGEST_FOREIGN_BYTES = 2 * 1024**3
+"""No weights or graph that icdctl reads is larger; a file that claims more is refused."""
+
 _CHUNK_BYTES = 1 << 20
 
 
@@ -79,6 +82,44 @@ def read_json(path: Path, *, what: str, hint: str) -> Any:
         raise ArtifactError(f"no {what}: `{path}` does not exist", hint=hint) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{what} can't be read: `{path}`: {error}", hint=hint) from error
+
+
+def read_foreign(path: Path, *, what: str, example: str, again: str) -> bytes:
+    """The content of a file that came from somewhere, with what it often is instead told apart.
+
+    Args:
+        path: the file.
+        what: what it should be, for the messages, e.g. "weight file".
+        example: a name such a file could have.
+        again: the hint where it is empty.
+
+    Raises:
+        ArtifactError: missing, a folder, unreadable, empty, larger than 2 GiB, a git-lfs pointer, a web page.
+    """
+    if path.is_dir():
+        raise ArtifactError(f"`{path}` is a folder, not the {what}", hint=f"name the file in it, e.g. `{example}`")
+    try:
+        if path.stat().st_size > LARGEST_FOREIGN_BYTES:
+            raise ArtifactError(f"`{path}` is refused: it is larger than 2 GiB", hint=f"name the right {what}")
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{what} `{path}` does not exist", hint="check the path") from error
+    except OSError as error:
+        raise ArtifactError(
+            f"{what} `{path}` can't be read: {error.strerror or error}", hint="check its permissions and the disk"
+        ) from error
+    if not content:
+        raise ArtifactError(f"{what} `{path}` is empty", hint=again)
+    if content.startswith(b"version https://git-lfs"):
+        raise ArtifactError(
+            f"`{path}` is a git-lfs pointer, not the {what} it points to", hint="run `git lfs pull` where it comes from"
+        )
+    if content[:512].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise ArtifactError(
+            f"`{path}` is a web page, not the {what}",
+            hint="the server answered with a page (a login or an error) instead of the file; download it again",
+        )
+    return content
 
 
 def make_folder(path: Path) -> None:

@@ -170,13 +170,25 @@ def test_a_run_folder_is_not_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in other.iterdir()] == ["thesis.tex"]
 
 
-def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
+def test_a_run_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with (
-        files.locked(out / ".lock", busy="", hint=""),
-        pytest.raises(ArtifactError, match="in use by another process"),
-    ):
-        library.train(model="res8", **SMALL, out=str(out))
+    with files.locked(out / ".lock", busy="", hint=""):
+        (out / "config.json").write_text("of the run that is under way")
+        for resume in (False, True):
+            with pytest.raises(ArtifactError, match="in use by another process"):
+                library.train(model="res8", **SMALL, out=str(out), resume=resume)
+        assert (out / "config.json").read_text() == "of the run that is under way"
+
+
+def test_an_interrupted_run_is_left_alone_by_one_with_other_settings(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(engine.Interrupted):
+        library.train(model="res8", **SMALL, out=str(out), observer=Stop(after_epoch=1))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for resume in (False, True):
+        with pytest.raises(IcdctlError):
+            library.train(model="res8", **SMALL, lr=0.5, out=str(out), resume=resume)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_a_stop_by_steps_or_time_saves_and_goes_on(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from icdctl import models
 from icdctl.errors import ArtifactError
-from icdctl.models.weights import _MAX_BYTES
+from icdctl.files import LARGEST_FOREIGN_BYTES
 
 METADATA = {"num_classes": 10, "model": "res8", "preprocessing": {"mean": [0.5, 0.4, 0.3]}}
 
@@ -275,7 +275,7 @@ def test_a_view_larger_than_its_memory_is_refused_without_a_copy(tmp_path: Path)
 def test_a_file_above_the_limit_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     with path.open("wb") as file:
-        file.truncate(_MAX_BYTES + 1)
+        file.truncate(LARGEST_FOREIGN_BYTES + 1)
     assert_refused(path, "larger than 2 GiB")
 
 

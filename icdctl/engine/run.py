@@ -131,13 +131,14 @@ def _claimed(out: Path, config: RunConfig, *, resume: bool) -> Iterator[None]:
         raise ArtifactError(f"`{out}` is a file, not a run folder", hint="choose another folder with `--out`")
     busy_hint = "wait for it, or choose another folder with `--out`"
     files.make_folder(out)
-    try:
-        with files.locked(out / ".lock", busy=f"run folder `{out}` is in use by another process", hint=busy_hint):
-            _check_folder(out, config, resume=resume)
+    with files.locked(out / ".lock", busy=f"run folder `{out}` is in use by another process", hint=busy_hint):
+        _check_folder(out, config, resume=resume)
+        try:
             yield
-    finally:
-        if not checkpoint_path(config.fingerprint).is_file() and not (out / "metrics.json").is_file():
-            _remove_new(out, existed)
+        except BaseException:
+            if not checkpoint_path(config.fingerprint).is_file():
+                _remove_new(out, existed)
+            raise
 
 
 def _check_folder(out: Path, config: RunConfig, *, resume: bool) -> None:

@@ -13,9 +13,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from icdctl.errors import ArtifactError
 from icdctl.exporting.description import Description
 from icdctl.exporting.graph import OPSETS
-from icdctl.files import sha256_bytes
+from icdctl.files import read_foreign, sha256_bytes
 
-_MAX_BYTES = (2 << 30) - 1
 _AGAIN_HINT = "make it again with `icdctl export`, or copy it again from where it was made"
 _FOREIGN_HINT = "icdctl reads the files of `icdctl export`: one file, standard operators, opset 18 to 23"
 
@@ -44,7 +43,7 @@ def read_onnx(path: Path | str) -> OnnxFile:
         ArtifactError: the reason, and what to do.
     """
     path = Path(path)
-    content = _content(path)
+    content = read_foreign(path, what="ONNX file", example="model.onnx", again=_AGAIN_HINT)
     try:
         proto = onnx.ModelProto.FromString(content)
     except DecodeError as error:
@@ -58,36 +57,6 @@ def read_onnx(path: Path | str) -> OnnxFile:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ArtifactError(f"`{path}` is not a valid ONNX graph: {first_line}", hint=_AGAIN_HINT) from error
     return OnnxFile(path, content, proto, _description(path, proto), opset)
-
-
-def _content(path: Path) -> bytes:
-    if path.is_dir():
-        raise ArtifactError(f"`{path}` is a folder, not an ONNX file", hint="name the file in it, e.g. `model.onnx`")
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise _refused(path, "it is larger than 2 GiB, which one ONNX file can't be")
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ArtifactError(
-            f"ONNX file `{path}` does not exist", hint="check the path; `icdctl export` makes such files"
-        ) from error
-    except OSError as error:
-        raise ArtifactError(
-            f"ONNX file `{path}` can't be read: {error.strerror or error}", hint="check its permissions and the disk"
-        ) from error
-    if not content:
-        raise ArtifactError(f"ONNX file `{path}` is empty", hint=_AGAIN_HINT)
-    if content.startswith(b"version https://git-lfs"):
-        raise ArtifactError(
-            f"`{path}` is a git-lfs pointer, not the graph it points to",
-            hint="run `git lfs pull` where it comes from",
-        )
-    if content[:512].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise ArtifactError(
-            f"`{path}` is a web page, not an ONNX file",
-            hint="the server answered with a page (a login or an error) instead of the file; download it again",
-        )
-    return content
 
 
 def _check_plain(path: Path, proto: Any) -> int:

@@ -23,12 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from icdctl.errors import ArtifactError
-from icdctl.files import sha256_bytes, write_bytes
+from icdctl.files import LARGEST_FOREIGN_BYTES, read_foreign, sha256_bytes, write_bytes
 from icdctl.models.outputs import Classifier
 
 _METADATA_KEY = "icdctl"
-_MAX_BYTES = 2 << 30
-_FETCH_HINT = "fetch it again (`icdctl fetch-teachers`), or copy it again from where it was made"
+_AGAIN_HINT = "download or copy it again from where it was made"
 _SAVE_HINT = "save it again as `model.state_dict()`, with the program that made it; icdctl never runs code from a file"
 
 # What old checkpoints hold beside tensors: the options of the run and a NumPy number (the best accuracy), whose
@@ -69,7 +68,7 @@ def read_weights(path: Path | str) -> Weights:
         ArtifactError: the file is missing, broken, refused, or holds no weights.
     """
     path = Path(path)
-    content = _content(path)
+    content = read_foreign(path, what="weight file", example="student.safetensors", again=_AGAIN_HINT)
     if content[8:9] == b"{":
         tensors, metadata = _read_safetensors(path, content)
         file_format = "safetensors"
@@ -133,52 +132,19 @@ def save_weights(path: Path | str, model: nn.Module | Mapping[str, Tensor], meta
     return sha256_bytes(content)
 
 
-def _content(path: Path) -> bytes:
-    if path.is_dir():
-        raise ArtifactError(
-            f"`{path}` is a folder, not a weight file", hint="name the file in it, e.g. `student.safetensors`"
-        )
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise _refused(path, "it is larger than 2 GiB")
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ArtifactError(
-            f"weight file `{path}` does not exist",
-            hint="check the path; `icdctl fetch-teachers` downloads the published teachers",
-        ) from error
-    except OSError as error:
-        raise ArtifactError(
-            f"weight file `{path}` can't be read: {error.strerror or error}", hint="check its permissions and the disk"
-        ) from error
-    if not content:
-        raise ArtifactError(f"weight file `{path}` is empty", hint=_FETCH_HINT)
-    if content.startswith(b"version https://git-lfs"):
-        raise ArtifactError(
-            f"`{path}` is a git-lfs pointer, not the weights it points to",
-            hint="run `git lfs pull` where it comes from",
-        )
-    if content[:512].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise ArtifactError(
-            f"`{path}` is a web page, not a weight file",
-            hint="the server answered with a page (a login or an error) instead of the file; download it again",
-        )
-    return content
-
-
 def _read_safetensors(path: Path, content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors = safetensors.torch.load(content)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ArtifactError(f"`{path}` is not a whole safetensors file: {error}", hint=_FETCH_HINT) from error
+        raise ArtifactError(f"`{path}` is not a whole safetensors file: {error}", hint=_AGAIN_HINT) from error
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     text = (header.get("__metadata__") or {}).get(_METADATA_KEY, "{}")
     try:
         metadata = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"metadata `icdctl` of `{path}` is not JSON: {error}", hint=_FETCH_HINT) from error
+        raise ArtifactError(f"metadata `icdctl` of `{path}` is not JSON: {error}", hint=_AGAIN_HINT) from error
     if not isinstance(metadata, dict):
-        raise ArtifactError(f"metadata `icdctl` of `{path}` is not a JSON object", hint=_FETCH_HINT)
+        raise ArtifactError(f"metadata `icdctl` of `{path}` is not a JSON object", hint=_AGAIN_HINT)
     return tensors, metadata
 
 
@@ -201,7 +167,7 @@ def _read_pickle(path: Path, content: bytes) -> Any:
         if "WeightsUnpickler" in str(error) or "Weights only load failed" in str(error):
             raise _refused(path, "it holds more than plain tensors") from error
         raise ArtifactError(
-            f"`{path}` is broken, cut short or not made by torch.save: {type(error).__name__}", hint=_FETCH_HINT
+            f"`{path}` is broken, cut short or not made by torch.save: {type(error).__name__}", hint=_AGAIN_HINT
         ) from error
 
 
@@ -211,7 +177,7 @@ def _check_zip(path: Path, content: bytes) -> None:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise ArtifactError(f"`{path}` is broken or cut short: {error}", hint=_FETCH_HINT) from error
+        raise ArtifactError(f"`{path}` is broken or cut short: {error}", hint=_AGAIN_HINT) from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise _refused(path, "its entries are compressed, which torch.save never does")
     if sum(entry.file_size for entry in entries) > len(content):
@@ -255,7 +221,7 @@ def _check_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
         total += num_bytes
         if num_bytes > tensor.untyped_storage().nbytes():
             raise _refused(path, f"{_quoted(key)} claims {num_bytes} bytes, more than the file holds for it")
-    if total > _MAX_BYTES:
+    if total > LARGEST_FOREIGN_BYTES:
         raise _refused(path, "its tensors are larger than 2 GiB")
 
 
