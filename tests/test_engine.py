@@ -65,7 +65,7 @@ def test_a_run_leaves_what_the_contract_says(teacher: Path, tmp_path: Path) -> N
     result = library.distill(
         method="cd_sdd_dkd", teacher=teacher, student="res8", scales="1,2,4", **SMALL, out=str(out)
     )
-    assert sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) == [
+    assert sorted(path.name for path in out.iterdir()) == [
         "config.json",
         "environment.json",
         "history.csv",
@@ -172,7 +172,8 @@ def test_a_run_folder_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_a_run_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with files.locked(out / ".lock", busy="", hint=""):
+    with files.locked(engine.lock_path(out), busy="", hint=""):
+        out.mkdir()
         (out / "config.json").write_text("of the run that is under way")
         for resume in (False, True):
             with pytest.raises(ArtifactError, match="in use by another process"):

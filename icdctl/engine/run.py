@@ -126,13 +126,12 @@ def run(
 @contextmanager
 def _claimed(out: Path, config: RunConfig, *, resume: bool) -> Iterator[None]:
     """Hold the run folder for one process; a run that dies before its first checkpoint leaves nothing behind."""
-    existed = out.exists()
-    if existed and not out.is_dir():
-        raise ArtifactError(f"`{out}` is a file, not a run folder", hint="choose another folder with `--out`")
-    busy_hint = "wait for it, or choose another folder with `--out`"
-    files.make_folder(out)
-    with files.locked(out / ".lock", busy=f"run folder `{out}` is in use by another process", hint=busy_hint):
-        _check_folder(out, config, resume=resume)
+    busy = f"run folder `{out}` is in use by another process"
+    with files.locked(lock_path(out), busy=busy, hint="wait for it, or choose another folder with `--out`"):
+        existed = out.exists()
+        if existed:
+            _check_folder(out, config, resume=resume)
+        files.make_folder(out)
         try:
             yield
         except BaseException:
@@ -141,9 +140,17 @@ def _claimed(out: Path, config: RunConfig, *, resume: bool) -> Iterator[None]:
             raise
 
 
+def lock_path(out: Path) -> Path:
+    """The lock of a run folder: not in it, for it may turn out to be somebody else's."""
+    name = files.sha256_bytes(str(out.resolve()).encode())[:20]
+    return files.state_folder() / "locks" / f"{name}.lock"
+
+
 def _check_folder(out: Path, config: RunConfig, *, resume: bool) -> None:
     """Refuse a folder that holds something else, or a run without `resume`, or another run with it."""
-    inside = sorted(path.name for path in out.iterdir() if path.name != ".lock")
+    if not out.is_dir():
+        raise ArtifactError(f"`{out}` is a file, not a run folder", hint="choose another folder with `--out`")
+    inside = sorted(path.name for path in out.iterdir())
     stated = out / "config.json"
     if not inside:
         return
@@ -174,7 +181,7 @@ def _check_folder(out: Path, config: RunConfig, *, resume: bool) -> None:
 
 def _remove_new(out: Path, existed: bool) -> None:
     """Take away what this attempt put into a folder, and the folder where this attempt made it."""
-    for name in ("config.json", "environment.json", ".lock"):
+    for name in ("config.json", "environment.json"):
         (out / name).unlink(missing_ok=True)
     if not existed and out.is_dir() and not any(out.iterdir()):
         shutil.rmtree(out, ignore_errors=True)
