@@ -148,8 +148,15 @@ LOSS_ARRAYS = golden.read_arrays("losses.npz") if LOSS_FILE else {}
 CASES: dict[str, dict[str, Any]] = {
     case["id"]: case for case in LOSS_FILE.get("cases", []) if case["section"] in ("loss", "forward_train")
 }
-NONFINITE_RULE = "inputs that are not finite: the reference zeroes the loss, icdctl stops the run (checked: not finite)"
-GUARDED_RULE = "the reference's guard fired on finite float64 values: its 0 without gradient is no value of the loss"
+NONFINITE_RULE = (
+    "inputs that are not finite: the reference may zero the loss, icdctl lets it through (checked: not finite)"
+)
+GUARDED_RULE = "the reference zeroes the loss of finite inputs, even in float64: icdctl has its value (checked: finite)"
+OVERFLOW_RULE = "the reference is not finite even in float64: icdctl has the loss's value (checked: finite)"
+LOWERED_RULE = (
+    "target more than 850 T above the other classes: the reference lowers it by 1000, which no longer drops it; "
+    "icdctl drops it (checked: finite)"
+)
 REFUSED_RULE = "scale sets that the reference refuses: icdctl has a value, and the reference has none to compare with"
 SCALES_OF_PATCHES = {1: (1,), 4: (2,), 5: (1, 2), 16: (4,), 17: (1, 4), 20: (2, 4), 21: (1, 2, 4)}
 GRADIENT_FLOOR = 1e-6
@@ -245,17 +252,14 @@ def test_loss_reaches_the_float64_value_of_the_reference(case_id: str, dtype: to
     section = f"{case['section']} {str(dtype).removeprefix('torch.')}"
     inputs = loss_inputs(case, dtype)
     actual = losses_of(case, inputs) if case["section"] == "loss" else terms_of(case, inputs)
-    if "expected_error" in case:
-        assert all(torch.isfinite(value).all() for value in actual.values())
-        golden.record(section, skipped_rule=REFUSED_RULE)
-        return
-    if not all(torch.isfinite(value).all() for value in inputs.values()):
-        assert not all(torch.isfinite(value).all() for value in actual.values())
+    is_finite = all(torch.isfinite(value).all() for value in actual.values())
+    if not is_finite and not all(torch.isfinite(value).all() for value in inputs.values()):
         golden.record(section, skipped_rule=NONFINITE_RULE)
         return
-    if case["guard_hit"]["float64"]:
-        assert all(torch.isfinite(value).all() for value in actual.values())
-        golden.record(section, skipped_rule=GUARDED_RULE)
+    rule = rule_to_skip(case, inputs)
+    if rule is not None:
+        assert is_finite
+        golden.record(section, skipped_rule=rule)
         return
 
     rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (1e-9, 1e-12)
@@ -267,18 +271,55 @@ def test_loss_reaches_the_float64_value_of_the_reference(case_id: str, dtype: to
     golden.record(section, checked=1)
 
 
+def rule_to_skip(case: dict[str, Any], inputs: dict[str, Tensor]) -> str | None:
+    """Why the reference's number is not the loss's value, if it is not."""
+    if "expected_error" in case:
+        return REFUSED_RULE
+    if case["guard_hit"]["float64"]:
+        return GUARDED_RULE
+    expected = [
+        LOSS_ARRAYS[value["npz"]] if isinstance(value, dict) else np.float64(value)
+        for value in case["expected"]["float64"].values()
+    ]
+    if not all(np.isfinite(value).all() for value in expected):
+        return OVERFLOW_RULE
+    temperature = case["hparams"].get("temperature", case["hparams"].get("DKD.T"))
+    if "dkd" in case["method"].lower() and any(
+        gap_above_others(value, inputs["target"]) > 850 * temperature
+        for name, value in inputs.items()
+        if name != "target"
+    ):
+        return LOWERED_RULE
+    return None
+
+
+def gap_above_others(logits: Tensor, labels: Tensor) -> float:
+    """How far the target's logit lies above the next one at most, over images and patches: [B, K(, P)], [B]."""
+    index = labels.reshape(-1, 1, *[1] * (logits.dim() - 2)).expand(-1, 1, *logits.shape[2:])
+    others = logits.detach().double().scatter(1, index, -torch.inf).amax(dim=1)
+    return (logits.detach().double().gather(1, index).squeeze(1) - others).amax().item()
+
+
 def check_gradients(case: dict[str, Any], inputs: dict[str, Tensor], actual: dict[str, Tensor]) -> None:
     total = next(actual[name] for name in ("__total__", "loss", "ce") if name in actual)
     if total.requires_grad:
         total.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     for name, expected in (case.get("grad") or {}).items():
+        if expected is not None and not expected["finite"]:
+            continue  # the reference's own gradient is no number, though its value is one
         gradient = inputs[name].grad
         found = torch.zeros_like(inputs[name]) if gradient is None else gradient
         wanted = (
             torch.zeros_like(found) if expected is None else torch.from_numpy(np.array(LOSS_ARRAYS[expected["npz"]]))
         )
         error = (found.double() - wanted.double()).norm() / max(wanted.double().norm().item(), GRADIENT_FLOOR)
-        assert error <= 1e-5, f"{name}: {error:.1e}"
+        assert error <= gradient_tolerance(expected, found.dtype), f"{name}: {error:.1e}"
+
+
+def gradient_tolerance(expected: dict[str, Any] | None, dtype: torch.dtype) -> float:
+    """1e-5, or 4 times what the reference's own float32 run loses where a gradient is ill-conditioned."""
+    own = float((expected or {}).get("float32_rel_err") or 0.0)
+    return max(1e-5, 4 * own) if dtype == torch.float32 and np.isfinite(own) else 1e-5
 
 
 # Trajectories: steps of training, by the very step that the engine runs.
