@@ -127,6 +127,7 @@ class _Job:
         _check_needed(command, gathered)
         problems: list[IcdctlError] = []
         self.teacher_target: Target | None = None
+        self.scales_are_given = bool(gathered.scales)
         needs_teacher = command == "distill" and _needs_teacher(gathered)
         self.teacher_is_ignored = command == "distill" and not needs_teacher and gathered.teacher is not None
         if needs_teacher and self.teacher_module is None:
@@ -158,6 +159,8 @@ class _Job:
             observer.message(f"warning: {dataset.caveat}")
         if needs_patches and config.scales == (1,):
             observer.message("warning: with scale 1 alone there are no patches: SDD and the cluster term add nothing")
+        if self.scales_are_given and not needs_patches:
+            observer.message(f"warning: method `{config.method}` reads no patches, `--scales` is ignored")
         if self.teacher_is_ignored:
             observer.message(f"warning: method `{config.method}` reads no teacher, `--teacher` is ignored")
         return engine.run(

@@ -74,6 +74,7 @@ class RunConfig(BaseModel):
     teacher_sha256: str | None
     """Of that file."""
     scales: tuple[int, ...]
+    """Of the patches; none for a method that reads none."""
     settings: dict[str, float | str]
     """The method's own."""
     recipe: str
@@ -264,6 +265,8 @@ def _from_config_file(path: Path, command: str | None) -> dict[str, Any]:
 def options_of(stated: Mapping[str, Any]) -> dict[str, Any]:
     """The options that lead to a resolved configuration, from its fields."""
     options = {key: value for key, value in stated.items() if key != "command" and value is not None}
+    if not options.get("scales"):
+        options.pop("scales", None)
     if weights := options.pop("teacher_weights", None):
         options["teacher"] = weights
     if (seconds := options.pop("time_limit_seconds", None)) is not None:
@@ -326,7 +329,7 @@ def build(
         teacher=name,
         teacher_weights=weights,
         teacher_sha256=sha256,
-        scales=scales,
+        scales=scales if methods.METHODS[method].needs_patches else (),
         settings=settings,
         recipe=recipe,
         time_limit_seconds=_attempt(found, parse_duration, options.time_limit),

@@ -409,13 +409,17 @@ def test_a_teacher_of_another_data_set_is_refused(teacher: Path, tmp_path: Path)
         library.distill(method="kd", teacher=str(teacher), student="res8", dataset="cifar100")
 
 
-def test_a_teacher_that_is_not_read_is_mentioned(teacher: Path, tmp_path: Path) -> None:
+def test_a_teacher_and_scales_that_are_not_read_are_mentioned(teacher: Path, tmp_path: Path) -> None:
     said: list[str] = []
 
     class Listener(engine.SilentObserver):
         def message(self, text: str) -> None:
             said.append(text)
 
-    out = str(tmp_path / "run")
-    library.distill(method="ce", teacher=str(teacher), student="res8", **SMALL, out=out, observer=Listener())
-    assert said == ["warning: method `ce` reads no teacher, `--teacher` is ignored"]
+    given: dict[str, Any] = {"method": "ce", "teacher": str(teacher), "student": "res8", "scales": "1,2"}
+    result = library.distill(**given, **SMALL, out=str(tmp_path / "run"), observer=Listener())
+    assert result.config.scales == ()
+    assert said == [
+        "warning: method `ce` reads no patches, `--scales` is ignored",
+        "warning: method `ce` reads no teacher, `--teacher` is ignored",
+    ]
