@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from icdctl import config as configuration
-from icdctl import data, evaluation, files, methods, targets, teachers
-from icdctl.config import CUSTOM_MODEL, Options, RunConfig
+from icdctl import data, evaluation, files, methods, sources, targets, teachers
+from icdctl.config import CUSTOM_MODEL, RunConfig
 from icdctl.data import Dataset
 from icdctl.engine import run as engine
 from icdctl.engine.device import resolve_device
@@ -24,6 +24,7 @@ from icdctl.errors import ArtifactError, IcdctlError, UsageError, combine
 from icdctl.exporting import Export, OnnxClassifier, export_onnx
 from icdctl.models import Classifier
 from icdctl.models.external import adapt
+from icdctl.sources import Options
 from icdctl.targets import Target
 
 Model = str | Path | nn.Module
@@ -47,7 +48,7 @@ def train(
         resume: start, go on, or finish at once, whatever the state of the run folder is.
         observer: told of the progress.
         **options: `student` (a model's name or an nn.Module; `model` means the same), `dataset`, `out`, `epochs`, `lr`,
-            `seed`, ...: the fields of `icdctl.config.Options`.
+            `seed`, ...: the fields of `icdctl.sources.Options`.
 
     Raises:
         IcdctlError: with a message and a hint.
@@ -72,7 +73,7 @@ def distill(
         resume: start, go on, or finish at once, whatever the state of the run folder is.
         observer: told of the progress.
         **options: `method`, `teacher` (a name, `registry:NAME`, a run folder, a weights file or an nn.Module),
-            `student` (a name or an nn.Module), `scales`, `settings`, ...: the fields of `icdctl.config.Options`.
+            `student` (a name or an nn.Module), `scales`, `settings`, ...: the fields of `icdctl.sources.Options`.
 
     Raises:
         IcdctlError: with a message and a hint.
@@ -83,7 +84,7 @@ def distill(
 def _stated(config: Config | None) -> dict[str, Any]:
     """The options that a configuration states."""
     if isinstance(config, RunConfig):
-        return configuration.options_of(config.model_dump())
+        return sources.options_of(config.model_dump())
     return dict(config or {})
 
 
@@ -123,7 +124,7 @@ class _Job:
         given = dict(options)
         self.student_module = _take_module(given, "student")
         self.teacher_module = _take_module(given, "teacher")
-        gathered = configuration.gather(given, config_file=config_file, command=command)
+        gathered = sources.gather(given, config_file=config_file, command=command)
         _check_needed(command, gathered)
         problems: list[IcdctlError] = []
         self.teacher_target: Target | None = None

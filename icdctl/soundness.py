@@ -12,9 +12,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from icdctl import data, files, registry, targets
-from icdctl.config import RunConfig, from_validation
+from icdctl.config import RunConfig
 from icdctl.errors import ArtifactError, IcdctlError
 from icdctl.exporting import Report, verify_file, verify_folder
+from icdctl.sources import from_validation
 
 _AGAIN = "train it again, or go on with `--resume`"
 

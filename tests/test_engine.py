@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import icdctl as library
-from icdctl import api, config, files, methods, models
+from icdctl import api, config, files, methods, models, sources
 from icdctl.engine import run as engine
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
 from icdctl.engine.schedule import learning_rate
@@ -299,7 +299,7 @@ def test_bf16_trains_too(tmp_path: Path) -> None:
 
 
 def configuration(**given: Any) -> config.RunConfig:
-    return config.build("train", config.gather({"student": "res8", **given}))
+    return config.build("train", sources.gather({"student": "res8", **given}))
 
 
 def test_the_step_schedule_falls_in_the_epoch_after_each_stage() -> None:
