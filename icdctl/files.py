@@ -35,6 +35,15 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def md5_file(path: Path) -> str:
+    """Hex md5 of a file, read in pieces: for publishers who state no better hash."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` under a temporary name beside `path`, then rename: a reader sees the old file or the new one.
 
@@ -151,6 +160,21 @@ def locked(path: Path, *, busy: str, hint: str) -> Iterator[None]:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
         raise ArtifactError(busy, hint=hint) from error
+    except OSError as error:
+        raise not_writable(path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def waited_lock(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` while the block runs; wait where another process holds it."""
+    make_folder(path.parent)
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire()
     except OSError as error:
         raise not_writable(path, error) from error
     try:
