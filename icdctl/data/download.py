@@ -41,6 +41,11 @@ class RemoteFile:
     """Whose hash it is, for the message where the bytes have another."""
 
     @property
+    def carry_over(self) -> str:
+        """The hint where it can't be downloaded."""
+        return f"carry it over from a machine that has it: {self.facts}; then name it with `--from FILE`"
+
+    @property
     def facts(self) -> str:
         """Name, size and hash, for a person who carries the file over."""
         size = "" if self.num_bytes is None else f", {self.num_bytes:,} bytes"
@@ -80,19 +85,21 @@ def verify(file: RemoteFile, path: Path) -> None:
     Raises:
         ArtifactError: one differs; expected and got are said.
     """
-    try:
-        size = path.stat().st_size
-        found = {
-            "size": (file.num_bytes, size),
-            "md5": (file.md5, files.md5_file(path) if file.md5 else None),
-            "sha256": (file.sha256, files.sha256_file(path) if file.sha256 else None),
-        }
-    except OSError as error:
-        raise ArtifactError(
-            f"`{path}` can't be read: {error.strerror or error}", hint="check the path and its permissions"
-        ) from error
-    for what, (expected, got) in found.items():
-        if expected is not None and expected != got:
+    if path.exists() and not path.is_file():  # reading a device or a pipe might never end
+        raise ArtifactError(f"`{path}` is no file", hint=f"name the file itself: {file.facts}")
+    questions: tuple[tuple[str, object, Callable[[Path], object]], ...] = (
+        ("size", file.num_bytes, lambda path: path.stat().st_size),
+        ("md5", file.md5, files.md5_file),
+        ("sha256", file.sha256, files.sha256_file),
+    )
+    for what, expected, ask in questions:
+        try:
+            got = ask(path) if expected is not None else None
+        except OSError as error:
+            raise ArtifactError(
+                f"`{path}` can't be read: {error.strerror or error}", hint="check the path and its permissions"
+            ) from error
+        if got != expected:
             raise ArtifactError(
                 f"`{path}` is not {file.pinned_by} `{file.name}`: {what} {got}, expected {expected}",
                 hint="it is broken, cut short or another version; get it again",
@@ -214,7 +221,7 @@ class _Attempt:
 
 
 def _not_to_be_had(file: RemoteFile, destination: Path, failures: list[str], *, offline: bool) -> ArtifactError:
-    hint = f"carry it over from a machine that has it: {file.facts}; then name it with `--from FILE`"
+    hint = file.carry_over
     if offline and not failures:
         return ArtifactError(f"`{destination}` is not there, and `--offline` forbids to download it", hint=hint)
     if not failures:

@@ -60,6 +60,13 @@ class Fetched:
     data_caveat: str | None = None
     """What a reader of the measured accuracy must know of the data."""
 
+    @property
+    def gate(self) -> str:
+        """What the comparison with the published accuracy came to."""
+        if self.entry.measured_top1 is None:
+            return "open"
+        return "accepted" if self.entry.accuracy_accepted else "passed"
+
     def as_json(self) -> dict[str, Any]:
         """A line of `icdctl fetch-teachers --json`."""
         return {
@@ -67,7 +74,7 @@ class Fetched:
             "path": str(self.path),
             "new": self.new,
             "published_top1": self.published_top1,
-            "gate": "open" if self.entry.measured_top1 is None else "passed",
+            "gate": self.gate,
             **self.entry.model_dump(mode="json"),
         }
 
@@ -81,7 +88,7 @@ def find_fetched(teacher: Published) -> Path | None:
     """The converted weights, if this project's record knows them and they are as it says.
 
     Raises:
-        ArtifactError: they have been changed.
+        ArtifactError: they have been changed, or are not as accurate as published.
     """
     entry = read_lock().get(teacher.name)
     path = place_of(teacher)
@@ -92,6 +99,8 @@ def find_fetched(teacher: Published) -> Path | None:
             f"`{path}` has been changed since it was fetched: its sha256 is not {entry.converted_sha256}",
             hint=f"delete it, then `icdctl fetch-teachers {teacher.name}` brings it again",
         )
+    if _is_outside(teacher, entry) and not entry.accuracy_accepted:
+        raise _not_accurate(teacher, entry)
     return path
 
 
@@ -105,8 +114,8 @@ def fetch_teacher(
     """Have a published teacher in its place, converted and recorded.
 
     Raises:
-        ArtifactError: it can't be had, is another file than the one that is pinned, does not fit its model, or is not as
-            accurate as published. Nothing of it is kept then.
+        ArtifactError: it can't be had, is another file than the one that is pinned, does not fit its model, or is
+            not as accurate as published. Nothing of it is kept then.
     """
     if teacher.dataset not in data.DATASETS or not (teacher.urls or wishes.from_file or wishes.mirrors):
         raise _page_only(teacher)
@@ -117,9 +126,7 @@ def fetch_teacher(
         if wishes.from_file is not None:
             download.verify(teacher.remote(entry), wishes.from_file)
         if entry is not None and _is_right(place, entry):
-            model = models.create(teacher.model, _num_classes(teacher), dataset=teacher.dataset)
-            models.load_weights(model, place)
-            return _through_the_gate(teacher, model, entry, wishes, watcher, new=False)
+            return _through_the_gate(teacher, entry, wishes, watcher)
         original, url = _original(teacher, entry, wishes, watcher, patience)
         try:
             return _take(teacher, original, url, entry, wishes, watcher)
@@ -163,7 +170,7 @@ def _state(teacher: Published) -> str:
         if find_fetched(teacher) is not None:
             return "fetched"
     except ArtifactError:
-        return "changed"
+        return "refused"
     return "not fetched" if teacher.urls else "by hand, from its page"
 
 
@@ -192,77 +199,81 @@ def _original(
 ) -> tuple[Path, str]:
     """The file as published, verified, and where it is from."""
     if wishes.from_file is not None:
-        _check_content(teacher, wishes.from_file)
         return wishes.from_file, f"file:{wishes.from_file.name}"
+    file = teacher.remote(entry)
+    if wishes.offline and not any(mirror.startswith("file:") for mirror in wishes.mirrors):
+        raise ArtifactError(
+            f"teacher `{teacher.name}` is not there: no `{place_of(teacher)}`, and `--offline` forbids to download it",
+            hint=file.carry_over,
+        )
+
+    def check(path: Path) -> None:
+        _loaded(teacher, path)  # read, and compared with the model
+
     stopover = _cache() / f"{teacher.dataset}-{teacher.reference}.pth"
     stopover.unlink(missing_ok=True)  # of a run that was killed; its address is not known any more
     origin = download.fetch(
-        teacher.remote(entry),
+        file,
         stopover,
         mirrors=wishes.mirrors,
         offline=wishes.offline,
         on_bytes=watcher.on_bytes,
-        check=lambda path: _check_content(teacher, path),
+        check=check,
         patience=patience,
     )
     return stopover, str(origin.url)
 
 
-def _check_content(teacher: Published, path: Path) -> Classifier:
+def _loaded(teacher: Published, path: Path) -> tuple[Classifier, str]:
+    """The model with the weights of a file, and the sha256 of what was read."""
     model = models.create(teacher.model, _num_classes(teacher), dataset=teacher.dataset)
-    models.load_weights(model, path)
-    return model
+    return model, models.load_weights(model, path).sha256
 
 
 def _take(
     teacher: Published, original: Path, url: str, entry: Recorded | None, wishes: Wishes, watcher: Watcher
 ) -> Fetched:
     """Measure, convert, record, in this order: what the gate refuses leaves no trace."""
-    model = _check_content(teacher, original)
-    sha256 = files.sha256_file(original)
+    model, sha256 = _loaded(teacher, original)
+    if sha256 != (teacher.pin(entry) or sha256):
+        raise ArtifactError(f"`{original}` was replaced while it was being read", hint="run the command again")
+    if entry is None:
+        entry = Recorded(sha256=sha256, converted_sha256=sha256, url=url, first_use=today())
+    entry, caveat = _measured(teacher, model, entry, wishes, watcher)
+    entry = _accepted(teacher, entry, wishes, caveat)
+    place = place_of(teacher)
     row = data.DATASETS[teacher.dataset]
     said = targets.metadata(teacher.model, teacher.dataset, row.class_names, row.preprocessing)
-    origin = {"url": url, "sha256": sha256}
-    new_entry = Recorded(
-        sha256=sha256,
-        converted_sha256="0" * 64,  # until it is written, below
-        url=entry.url if entry is not None else url,
-        first_use=entry.first_use if entry is not None else today(),
-    )
-    measured, caveat = _measure(teacher, model, wishes, watcher)
-    new_entry = new_entry.model_copy(update=_judged(teacher, measured, caveat, wishes))
-    place = place_of(teacher)
     if wishes.keep_original:
         files.write_bytes(place.with_name(ORIGINAL_FILE), original.read_bytes())
-    converted = models.save_weights(place, model, {**said, "origin": origin})
-    new_entry = new_entry.model_copy(update={"converted_sha256": converted})
-    record(teacher.name, new_entry)
-    return Fetched(teacher.name, place, new_entry, teacher.top1, True, caveat)
+    converted = models.save_weights(place, model, {**said, "origin": {"url": url, "sha256": sha256}})
+    entry = entry.model_copy(update={"converted_sha256": converted})
+    record(teacher.name, entry)
+    return Fetched(teacher.name, place, entry, teacher.top1, True, caveat)
 
 
-def _through_the_gate(
-    teacher: Published, model: Classifier, entry: Recorded, wishes: Wishes, watcher: Watcher, *, new: bool
-) -> Fetched:
+def _through_the_gate(teacher: Published, entry: Recorded, wishes: Wishes, watcher: Watcher) -> Fetched:
     """A teacher that is there: measured now, if that could not be done when it was fetched."""
-    caveat = None
-    if entry.measured_top1 is None:
-        measured, caveat = _measure(teacher, model, wishes, watcher)
-        if measured is not None:
-            entry = entry.model_copy(update=_judged(teacher, measured, caveat, wishes))
-            record(teacher.name, entry)
-    return Fetched(teacher.name, place_of(teacher), entry, teacher.top1, new, caveat)
+    place = place_of(teacher)
+    model, _ = _loaded(teacher, place)
+    measured, caveat = _measured(teacher, model, entry, wishes, watcher)
+    if measured != entry:
+        record(teacher.name, measured)
+    accepted = _accepted(teacher, measured, wishes, caveat)
+    if accepted != measured:
+        record(teacher.name, accepted)
+    return Fetched(teacher.name, place, accepted, teacher.top1, False, caveat)
 
 
-def _measure(
-    teacher: Published, model: Classifier, wishes: Wishes, watcher: Watcher
-) -> tuple[float | None, str | None]:
-    """Top-1 on the test set in percent, and what to know of the data; nothing where they are not here."""
+def _measured(
+    teacher: Published, model: Classifier, entry: Recorded, wishes: Wishes, watcher: Watcher
+) -> tuple[Recorded, str | None]:
+    """The entry with top-1 on the test set, where it is here, and what to know of the data."""
     row = data.DATASETS[teacher.dataset]
     folder = wishes.data_folder or files.data_folder()
-    if row.release is not None and not all(
-        (folder / row.release.folder / split).is_file() for split in ("train", "test")
-    ):
-        return None, None
+    needed = [] if row.release is None else [folder / row.release.folder / split for split in ("train", "test")]
+    if entry.measured_top1 is not None or not all(path.is_file() for path in needed):
+        return entry, None
     held = data.load(teacher.dataset, folder=folder)
     device = torch.device(wishes.device)
     predict = evaluation.module_predictor(model.eval().to(device), held.preprocessing, device)
@@ -275,33 +286,42 @@ def _measure(
 
     logits = evaluation.predict_all(predict, held.test_images, on_batch=count)
     model.to("cpu")
-    return evaluation.evaluate_logits(logits, held.test_labels).top1, held.caveat
+    top1 = evaluation.evaluate_logits(logits, held.test_labels).top1
+    return entry.model_copy(update={"measured_top1": top1}), held.caveat
 
 
-def _judged(teacher: Published, measured: float | None, caveat: str | None, wishes: Wishes) -> dict[str, Any]:
-    """What the record says of the accuracy.
+def _is_outside(teacher: Published, entry: Recorded) -> bool:
+    return entry.measured_top1 is not None and round(abs(entry.measured_top1 - teacher.top1), 6) > TOLERANCE
+
+
+def _accepted(teacher: Published, entry: Recorded, wishes: Wishes, caveat: str | None) -> Recorded:
+    """The entry, with a note where a person takes an accuracy that was not published.
 
     Raises:
         ArtifactError: it is not what was published, and nobody accepts that.
     """
-    if measured is None:
-        return {}
-    outside = round(abs(measured - teacher.top1), 6) > TOLERANCE
-    if outside and not wishes.accept_accuracy:
-        note = f" ({caveat})" if caveat else ""
-        raise ArtifactError(
-            f"teacher `{teacher.name}` reaches top-1 {measured:.2f} on the test set, published is {teacher.top1:.2f} "
-            f"(allowed difference {TOLERANCE}); it is not accepted{note}",
-            hint="it is another checkpoint, or the data are others; `--accept-accuracy` takes it nevertheless",
-        )
-    return {"measured_top1": measured, "accuracy_accepted": outside}
+    if not _is_outside(teacher, entry) or entry.accuracy_accepted:
+        return entry
+    if not wishes.accept_accuracy:
+        raise _not_accurate(teacher, entry, caveat)
+    return entry.model_copy(update={"accuracy_accepted": True})
+
+
+def _not_accurate(teacher: Published, entry: Recorded, caveat: str | None = None) -> ArtifactError:
+    note = f" ({caveat})" if caveat else ""
+    return ArtifactError(
+        f"teacher `{teacher.name}` reaches top-1 {entry.measured_top1:.2f} on the test set, published is "
+        f"{teacher.top1:.2f} (allowed difference {TOLERANCE}); it is not accepted{note}",
+        hint="it is another checkpoint, or the data are others; "
+        f"`icdctl fetch-teachers {teacher.name} --accept-accuracy` takes it nevertheless",
+    )
 
 
 def _page_only(teacher: Published) -> ArtifactError:
     where = f"`{teacher.page_file}` lies on {teacher.page}, which no program can download from" if teacher.page else ""
     if teacher.dataset not in data.DATASETS:
         return ArtifactError(
-            f"teacher `{teacher.name}` can't be fetched: icdctl has no data set `{teacher.dataset}` yet. {where}".strip(),
+            f"teacher `{teacher.name}` can't be fetched: icdctl has no data set `{teacher.dataset}` yet; {where}",
             hint="`icdctl fetch-teachers --list` shows those that can",
         )
     return ArtifactError(
