@@ -97,7 +97,7 @@ def _show_listing(folder: Path, as_json: bool) -> None:
                 "bytes": None if file is None else file.num_bytes,
                 "md5": None if file is None else file.md5,
                 "sha256": None if file is None else file.sha256,
-                "url": None if file is None else file.urls[0],
+                "url": None if file is None else next(iter(file.urls), None),
                 "licence": row.licence,
                 "source": row.source,
             }

@@ -39,6 +39,11 @@ class SourceError(Exception):
 class _Again(Exception):
     """It may work the next time."""
 
+    def __init__(self, message: str, *, unreachable: bool = False) -> None:
+        super().__init__(message)
+        self.unreachable = unreachable
+        """There was no connection at all: most likely the host is down, and another one should be asked soon."""
+
 
 @dataclass(frozen=True)
 class Patience:
@@ -48,7 +53,9 @@ class Patience:
     """Requests in a row that bring nothing new, before the source is given up."""
     first_pause: float = 1.0
     """Seconds after the first of them; each later pause is twice as long."""
-    connect_seconds: float = 15.0
+    unreachable_attempts: int = 2
+    """The same, where no connection comes about."""
+    connect_seconds: float = 10.0
     read_seconds: float = 30.0
     """Without a byte."""
 
@@ -123,7 +130,7 @@ def retrieve(url: str, partial: Partial, *, most_bytes: int, patience: Patience,
                 return
             except _Again as error:
                 in_vain = 1 if partial.size > before else in_vain + 1
-                if in_vain >= patience.attempts:
+                if in_vain >= (patience.unreachable_attempts if error.unreachable else patience.attempts):
                     raise SourceError(f"{error}, {in_vain} times in a row") from error
                 time.sleep(patience.first_pause * 2 ** (in_vain - 1))
     raise SourceError(f"gave up after {_MOST_ROUNDS} cut connections")
@@ -147,13 +154,15 @@ def _request(
     try:
         with session.get(url, headers=headers, stream=True, timeout=timeouts) as response:
             _receive(response, url, partial, asked_from=offset, most_bytes=most_bytes, on_bytes=on_bytes)
+    except requests.ConnectTimeout as error:
+        raise _Again("no connection in time", unreachable=True) from error
     except requests.Timeout as error:
         raise _Again("no answer in time") from error
     except requests.exceptions.SSLError as error:
         raise SourceError("its certificate is not accepted") from error
     except requests.ConnectionError as error:
         reason = getattr(error.args[0] if error.args else None, "reason", None)
-        if isinstance(reason, NewConnectionError):
+        if isinstance(getattr(reason, "original_error", reason), NewConnectionError):
             raise SourceError("there is no connection to it") from error
         raise _Again("the connection broke") from error
     except requests.RequestException as error:  # a malformed URL, endless redirects, a broken proxy setting

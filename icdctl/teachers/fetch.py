@@ -117,7 +117,7 @@ def fetch_teacher(
         ArtifactError: it can't be had, is another file than the one that is pinned, does not fit its model, or is
             not as accurate as published. Nothing of it is kept then.
     """
-    if teacher.dataset not in data.DATASETS or not (teacher.urls or wishes.from_file or wishes.mirrors):
+    if teacher.dataset not in data.DATASETS:
         raise _page_only(teacher)
     place = place_of(teacher)
     with files.waited_lock(place.with_name(f".{place.name}.lock")):
@@ -200,6 +200,8 @@ def _original(
     """The file as published, verified, and where it is from."""
     if wishes.from_file is not None:
         return wishes.from_file, f"file:{wishes.from_file.name}"
+    if not (teacher.urls or wishes.mirrors):
+        raise _page_only(teacher)
     file = teacher.remote(entry)
     if wishes.offline and not any(mirror.startswith("file:") for mirror in wishes.mirrors):
         raise ArtifactError(
@@ -318,7 +320,9 @@ def _not_accurate(teacher: Published, entry: Recorded, caveat: str | None = None
 
 
 def _page_only(teacher: Published) -> ArtifactError:
-    where = f"`{teacher.page_file}` lies on {teacher.page}, which no program can download from" if teacher.page else ""
+    where = "it has no address"
+    if teacher.page is not None:
+        where = f"`{teacher.page_file}` lies on {teacher.page}, which no program can download from"
     if teacher.dataset not in data.DATASETS:
         return ArtifactError(
             f"teacher `{teacher.name}` can't be fetched: icdctl has no data set `{teacher.dataset}` yet; {where}",
