@@ -168,7 +168,7 @@ def test_mirrors_come_first_and_may_be_folders(origin: Origin, tmp_path: Path, m
     (tmp_path / "f").unlink()
     assert download.fetch(remote(CONTENT, url), tmp_path / "f", mirrors=mirrors, offline=True).url == found.url
     assert len(origin.requests) == 1, "offline asks no server"
-    for wrong in ("ftp://host/x", "host/x", "http://", "file:relative"):
+    for wrong in ("ftp://host/x", "host/x", "http://", "file:relative", "file://host/x"):
         with pytest.raises(UsageError, match="is no mirror"):
             download.mirrors_in_order(wrong)
 

@@ -89,7 +89,11 @@ def _data() -> list[dict[str, Any]]:
         if row.release is None:
             found.append(_check("ok", name, "embedded"))
             continue
-        state, member = release.look(row.release, folder)
+        try:
+            state, member = release.look(row.release, folder)
+        except IcdctlError as error:
+            found.append(_check("unreadable", name, error.message))
+            continue
         place = folder / row.release.folder
         if state == "right":
             found.append(_check("ok", name, f"{place}, as published"))

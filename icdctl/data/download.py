@@ -71,7 +71,8 @@ def mirrors_in_order(given: str | None) -> tuple[str, ...]:
     named = [mirror for mirror in (given, os.environ.get(MIRROR_VARIABLE)) if mirror]
     for mirror in named:
         parts = urllib.parse.urlsplit(mirror)
-        if parts.scheme not in ("http", "https", "file") or not (parts.netloc or parts.path.startswith("/")):
+        is_folder = parts.scheme == "file" and parts.path.startswith("/") and parts.netloc in ("", "localhost")
+        if not is_folder and not (parts.scheme in ("http", "https") and parts.netloc):
             raise UsageError(
                 f"`{mirror}` is no mirror: expected an http, https or file URL",
                 hint="e.g. `--mirror https://files.example.org/icdctl` or `--mirror file:///mnt/share/icdctl`",

@@ -45,7 +45,7 @@ def look(release: Release, data_folder: Path) -> tuple[State, str]:
         try:
             if files.md5_file(path) != md5:
                 return "other", name
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             missing = missing or name
         except OSError as error:
             raise ArtifactError(f"`{path}` can't be read: {error.strerror}", hint="check its permissions") from error
