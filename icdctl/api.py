@@ -27,13 +27,14 @@ from icdctl.models.external import adapt
 from icdctl.targets import Target
 
 Model = str | Path | nn.Module
+Config = Mapping[str, Any] | RunConfig
 
 _VERIFICATION_IMAGES = 1000
 """How many test images join the verification of an export; the reference runs in float64, which is slow."""
 
 
 def train(
-    config: Mapping[str, Any] | None = None,
+    config: Config | None = None,
     *,
     resume: bool = False,
     observer: Observer | None = None,
@@ -42,7 +43,7 @@ def train(
     """Train a model on labels alone.
 
     Args:
-        config: options as a mapping; keywords override it.
+        config: options as a mapping, or a resolved configuration; keywords override it.
         resume: start, go on, or finish at once, whatever the state of the run folder is.
         observer: told of the progress.
         **options: `student` (a model's name or an nn.Module; `model` means the same), `dataset`, `out`, `epochs`, `lr`,
@@ -51,14 +52,14 @@ def train(
     Raises:
         IcdctlError: with a message and a hint.
     """
-    given = {**(config or {}), **options}
+    given = {**_stated(config), **options}
     if "model" in given:
         given["student"] = given.pop("model")
     return _Job("train", given).run(resume=resume, observer=observer)
 
 
 def distill(
-    config: Mapping[str, Any] | None = None,
+    config: Config | None = None,
     *,
     resume: bool = False,
     observer: Observer | None = None,
@@ -67,7 +68,7 @@ def distill(
     """Train a student to imitate a teacher.
 
     Args:
-        config: options as a mapping; keywords override it.
+        config: options as a mapping, or a resolved configuration; keywords override it.
         resume: start, go on, or finish at once, whatever the state of the run folder is.
         observer: told of the progress.
         **options: `method`, `teacher` (a name, `registry:NAME`, a run folder, a weights file or an nn.Module),
@@ -76,7 +77,14 @@ def distill(
     Raises:
         IcdctlError: with a message and a hint.
     """
-    return _Job("distill", {**(config or {}), **options}).run(resume=resume, observer=observer)
+    return _Job("distill", {**_stated(config), **options}).run(resume=resume, observer=observer)
+
+
+def _stated(config: Config | None) -> dict[str, Any]:
+    """The options that a configuration states."""
+    if isinstance(config, RunConfig):
+        return configuration.options_of(config.model_dump())
+    return dict(config or {})
 
 
 def plan(
@@ -115,14 +123,17 @@ class _Job:
         given = dict(options)
         self.student_module = _take_module(given, "student")
         self.teacher_module = _take_module(given, "teacher")
-        gathered = configuration.gather(given, config_file=config_file)
+        gathered = configuration.gather(given, config_file=config_file, command=command)
         _check_needed(command, gathered)
         problems: list[IcdctlError] = []
         self.teacher_target: Target | None = None
+        self.scales_are_given = bool(gathered.scales)
         needs_teacher = command == "distill" and _needs_teacher(gathered)
+        self.teacher_is_ignored = command == "distill" and not needs_teacher and gathered.teacher is not None
         if needs_teacher and self.teacher_module is None:
             try:
-                self.teacher_target = teachers.find(str(gathered.teacher), dataset=gathered.dataset or "cifar100")
+                self.teacher_target = teachers.find(str(gathered.teacher), dataset=_dataset_of(gathered))
+                _check_same_teacher(self.teacher_target, gathered.teacher_sha256)
             except IcdctlError as error:
                 problems.append(error)
         if problems and not any(isinstance(problem, UsageError) for problem in problems):
@@ -133,19 +144,25 @@ class _Job:
         if self.teacher_target is not None:
             target = self.teacher_target
             return target.model, str(target.path.resolve()), target.sha256
-        return (CUSTOM_MODEL, "", "") if self.teacher_module is not None else None
+        has_module = self.teacher_module is not None and not self.teacher_is_ignored
+        return (CUSTOM_MODEL, "", "") if has_module else None
 
     def run(self, *, resume: bool, observer: Observer | None) -> RunResult:
         """Load what is needed, then train."""
         config = self.config
+        observer = observer or engine.SilentObserver()
         dataset = load_data(
             config.dataset, data_dir=config.data_dir, train_images=config.train_images, test_images=config.test_images
         )
-        if dataset.caveat and observer is not None:
-            observer.message(f"warning: {dataset.caveat}")
         needs_patches = methods.METHODS[config.method].needs_patches
-        if needs_patches and config.scales == (1,) and observer is not None:
+        if dataset.caveat:
+            observer.message(f"warning: {dataset.caveat}")
+        if needs_patches and config.scales == (1,):
             observer.message("warning: with scale 1 alone there are no patches: SDD and the cluster term add nothing")
+        if self.scales_are_given and not needs_patches:
+            observer.message(f"warning: method `{config.method}` reads no patches, `--scales` is ignored")
+        if self.teacher_is_ignored:
+            observer.message(f"warning: method `{config.method}` reads no teacher, `--teacher` is ignored")
         return engine.run(
             config,
             dataset,
@@ -157,12 +174,6 @@ class _Job:
 
     def _teacher(self, dataset: Dataset, needs_patches: bool) -> Classifier | None:
         if self.teacher_target is not None:
-            if self.teacher_target.num_classes != dataset.num_classes:
-                raise ArtifactError(
-                    f"teacher `{self.teacher_target.origin}` tells {self.teacher_target.num_classes} classes apart, "
-                    f"`{dataset.name}` has {dataset.num_classes}",
-                    hint=f"train one with `icdctl train --model {self.teacher_target.model} --dataset {dataset.name}`",
-                )
             return self.teacher_target.load()
         return self._adapted(self.teacher_module, dataset, needs_patches)
 
@@ -174,6 +185,15 @@ class _Job:
             return None
         size = dataset.preprocessing.size
         return adapt(module, image_size=size, num_classes=dataset.num_classes, needs_patches=needs_patches)
+
+
+def _check_same_teacher(target: Target, sha256: str | None) -> None:
+    """Refuse a teacher that has changed since the configuration that names it."""
+    if sha256 is not None and target.sha256 != sha256:
+        raise ArtifactError(
+            f"teacher `{target.path}` has sha256 {target.sha256[:12]}..., the configuration states {sha256[:12]}...",
+            hint="name the teacher with `--teacher` to use it as it is now",
+        )
 
 
 def _take_module(given: dict[str, Any], key: str) -> nn.Module | None:
@@ -203,15 +223,21 @@ def _check_needed(command: str, options: Options) -> None:
         raise UsageError(f"{flags} {'is' if len(missing) == 1 else 'are'} missing", hint=f"e.g. `{example}`")
 
 
+def _dataset_of(options: Options) -> str:
+    return configuration.DEFAULT_DATASET if options.dataset is None else options.dataset
+
+
 def _needs_teacher(options: Options) -> bool:
-    row = methods.METHODS.get(str(options.method).lower().replace("-", "_"))
-    return row is None or row.needs_teacher
+    try:
+        return methods.METHODS[methods.resolve(options.method or "")].needs_teacher
+    except UsageError:
+        return True  # the name is reported later, together with what else is wrong
 
 
 def _missing_data(options: Options) -> list[IcdctlError]:
     """What is wrong with the data, to be reported together with a missing teacher."""
     try:
-        load_data(data.resolve(options.dataset or "cifar100"), data_dir=options.data_dir)
+        load_data(_dataset_of(options), data_dir=options.data_dir)
     except IcdctlError as error:
         return [error]
     return []
@@ -225,7 +251,7 @@ def load_data(
     Raises:
         UsageError, ArtifactError: see `icdctl.data.load`.
     """
-    folder = Path(data_dir).expanduser() if data_dir is not None else None
+    folder = files.user_path(data_dir) if data_dir is not None else None
     return data.load(dataset, folder=folder, train_images=train_images, test_images=test_images)
 
 
@@ -289,11 +315,12 @@ def evaluate(
         others = evaluation.predict_all(other_predict, held.test_images, on_batch=seen.advance)
     seen.begin("evaluating", held.test_images.shape[0])
     logits = evaluation.predict_all(predict, held.test_images, on_batch=seen.advance)
-    if logits.shape[1] != held.num_classes or (others is not None and others.shape != logits.shape):
-        raise ArtifactError(
-            f"`{label}` tells {logits.shape[1]} classes apart, `{name}` has {held.num_classes}",
-            hint="name the data set that it was trained on with `--dataset`",
-        )
+    for found, title in ((logits, label), (others, str(teacher))):
+        if found is not None and found.shape[1] != held.num_classes:
+            raise ArtifactError(
+                f"`{title}` tells {found.shape[1]} classes apart, `{name}` has {held.num_classes}",
+                hint="name the data set that it was trained on with `--dataset`",
+            )
     return EvaluationResult(
         target=label,
         dataset=name,
@@ -313,6 +340,8 @@ def _predictor(target: Model, dataset: str | None, device: torch.device) -> tupl
         preprocessing = data.DATASETS[name].preprocessing
         return name, evaluation.module_predictor(target.eval().to(device), preprocessing, device), type(target).__name__
     label = str(target)
+    if (files.user_path(label) / "model.onnx").is_file():  # an export folder
+        label = str(files.user_path(label) / "model.onnx")
     if label.endswith(".onnx"):
         session = OnnxClassifier(Path(label))
         return name or data.resolve(session.description.dataset), session.logits, label
@@ -377,6 +406,9 @@ def _facts(target: Target) -> dict[str, Any]:
     if (folder / "config.json").is_file() and (folder / "metrics.json").is_file():
         config = files.read_json(folder / "config.json", what="config", hint=hint)
         metrics = files.read_json(folder / "metrics.json", what="metrics", hint=hint)
+        for name, value in (("config.json", config), ("metrics.json", metrics)):
+            if not isinstance(value, dict):
+                raise ArtifactError(f"`{folder / name}` holds no JSON object", hint=hint)
         facts |= {key: config.get(key) for key in ("method", "teacher", "teacher_sha256", "scales", "settings", "seed")}
         facts |= {key: metrics.get(key) for key in ("final_top1", "best_top1", "best_epoch", "variant")}
     return facts

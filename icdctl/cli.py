@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -31,6 +32,12 @@ from icdctl.commands import (
     verify,
 )
 from icdctl.errors import IcdctlError
+
+_LONGEST_PATH = 120
+_INTERRUPTED, _TERMINATED = 130, 143
+
+_terminated: list[int] = []
+"""Signals that asked this process to end."""
 
 app = typer.Typer(
     name="icdctl",
@@ -79,24 +86,26 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in given
     try:
+        if not _has_current_folder():
+            return _fail(1, "the current folder is gone", "`cd` to one that exists", as_json)
         result = app(args=given, prog_name="icdctl", standalone_mode=False)
+        if result == _INTERRUPTED:  # typer's own answer to Ctrl-C
+            return _interrupted(as_json)
         return result if isinstance(result, int) else 0
     except IcdctlError as error:
-        return _fail(error.exit_code, error.message, error.hint, as_json)
+        return _fail_with(error, as_json)
     except typer.TyperException as error:
-        message = error.format_message()
+        message = error.format_message().strip() or "no command is given"
         return _fail(2, message[:1].lower() + message[1:].rstrip("."), _help_hint(given), as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted(as_json)
     except typer.Exit as leave:
-        return int(leave.exit_code)
-    except (KeyboardInterrupt, typer.Abort) as interrupt:
-        code = 143 if interrupt.args == (signal.SIGTERM,) else 130
-        return _fail(code, "interrupted", "run the same command again", as_json)
+        return _interrupted(as_json) if leave.exit_code == _INTERRUPTED else int(leave.exit_code)
     except MemoryError:
         return _fail(1, "there is not enough memory for that", "ask for fewer images or smaller batches", as_json)
-    except BrokenPipeError:
-        # Whoever read our output has left, which is no failure; and nothing may be flushed to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:  # the machine's, not ours: a name too long, a folder that is gone
+        where = f"`{str(error.filename)[:_LONGEST_PATH]}`: " if error.filename else ""
+        return _fail(1, f"{where}{error.strerror or error}", "check the path, and the folder you are in", as_json)
 
 
 def run() -> None:
@@ -105,21 +114,46 @@ def run() -> None:
     sys.exit(main())
 
 
+def _interrupted(as_json: bool) -> int:
+    code = _INTERRUPTED if not _terminated else _TERMINATED
+    return _fail(code, "interrupted", "run the same command again", as_json)
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
     """Stop as on Ctrl-C, so that state is saved, but remember what it was."""
+    _terminated.append(number)
     raise KeyboardInterrupt(signal.SIGTERM)
 
 
+def _has_current_folder() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _fail(code: int, message: str, hint: str, as_json: bool) -> int:
+    error = IcdctlError(message, hint=hint)
+    error.exit_code = code
+    return _fail_with(error, as_json)
+
+
+def _fail_with(error: IcdctlError, as_json: bool) -> int:
     if os.environ.get("ICDCTL_DEBUG") == "1":
         traceback.print_exc()
-    console.show_error(message, hint)
+    console.show_error(error.messages, error.hints)
     if as_json:
-        console.show_json({"error": {"code": code, "message": message, "hint": hint}})
-    return code
+        try:
+            told = {"code": error.exit_code, "message": error.message, "hint": error.hint}
+            console.show_json({"error": told})
+        except IcdctlError:
+            pass  # stdout can't be written, which is not what went wrong first
+    return error.exit_code
 
 
 def _help_hint(arguments: list[str]) -> str:
     """Where the options of the command that was meant are explained."""
-    names = [name for name in arguments[:1] if not name.startswith("-")]
+    commands = [command.name for command in app.registered_commands] + [group.name for group in app.registered_groups]
+    names = [name for name in arguments[:1] if name in commands]
     return f"`{' '.join(['icdctl', *names])} --help` shows what it takes"

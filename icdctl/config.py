@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from icdctl import data, files, methods, models, recipes
 from icdctl.errors import IcdctlError, UsageError, combine, unknown_name
@@ -24,6 +27,31 @@ from icdctl.recipes import RECIPES, Recipe, Schedule
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 TeacherMode = Literal["auto", "inline", "cache"]
+
+T = TypeVar("T")
+
+_VARIABLE_PREFIX = "ICDCTL_"
+_WITHOUT_FLAG = frozenset(
+    {
+        "clip_norm",
+        "crop_padding",
+        "drop_last",
+        "flip",
+        "lr_decay_epochs",
+        "lr_decay_rate",
+        "lr_warmup_share",
+        "momentum",
+        "nesterov",
+        "schedule",
+        "teacher_sha256",
+        "weight_decay",
+    }
+)
+"""Options for files, variables and keywords alone."""
+_LONGEST_SHOWN = 80
+_MOST_TOLD = 10
+
+DEFAULT_DATASET = "cifar100"
 
 CUSTOM_MODEL = "custom"
 """The name of a student or teacher that was handed over as an nn.Module."""
@@ -46,12 +74,13 @@ class RunConfig(BaseModel):
     teacher_sha256: str | None
     """Of that file."""
     scales: tuple[int, ...]
+    """Of the patches; none for a method that reads none."""
     settings: dict[str, float | str]
     """The method's own."""
     recipe: str
     seed: int = Field(ge=0, lt=2**31)
     epochs: int = Field(ge=1, le=100_000)
-    batch_size: int = Field(ge=2)
+    batch_size: int = Field(ge=2, le=1_000_000)
     lr: float = Field(gt=0)
     optimizer: Literal["sgd", "adamw"]
     momentum: float = Field(ge=0, lt=1)
@@ -65,9 +94,9 @@ class RunConfig(BaseModel):
     crop_padding: int = Field(ge=0, le=64)
     flip: bool
     drop_last: bool
-    train_images: int | None = Field(ge=1)
+    train_images: int | None = Field(ge=1, le=1_000_000)
     """How many images `digits100` makes; None for data sets of a fixed size."""
-    test_images: int | None = Field(ge=1)
+    test_images: int | None = Field(ge=1, le=1_000_000)
     """Likewise, for testing."""
     data_dir: str | None
     device: str
@@ -82,112 +111,166 @@ class RunConfig(BaseModel):
     """The run folder."""
 
     @property
-    def fingerprint(self) -> str:
-        """Of all that changes the numbers, and the run folder: runs with equal ones may continue each other."""
+    def identity(self) -> dict[str, Any]:
+        """All that changes the numbers, and the run folder."""
         held = self.model_dump(mode="json", exclude={"data_dir", "device", "teacher_weights", "time_limit_seconds"})
-        held["out"] = str(Path(self.out).resolve())
-        return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:20]
+        return held | {"out": str(Path(self.out).resolve())}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of `identity`: runs with equal ones may continue each other."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:20]
 
 
 class Options(BaseSettings):
-    """What a person gave, by flag, file or variable; None where nothing was given."""
+    """What a person gave, by flag, file or variable; None where nothing was given. `RunConfig` checks the values."""
 
-    model_config = SettingsConfigDict(env_prefix="ICDCTL_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=_VARIABLE_PREFIX, extra="forbid", frozen=True)
 
     method: str | None = None
     dataset: str | None = None
     student: str | None = None
     teacher: str | None = None
+    teacher_sha256: str | None = None
+    """What the teacher's weights must have, where a configuration is repeated."""
     scales: tuple[int, ...] | str | None = None
-    settings: dict[str, float | str] | None = None
+    settings: dict[str, Any] | None = None
     recipe: str | None = None
-    seed: int | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    optimizer: str | None = None
-    momentum: float | None = None
-    nesterov: bool | None = None
-    weight_decay: float | None = None
-    clip_norm: float | None = None
-    schedule: str | None = None
+    seed: Any = None
+    epochs: Any = None
+    batch_size: Any = None
+    lr: Any = None
+    optimizer: Any = None
+    momentum: Any = None
+    nesterov: Any = None
+    weight_decay: Any = None
+    clip_norm: Any = None
+    schedule: Any = None
     lr_decay_epochs: tuple[int, ...] | None = None
-    lr_decay_rate: float | None = None
-    lr_warmup_share: float | None = None
-    crop_padding: int | None = None
-    flip: bool | None = None
-    drop_last: bool | None = None
-    train_images: int | None = None
-    test_images: int | None = None
+    lr_decay_rate: Any = None
+    lr_warmup_share: Any = None
+    crop_padding: Any = None
+    flip: Any = None
+    drop_last: Any = None
+    train_images: Any = None
+    test_images: Any = None
     data_dir: str | None = None
     device: str | None = None
-    precision: str | None = None
-    teacher_mode: str | None = None
-    deterministic: bool | None = None
-    max_steps: int | None = None
-    time_limit: str | float | None = None
+    precision: Any = None
+    teacher_mode: Any = None
+    deterministic: Any = None
+    max_steps: Any = None
+    time_limit: Any = None
     out: str | None = None
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Keywords, then variables, then params.yaml."""
-        return (init_settings, env_settings, _ParamsYaml(settings_cls))
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def origin(self, key: str) -> str:
+        """What to change where a value is wrong: a flag, a variable or a file."""
+        return self._origins.get(key, f"`{key}`")
 
 
-class _ParamsYaml(YamlConfigSettingsSource):
-    """The `train` section of the project's params.yaml; the file's other sections are the pipeline's."""
-
-    def __init__(self, settings_cls: type[BaseSettings]) -> None:
-        super().__init__(settings_cls, yaml_file=files.project_root() / "params.yaml")
-
-    def __call__(self) -> dict[str, Any]:
-        section = super().__call__().get("train")
-        return section if isinstance(section, dict) else {}
-
-
-def gather(given: Mapping[str, Any], *, config_file: Path | None = None) -> Options:
+def gather(given: Mapping[str, Any], *, config_file: Path | None = None, command: str | None = None) -> Options:
     """The options of a run from keywords, a config.json, the environment and params.yaml.
 
     Args:
         given: by flag or keyword; None means not given.
         config_file: a run's `config.json`, to repeat it.
+        command: "train" or "distill", which the file must be of.
 
     Raises:
-        UsageError: an unknown key, or a value of the wrong type, from any of them.
-        ArtifactError: the file can't be read.
+        UsageError: an unknown key, an empty value, or one of the wrong shape, from any of them.
+        ArtifactError: a file can't be read.
     """
-    merged = _from_config_file(config_file) if config_file is not None else {}
-    for key, value in given.items():
-        if key not in Options.model_fields:
-            raise unknown_name("option", key, Options.model_fields, listing="icdctl distill --help")
-        if value is not None:
-            merged[key] = {**merged.get("settings", {}), **value} if key == "settings" else value
+    keywords = {key: value for key, value in given.items() if value is not None}
+    _refuse_unknown(keywords, "option")
+    for key in ("out", "data_dir"):
+        if keywords.get(key) == "":
+            raise UsageError(f"{_flag(key)} is empty", hint="name a folder, or leave it out")
+    stated = _from_config_file(config_file, command) if config_file is not None else {}
+    if "teacher" in keywords:
+        stated.pop("teacher_sha256", None)
+    if "settings" in keywords:
+        keywords["settings"] = {**(stated.get("settings") or {}), **keywords["settings"]}
+    variables = {key for key in Options.model_fields if f"{_VARIABLE_PREFIX}{key.upper()}" in os.environ}
+    tracked = _params_yaml()
+    origins = {key: f"`{key}` in `params.yaml`" for key in tracked}
+    origins |= {key: f"the variable `{_VARIABLE_PREFIX}{key.upper()}`" for key in variables}
+    origins |= {key: f"`{key}` in `{config_file}`" for key in stated}
+    origins |= {key: _flag(key) for key in keywords}
+    values = {**{key: value for key, value in tracked.items() if key not in variables}, **stated, **keywords}
     try:
-        return Options(**merged)
+        options = Options(**values)
     except ValidationError as error:
-        raise from_validation(error) from error
+        raise from_validation(error, lambda key: origins.get(key, f"`{key}`")) from error
+    except SettingsError as error:  # a variable that should hold JSON
+        raise UsageError(str(error), hint=f"write the `{_VARIABLE_PREFIX}...` variable as JSON") from error
+    options._origins.update(origins)
+    return options
 
 
-def _from_config_file(path: Path) -> dict[str, Any]:
-    """The options that a config.json states; its run folder is not taken over, for it is in use."""
-    stated = files.read_json(path, what="config", hint="pass the `config.json` of a run folder")
-    if not isinstance(stated, dict):
-        raise UsageError(f"`{path}` holds no JSON object", hint="pass the `config.json` of a run folder")
-    options = {key: value for key, value in stated.items() if key not in ("command", "out", "teacher_sha256")}
-    if options.pop("teacher_weights", None):
-        options["teacher"] = stated["teacher_weights"]
-    if (seconds := options.pop("time_limit_seconds", None)) is not None:
-        options["time_limit"] = seconds
+def _flag(key: str) -> str:
+    """How a keyword is written: as a flag where there is one."""
+    if key in _WITHOUT_FLAG:
+        return f"`{key}`"
+    return "`--set`" if key == "settings" else f"`--{key.replace('_', '-')}`"
+
+
+def _refuse_unknown(options: Mapping[str, Any], kind: str) -> None:
     unknown = [key for key in options if key not in Options.model_fields]
     if unknown:
-        raise unknown_name(f"key of `{path}`", unknown[0], RunConfig.model_fields, listing="icdctl distill --dry-run")
+        listing = "icdctl distill --dry-run"
+        raise combine([unknown_name(kind, key, Options.model_fields, listing=listing) for key in unknown])
+
+
+def _params_yaml() -> dict[str, Any]:
+    """The `train` section of the project's params.yaml; the file's other sections are the pipeline's."""
+    path = files.project_root() / "params.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise UsageError(f"`{path}` can't be read as YAML: {first_line}", hint=f"mend `{path}`") from error
+    section = content.get("train") if isinstance(content, dict) else content
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        raise UsageError(
+            f"`{path}` holds no mapping `train`, found {type(section).__name__}",
+            hint="write e.g. `train: {epochs: 240}` in it",
+        )
+    _refuse_unknown({str(key): value for key, value in section.items()}, f"key of `{path}`")
+    return {key: value for key, value in section.items() if value is not None}
+
+
+def _from_config_file(path: Path, command: str | None) -> dict[str, Any]:
+    """The options that a config.json states; its run folder is not taken over, for it is in use."""
+    hint = "pass the `config.json` of a run folder"
+    stated = files.read_json(path, what="config", hint=hint)
+    if not isinstance(stated, dict):
+        raise UsageError(f"`{path}` holds no JSON object", hint=hint)
+    if command is not None and stated.get("command", command) != command:
+        other = stated["command"]
+        raise UsageError(
+            f"`{path}` is a configuration of `icdctl {other}`", hint=f"run `icdctl {other} --config {path}`"
+        )
+    options = options_of(stated)
+    options.pop("out", None)
+    _refuse_unknown(options, f"key of `{path}`")
+    return options
+
+
+def options_of(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that lead to a resolved configuration, from its fields."""
+    options = {key: value for key, value in stated.items() if key != "command" and value is not None}
+    if not options.get("scales"):
+        options.pop("scales", None)
+    if weights := options.pop("teacher_weights", None):
+        options["teacher"] = weights
+    if (seconds := options.pop("time_limit_seconds", None)) is not None:
+        options["time_limit"] = seconds
     return options
 
 
@@ -209,46 +292,34 @@ def build(
     Raises:
         UsageError, ArtifactError: all problems at once.
     """
-    problems = list(problems or [])
-
-    def attempt(resolve: Any, name: str) -> str:
-        try:
-            return str(resolve(name))
-        except IcdctlError as error:
-            problems.append(error)
-            return ""
-
-    dataset = attempt(data.resolve, options.dataset or "cifar100")
-    method = "ce" if command == "train" else attempt(methods.resolve, options.method or "")
+    found = list(problems or [])
+    dataset = _attempt(found, data.resolve, _given(options.dataset, DEFAULT_DATASET)) or DEFAULT_DATASET
+    method = "ce" if command == "train" else _attempt(found, methods.resolve, options.method or "") or "ce"
     student = options.student or ""
     if student != CUSTOM_MODEL:
-        student = attempt(models.resolve, student)
-    recipe_name = attempt(recipes.resolve, options.recipe) if options.recipe else ""
-    scales: tuple[int, ...] = SCALES
+        student = _attempt(found, models.resolve, student) or ""
+    recipe = _attempt(found, recipes.resolve, _given(options.recipe, recipes.default_for(dataset)))
+    recipe = recipe or recipes.default_for(dataset)
+    scales = _attempt(found, _scales, options.scales) or SCALES
     settings: dict[str, float | str] = {}
-    try:
-        scales = _scales(options.scales)
-        if method:
-            settings = methods.check_settings(method, options.settings or {})
-    except IcdctlError as error:
-        problems.append(error)
-    time_limit = None
-    try:
-        time_limit = parse_duration(options.time_limit)
-    except IcdctlError as error:
-        problems.append(error)
-    if problems:
-        raise combine(problems)
+    if not found:  # a wrong method would make every setting wrong
+        settings = _attempt(found, partial(methods.check_settings, method), options.settings or {}) or {}
+    device = _given(options.device, "auto")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        found.append(UsageError(f"unknown device `{device}`", hint="choose `auto`, `cpu`, `cuda` or `cuda:N`"))
 
-    recipe_name = recipe_name or recipes.default_for(dataset)
-    values = _values(options, RECIPES[recipe_name], student)
-    _fill_warmup(settings, options, RECIPES[recipe_name], values["epochs"])
+    values = _values(options, RECIPES[recipe], student)
     row = data.DATASETS[dataset]
-    if not row.embedded and (options.train_images is not None or options.test_images is not None):
-        raise UsageError(
-            f"`--train-images` or `--test-images` is given, but `{dataset}` has a fixed size",
-            hint="leave it out, or use `--dataset digits100`",
+    sizes = {"train_images": options.train_images, "test_images": options.test_images}
+    if not row.embedded and any(size is not None for size in sizes.values()):
+        found.append(
+            UsageError(
+                f"`--train-images` or `--test-images` is given, but `{dataset}` has a fixed size",
+                hint="leave it out, or use `--dataset digits100`",
+            )
         )
+    for key, size in sizes.items():
+        values[key] = size if size is not None or not row.embedded else getattr(row, key)
     name, weights, sha256 = teacher or (None, None, None)
     values.update(
         command=command,
@@ -258,20 +329,38 @@ def build(
         teacher=name,
         teacher_weights=weights,
         teacher_sha256=sha256,
-        scales=scales,
+        scales=scales if methods.METHODS[method].needs_patches else (),
         settings=settings,
-        recipe=recipe_name,
-        time_limit_seconds=time_limit,
-        train_images=row.train_images if row.embedded else None,
-        test_images=row.test_images if row.embedded else None,
+        recipe=recipe,
+        time_limit_seconds=_attempt(found, parse_duration, options.time_limit),
+        out=options.out or "",
     )
-    sizes = {"train_images": options.train_images, "test_images": options.test_images}
-    values |= {key: size for key, size in sizes.items() if size is not None}
-    values["out"] = options.out or str(files.project_root() / "runs" / dataset / default_run_name(values))
     try:
-        return RunConfig(**values)
+        config = RunConfig(**values)
     except ValidationError as error:
-        raise from_validation(error) from error
+        found.append(from_validation(error, options.origin))
+    if found:
+        raise combine(found)
+    _fill_warmup(settings, options, RECIPES[recipe], config.epochs)
+    config = config.model_copy(update={"settings": settings})
+    if not config.out:
+        out = files.project_root() / "runs" / dataset / default_run_name(config)
+        config = config.model_copy(update={"out": str(out)})
+    return config
+
+
+def _given(value: str | None, default: str) -> str:
+    """The value, an empty one too: that is a mistake to report, not a wish for the default."""
+    return default if value is None else value
+
+
+def _attempt(problems: list[IcdctlError], function: Callable[[Any], T], given: Any) -> T | None:
+    """What `function` makes of a value, or None and one more problem."""
+    try:
+        return function(given)
+    except IcdctlError as error:
+        problems.append(error)
+        return None
 
 
 _OWN_DEFAULTS: dict[str, Any] = {
@@ -324,26 +413,25 @@ def _scales(given: tuple[int, ...] | str | None) -> tuple[int, ...]:
     return methods.parse_scales(given) if isinstance(given, str) else methods.check_scales(given)
 
 
-def default_run_name(values: Mapping[str, Any]) -> str:
+def default_run_name(config: RunConfig) -> str:
     """`<teacher>-<student>-<method>-s<seed>`, then what differs from the recipe, e.g. `-gamma8`."""
-    recipe = RECIPES[values["recipe"]]
-    parts = [values["teacher"]] if values["teacher"] else []
-    parts += [values["student"], values["method"], f"s{values['seed']}"]
+    recipe = RECIPES[config.recipe]
+    parts = [config.teacher] if config.teacher else []
+    parts += [config.student, config.method, f"s{config.seed}"]
     expected: dict[str, Any] = {key: getattr(recipe, key) for key in _FROM_RECIPE}
-    expected["lr"] = recipe.lr_of_student.get(values["student"], recipe.lr)
+    expected["lr"] = recipe.lr_of_student.get(config.student, recipe.lr)
     expected["max_steps"] = None
-    row = data.DATASETS[values["dataset"]]
+    row = data.DATASETS[config.dataset]
     for key in ("train_images", "test_images"):
         expected[key] = getattr(row, key) if row.embedded else None
     for key, value in expected.items():
-        if values[key] != value:
-            parts.append(f"{key.replace('_', '')}{_short(values[key])}")
-    if methods.METHODS[values["method"]].needs_patches and values["scales"] != SCALES:
-        parts.append("scales" + "".join(map(str, values["scales"])))
-    normal = methods.check_settings(values["method"], {})
-    if "warmup_epochs" in normal:
-        _fill_warmup(normal, Options.model_construct(settings=None), recipe, values["epochs"])
-    parts += [f"{key.replace('_', '')}{_short(v)}" for key, v in values["settings"].items() if v != normal[key]]
+        if getattr(config, key) != value:
+            parts.append(f"{key.replace('_', '')}{_short(getattr(config, key))}")
+    if methods.METHODS[config.method].needs_patches and config.scales != SCALES:
+        parts.append("scales" + "".join(map(str, config.scales)))
+    normal = methods.check_settings(config.method, {})
+    _fill_warmup(normal, Options.model_construct(), recipe, config.epochs)
+    parts += [f"{key.replace('_', '')}{_short(v)}" for key, v in config.settings.items() if v != normal[key]]
     return "-".join(parts)
 
 
@@ -373,17 +461,26 @@ def parse_duration(given: str | float | None) -> float | None:
     return seconds
 
 
-def from_validation(error: ValidationError) -> UsageError:
-    """All that pydantic found wrong, a line each."""
-    problems = []
+def from_validation(error: ValidationError, origin: Callable[[str], str] = lambda key: f"`{key}`") -> UsageError:
+    """All that pydantic found wrong, a line a key.
+
+    Args:
+        error: of a validation.
+        origin: what to change, by key.
+    """
+    problems: dict[str, IcdctlError] = {}
     for item in error.errors():
         key = str(item["loc"][0]) if item["loc"] else "configuration"
-        if item["type"] == "extra_forbidden":
-            problems.append(unknown_name("option", key, Options.model_fields, listing="icdctl distill --help"))
+        if key in problems:
             continue
-        message = item["msg"][0].lower() + item["msg"][1:]
-        flag = f"--{key.replace('_', '-')}"
-        problems.append(UsageError(f"`{key}` is `{item['input']}`: {message}", hint=f"change `{flag}`"))
-    unique = list({problem.message.split(":")[0]: problem for problem in problems}.values())
-    combined = combine(list(unique))
-    return UsageError(combined.message, hint=combined.hint)
+        if item["type"] == "extra_forbidden":
+            problems[key] = unknown_name("key", key, RunConfig.model_fields, listing="icdctl distill --dry-run")
+        elif item["type"] == "missing":
+            problems[key] = UsageError(f"`{key}` is missing", hint=f"give {origin(key)}")
+        else:
+            value = str(item["input"])
+            shown = value if len(value) <= _LONGEST_SHOWN else f"{value[:_LONGEST_SHOWN]}..."
+            message = item["msg"][0].lower() + item["msg"][1:]
+            problems[key] = UsageError(f"`{key}` is `{shown}`: {message}", hint=f"change {origin(key)}")
+    told = combine(list(problems.values())[:_MOST_TOLD])
+    return UsageError(told.message, hint=told.hint)

@@ -5,7 +5,9 @@ Progress bars and colour appear on a terminal alone, and never with `NO_COLOR` o
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,44 +26,72 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from icdctl.errors import ArtifactError
+
+_PIPED_WIDTH = 200
+
 
 def talk(message: str) -> None:
     """One line for the person at the terminal, on stderr."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(escape(message))
+    Console(stderr=True, soft_wrap=True, highlight=False).print(escape(_printable(message)))
 
 
-def warn(message: str) -> None:
-    """A line on stderr that starts with `warning:`."""
-    talk(f"warning: {message}")
-
-
-def show_error(message: str, hint: str) -> None:
-    """An error, a blank line, and what to do about it, on stderr."""
+def show_error(messages: Sequence[str], hints: Sequence[str]) -> None:
+    """What is wrong, a blank line, and what to do about it, on stderr, a line each."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(f"[bold red]error:[/bold red] {escape(message)}\n\n[bold]hint:[/bold] {escape(hint)}")
+    for message in messages:
+        console.print(f"[bold red]error:[/bold red] {escape(_printable(message))}")
+    console.print()
+    for hint in hints:
+        console.print(f"[bold]hint:[/bold] {escape(_printable(hint))}")
 
 
 def show_json(value: Any) -> None:
     """One JSON object on stdout, and nothing else there."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    _write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def show_line(text: str) -> None:
     """One line of data on stdout."""
-    sys.stdout.write(text + "\n")
+    _write("\n".join(map(_printable, text.split("\n"))) + "\n")
 
 
-def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> None:
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table on stdout; numbers are aligned to the right. Piped output is plain text and never cut."""
-    terminal = sys.stdout.isatty()
-    console = Console(file=sys.stdout, highlight=False, width=None if terminal else 200)
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    text = io.StringIO()
+    width = Console().width if terminal else _PIPED_WIDTH
+    console = Console(file=text, highlight=False, width=width, force_terminal=terminal)
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
+        table.add_row(*(escape(_printable(str(cell))) for cell in row))
     console.print(table)
+    _write(text.getvalue())
+
+
+def _write(text: str) -> None:
+    """To stdout, at once. Whoever stopped reading wants no more of it, and that is no failure."""
+    if sys.stdout is None:
+        raise ArtifactError("stdout is closed", hint="leave it open, or send it to a file")
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        # What is left in the buffer would fail again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ArtifactError(
+            f"stdout can't be written: {error.strerror}", hint="send it to a place with room"
+        ) from error
+
+
+def _printable(text: str) -> str:
+    """The text with control characters spelled out: file names and metadata may hold any."""
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
 
 
 @contextmanager
@@ -78,7 +108,7 @@ def progress() -> Iterator[Progress]:
         TextColumn("eta"),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not sys.stderr.isatty(),
         transient=False,
     ) as display:
         yield display
@@ -100,7 +130,7 @@ def amounts() -> Iterator[Callable[[str, str], Callable[[int, int | None], None]
         TextColumn("eta"),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not sys.stderr.isatty(),
         transient=True,
     ) as display:
 

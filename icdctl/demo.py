@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from icdctl import api, figures, files, registry
-from icdctl.engine.run import Observer, RunResult
-from icdctl.errors import ArtifactError, IcdctlError
+from icdctl.engine.device import resolve_device
+from icdctl.engine.run import Interrupted, Observer, RunResult
+from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.exporting import Export, OnnxClassifier
 
 DATASET = "digits100"
@@ -124,8 +125,10 @@ def run_demo(out: Path, *, seed: int, device: str, restart: bool, stage: Stage) 
     Raises:
         IcdctlError: with a message and a hint; gates are the caller's to judge.
     """
+    resolve_device(device)
+    _check_seed(seed)
     _prepare(out, restart=restart)
-    with _state_under(out):
+    with _state_under(out), _named_as_demo(out):
         teacher = api.train(
             model="res20",
             recipe="digits100-teacher",
@@ -164,6 +167,22 @@ def run_demo(out: Path, *, seed: int, device: str, restart: bool, stage: Stage) 
         result = DemoResult(out, tuple(members))
         _report(result)
     return result
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**31:
+        raise UsageError(f"seed {seed} is not in 0 to 2^31 - 1", hint="e.g. `--seed 1`")
+
+
+@contextmanager
+def _named_as_demo(out: Path) -> Iterator[None]:
+    """An interrupted part is continued by the demo, not by itself."""
+    try:
+        yield
+    except Interrupted as interrupt:
+        again = Interrupted(interrupt.message, hint=f"go on with `icdctl demo --out {out}`")
+        again.exit_code = interrupt.exit_code
+        raise again from interrupt
 
 
 def _common(seed: int, device: str) -> dict[str, Any]:

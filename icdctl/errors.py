@@ -23,6 +23,9 @@ class IcdctlError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.messages: tuple[str, ...] = (message,)
+        """More than one where several problems are told together; `message` joins them by line breaks."""
+        self.hints: tuple[str, ...] = (hint,)
 
 
 class UsageError(IcdctlError):
@@ -58,6 +61,8 @@ def combine(problems: Sequence[IcdctlError]) -> IcdctlError:
     told: Sequence[IcdctlError] = wrong_usage or problems
     if len(told) == 1:
         return told[0]
-    message = "\nerror: ".join(problem.message for problem in told)
-    hint = "\nhint: ".join(dict.fromkeys(problem.hint for problem in told))
-    return UsageError(message, hint=hint) if wrong_usage else IcdctlError(message, hint=hint)
+    messages = tuple(dict.fromkeys(message for problem in told for message in problem.messages))
+    hints = tuple(dict.fromkeys(hint for problem in told for hint in problem.hints))
+    combined = type(told[0])("\n".join(messages), hint="\n".join(hints))
+    combined.messages, combined.hints = messages, hints
+    return combined

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icdctl.data import Preprocessing
+from icdctl.errors import IcdctlError
 
 BATCH_SIZE = 500
 _CALIBRATION_BINS = 15
@@ -79,7 +80,17 @@ def predict_all(
 
 
 def evaluate_logits(logits: Tensor, labels: Tensor) -> Evaluation:
-    """Numbers of logits [N, K] against labels [N]."""
+    """Numbers of logits [N, K] against labels [N].
+
+    Raises:
+        IcdctlError: a logit is not finite.
+    """
+    broken = ~torch.isfinite(logits).all(dim=1)
+    if broken.any():
+        raise IcdctlError(
+            f"logits of {int(broken.sum())} of {len(logits)} test images are not finite: the weights have diverged",
+            hint="train again with a lower `--lr`",
+        )
     log_probs = F.log_softmax(logits.double(), dim=1)
     num_classes = logits.shape[1]
     ranked = logits.topk(min(5, num_classes), dim=1).indices

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,7 +90,7 @@ def read_json(path: Path, *, what: str, hint: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"no {what}: `{path}` does not exist", hint=hint) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ArtifactError(f"{what} can't be read: `{path}`: {error}", hint=hint) from error
 
 
@@ -105,10 +106,13 @@ def read_foreign(path: Path, *, what: str, example: str, again: str) -> bytes:
     Raises:
         ArtifactError: missing, a folder, unreadable, empty, larger than 2 GiB, a git-lfs pointer, a web page.
     """
-    if path.is_dir():
-        raise ArtifactError(f"`{path}` is a folder, not the {what}", hint=f"name the file in it, e.g. `{example}`")
     try:
-        if path.stat().st_size > LARGEST_FOREIGN_BYTES:
+        state = path.stat()
+        if stat.S_ISDIR(state.st_mode):
+            raise ArtifactError(f"`{path}` is a folder, not the {what}", hint=f"name the file in it, e.g. `{example}`")
+        if not stat.S_ISREG(state.st_mode):  # a device or a pipe never ends
+            raise ArtifactError(f"`{path}` is a device or a pipe, not the {what}", hint="name a file on a disk")
+        if state.st_size > LARGEST_FOREIGN_BYTES:
             raise ArtifactError(f"`{path}` is refused: it is larger than 2 GiB", hint=f"name the right {what}")
         content = path.read_bytes()
     except FileNotFoundError as error:
@@ -165,6 +169,8 @@ def locked(path: Path, *, busy: str, hint: str) -> Iterator[None]:
     try:
         yield
     finally:
+        # Removed while it is held: whoever opened it meanwhile has already been told that it is busy.
+        path.unlink(missing_ok=True)
         lock.release()
 
 
@@ -197,10 +203,22 @@ def project_root() -> Path:
 def state_folder() -> Path:
     """Where checkpoints, caches and data live: `ICDCTL_HOME`, or `.icdctl` in the project root."""
     given = os.environ.get("ICDCTL_HOME")
-    return Path(given).expanduser() if given else project_root() / ".icdctl"
+    return user_path(given) if given else project_root() / ".icdctl"
 
 
 def data_folder() -> Path:
     """Where data sets live: `ICDCTL_DATA`, or `data` in the state folder."""
     given = os.environ.get("ICDCTL_DATA")
-    return Path(given).expanduser() if given else state_folder() / "data"
+    return user_path(given) if given else state_folder() / "data"
+
+
+def user_path(text: str) -> Path:
+    """A path as a person writes it, `~` and `~name` included.
+
+    Raises:
+        ArtifactError: there is no such user.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ArtifactError(f"`{text}` names a user whose home is not known", hint="write the whole path") from error

@@ -1,4 +1,4 @@
-"""Is a run folder, a configuration, a weights file or an export what it should be? Looking only, nothing is run."""
+"""Is a run folder, a configuration, a weights file or an export what it should be?"""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from icdctl import files, registry, targets
+from icdctl import data, files, registry, targets
 from icdctl.config import RunConfig, from_validation
 from icdctl.errors import ArtifactError, IcdctlError
-from icdctl.exporting import verify_file, verify_folder
+from icdctl.exporting import Report, verify_file, verify_folder
 
 _AGAIN = "train it again, or go on with `--resume`"
 
@@ -33,8 +33,12 @@ class Finding:
         return asdict(self)
 
 
-def inspect(path: Path) -> list[Finding]:
+def inspect(path: Path, *, dataset: str | None = None) -> list[Finding]:
     """Everything that can be said of what lies at `path`.
+
+    Args:
+        path: of a run folder, a configuration, weights or an export.
+        dataset: for weights that do not say what they were trained on.
 
     Raises:
         ArtifactError: nothing lies there, or nothing that icdctl knows.
@@ -43,15 +47,20 @@ def inspect(path: Path) -> list[Finding]:
         raise ArtifactError(f"`{path}` does not exist", hint="name a run folder, a file or an export folder")
     if path.is_dir():
         if (path / "manifest.json").is_file() and (path / "model.onnx").is_file():
-            return [Finding(check.name, check.status != "fail", check.detail) for check in verify_folder(path).checks]
+            return _export_findings(verify_folder(path))
         if (path / "config.json").is_file():
             return _run_folder(path)
         raise ArtifactError(f"`{path}` is neither a run folder nor an export", hint="point at the folder itself")
     if path.suffix == ".onnx":
-        return [Finding(check.name, check.status != "fail", check.detail) for check in verify_file(path).checks]
+        return _export_findings(verify_file(path))
     if path.suffix == ".json":
         return [_attempt("config", lambda: _config(path))]
-    return [_attempt("weights", lambda: _weights(path))]
+    return [_attempt("weights", lambda: _weights(path, dataset))]
+
+
+def _export_findings(report: Report) -> list[Finding]:
+    hint = "make it again with `icdctl export`"
+    return [Finding(check.name, check.status != "fail", check.detail, hint) for check in report.checks]
 
 
 def _run_folder(folder: Path) -> list[Finding]:
@@ -82,8 +91,8 @@ def _config(path: Path) -> str:
     return f"{config.method}, {config.student}, {config.dataset}, variant {config.settings['variant']}"
 
 
-def _weights(path: Path) -> str:
-    target = targets.resolve(str(path))
+def _weights(path: Path, dataset: str | None = None) -> str:
+    target = targets.resolve(str(path), dataset=None if dataset is None else data.resolve(dataset))
     target.load()
     return f"{target.model}, {target.num_classes} classes, finite, sha256 {target.sha256[:12]}"
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icdctl import models, registry
+from icdctl import files, models, registry
 from icdctl.data import DATASETS, Preprocessing
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.models import Classifier, Weights
@@ -82,7 +82,7 @@ def resolve(target: str, *, dataset: str | None = None, registry_folder: Path | 
         folder = registry_folder or registry.default_folder()
         artifact = registry.find(folder, target.removeprefix("registry:"))
         return _from_file(artifact.file(WEIGHTS_FILE), origin=target, dataset=dataset)
-    path = Path(target).expanduser()
+    path = files.user_path(target)
     if path.is_dir():
         weights_file = path / WEIGHTS_FILE
         if not weights_file.is_file():
@@ -119,7 +119,9 @@ def _from_metadata(path: Path, origin: str, weights: Weights, said: dict[str, An
     try:
         class_names = tuple(str(name) for name in said["class_names"])
         preprocessing = Preprocessing.from_json(said["preprocessing"])
-        model, dataset = models.resolve(said["model"]), str(said["dataset"])
+        model, dataset = models.resolve(str(said["model"])), str(said["dataset"])
+        if len(class_names) < 2:
+            raise ValueError(f"{len(class_names)} class names")
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise ArtifactError(
             f"`{path}` does not say what it is as icdctl's files do: {error}",

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import icdctl as library
-from icdctl import config, files, methods, models
+from icdctl import api, config, files, methods, models
 from icdctl.engine import run as engine
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
 from icdctl.engine.schedule import learning_rate
@@ -392,3 +392,34 @@ def test_an_absent_device_is_an_error_with_a_hint() -> None:
         resolve_device("gpu")
     with pytest.raises(UsageError, match="tf32"):
         resolve_precision("tf32", torch.device("cpu"))
+
+
+def test_a_resolved_configuration_can_be_run_and_changed(teacher: Path, tmp_path: Path) -> None:
+    given = {"method": "kd", "teacher": str(teacher), "student": "res8", **SMALL, "out": str(tmp_path / "run")}
+    planned = api.plan("distill", given)
+    assert not (tmp_path / "run").exists()
+    first = library.distill(planned)
+    assert first.config == planned
+    second = library.distill(planned, seed=1, out=str(tmp_path / "other"))
+    assert second.config == planned.model_copy(update={"seed": 1, "out": str(tmp_path / "other")})
+
+
+def test_a_teacher_of_another_data_set_is_refused(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="was trained on `digits100`, the run is on `cifar100`"):
+        library.distill(method="kd", teacher=str(teacher), student="res8", dataset="cifar100")
+
+
+def test_a_teacher_and_scales_that_are_not_read_are_mentioned(teacher: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Listener(engine.SilentObserver):
+        def message(self, text: str) -> None:
+            said.append(text)
+
+    given: dict[str, Any] = {"method": "ce", "teacher": str(teacher), "student": "res8", "scales": "1,2"}
+    result = library.distill(**given, **SMALL, out=str(tmp_path / "run"), observer=Listener())
+    assert result.config.scales == ()
+    assert said == [
+        "warning: method `ce` reads no patches, `--scales` is ignored",
+        "warning: method `ce` reads no teacher, `--teacher` is ignored",
+    ]

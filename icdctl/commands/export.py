@@ -22,7 +22,7 @@ def export(
         str,
         typer.Option(
             "--input",
-            help="`uint8`: pixels [batch, H, W, 3], preprocessing inside; `float`: normalised [batch, 3, H, W].",
+            help="`uint8`: pixels \\[batch, H, W, 3], preprocessing inside; `float`: normalised \\[batch, 3, H, W].",
         ),
     ] = "uint8",
     opset: Annotated[int, typer.Option(help="18 to 23.")] = 18,

@@ -32,7 +32,7 @@ def fetch_data(
     from icdctl import data
     from icdctl.data import download
 
-    folder = files.data_folder() if data_dir is None else Path(data_dir).expanduser()
+    folder = files.data_folder() if data_dir is None else files.user_path(data_dir)
     if listing:
         _show_listing(folder, as_json)
         return

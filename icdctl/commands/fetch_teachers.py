@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from icdctl import console
+from icdctl import console, files
 from icdctl.commands import options
 from icdctl.errors import IcdctlError, combine
 
@@ -58,7 +57,7 @@ def fetch_teachers(
         offline=offline,
         keep_original=keep_original,
         accept_accuracy=accept_accuracy,
-        data_folder=None if data_dir is None else Path(data_dir).expanduser(),
+        data_folder=None if data_dir is None else files.user_path(data_dir),
         device=str(resolve_device("auto")),
     )
     results: list[Fetched] = []
@@ -81,7 +80,7 @@ def _report(results: list[Fetched], problems: list[IcdctlError], as_json: bool) 
                 f"{result.name.partition('/')[0]}`, run this command again"
             )
         elif result.data_caveat:
-            console.warn(result.data_caveat)
+            console.talk(f"warning: {result.data_caveat}")
     if not as_json:
         for result in results:
             console.show_line(f"{result.name:<18} {_about(result)}")

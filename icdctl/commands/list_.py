@@ -9,6 +9,7 @@ import typer
 
 from icdctl import console
 from icdctl.commands import options
+from icdctl.errors import unknown_name
 
 
 class What(StrEnum):
@@ -22,21 +23,23 @@ class What(StrEnum):
 
 
 def list_(
-    what: Annotated[What, typer.Argument(help="Which table.", show_default=False)], as_json: options.Json = False
+    what: Annotated[str, typer.Argument(help=f"One of {', '.join(What)}.")], as_json: options.Json = False
 ) -> None:
     """Show what there is to choose from.
 
     Example: icdctl list methods
     """
+    if what not in list(What):
+        raise unknown_name("table", what, list(What), listing="icdctl list --help")
     rows = {
         What.METHODS: _methods,
         What.MODELS: _models,
         What.DATASETS: _datasets,
         What.RECIPES: _recipes,
         What.TEACHERS: _teachers,
-    }[what]()
+    }[What(what)]()
     if as_json:
-        console.show_json({what.value: rows})
+        console.show_json({what: rows})
     elif rows:
         console.show_table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
     else:

@@ -40,6 +40,7 @@ def add(
         console.show_json(artifact.as_json())
     else:
         console.show_line(artifact.reference)
+        console.talk(f"in {artifact.folder}")
 
 
 @app.command("list")

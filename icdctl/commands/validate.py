@@ -16,15 +16,18 @@ def validate(
     path: Annotated[
         Path, typer.Argument(help="A run folder, a config.json, a weights file, an export folder or an .onnx file.")
     ],
+    dataset: Annotated[
+        str | None, typer.Option(help="For weights that do not say what they were trained on.", show_default=False)
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Say whether something is sound, without running it.
+    """Say whether something is sound: whole, finite, and in agreement with itself.
 
     Example: icdctl validate runs/demo/distilled
     """
     from icdctl.soundness import inspect
 
-    checks = inspect(path)
+    checks = inspect(path, dataset=dataset)
     broken = [check for check in checks if not check.sound]
     if as_json and not broken:
         console.show_json({"path": str(path), "checks": [check.as_json() for check in checks]})

@@ -18,16 +18,20 @@ def verify(
         str | None,
         typer.Option(help="Run folder, weights file or `registry:NAME` to compare values with.", show_default=False),
     ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Of `--against` weights that do not say it.", show_default=False)
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Check an export: a folder by its hashes and recorded values, a file or `--against` by values.
 
     Example: icdctl verify runs/demo/distilled/onnx --against runs/demo/distilled
     """
-    from icdctl import targets
+    from icdctl import data, targets
     from icdctl.exporting import verify_file, verify_folder
 
-    target = None if against is None else targets.resolve(against)
+    name = None if dataset is None else data.resolve(dataset)
+    target = None if against is None else targets.resolve(against, dataset=name)
     report = verify_folder(path, target) if path.is_dir() else verify_file(path, target)
     if as_json and report.passed:
         console.show_json(report.as_json())

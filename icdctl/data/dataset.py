@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_LARGEST_SIDE = 4096
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -48,7 +50,12 @@ class Preprocessing:
         height, width = (int(side) for side in value["size"])
         red_mean, green_mean, blue_mean = (float(number) for number in value["mean"])
         red_std, green_std, blue_std = (float(number) for number in value["std"])
-        return Preprocessing((height, width), (red_mean, green_mean, blue_mean), (red_std, green_std, blue_std))
+        mean, std = (red_mean, green_mean, blue_mean), (red_std, green_std, blue_std)
+        if not (0 < height <= _LARGEST_SIDE and 0 < width <= _LARGEST_SIDE):
+            raise ValueError(f"image size {height} x {width}")
+        if not all(0 <= number <= 1 for number in mean) or not all(0 < number <= 1 for number in std):
+            raise ValueError(f"mean {list(mean)} and std {list(std)} are not those of pixels in [0, 1]")
+        return Preprocessing((height, width), mean, std)
 
 
 @dataclass(frozen=True)

@@ -228,6 +228,6 @@ def _not_to_be_had(file: RemoteFile, destination: Path, failures: list[str], *, 
     if not failures:
         return ArtifactError(f"there is no address to download `{file.name}` from", hint=hint)
     return ArtifactError(
-        "\n  ".join([f"`{file.name}` can't be had:", *failures]),
+        f"`{file.name}` can't be had: {'; '.join(failures)}",
         hint=f"try again later (what has arrived is kept), name another source with `--mirror URL`, or {hint}",
     )

@@ -6,12 +6,11 @@ outputs of a finished run gets them back at once.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -23,20 +22,27 @@ _MODEL, _OPTIMIZER = "model.", "optimizer."
 _METADATA = "icdctl"
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(BaseModel):
     """How far a run is."""
 
-    epoch: int
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epoch: int = Field(ge=0)
     """Epochs done."""
-    steps: int
+    steps: int = Field(ge=0)
     """Steps done."""
     history: list[dict[str, float]]
-    """A row an epoch."""
-    seconds: float
+    """A row an epoch, its columns in the order of history.csv."""
+    seconds: float = Field(ge=0)
     """Spent, all attempts together."""
     done: bool
     """Nothing is left to train."""
+
+    @model_validator(mode="after")
+    def _has_a_row_an_epoch(self) -> Self:
+        if len(self.history) != self.epoch:
+            raise ValueError(f"{len(self.history)} rows of history for {self.epoch} epochs")
+        return self
 
 
 def checkpoint_path(fingerprint: str) -> Path:
@@ -54,7 +60,7 @@ def save_checkpoint(path: Path, student: nn.Module, optimizer: torch.optim.Optim
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"{_OPTIMIZER}{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
     held = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    text = json.dumps({"progress": progress.__dict__}, sort_keys=True)
+    text = progress.model_dump_json()
     files.write_bytes(path, save(held, metadata={_METADATA: text}))
 
 
@@ -69,7 +75,7 @@ def load_checkpoint(path: Path, student: nn.Module, optimizer: torch.optim.Optim
     try:
         with safe_open(path, framework="pt") as stored:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (it is no dictionary)
-            progress = Progress(**json.loads(stored.metadata()[_METADATA])["progress"])
+            progress = Progress.model_validate_json(stored.metadata()[_METADATA], strict=True)
         student.load_state_dict(
             {key.removeprefix(_MODEL): tensor for key, tensor in tensors.items() if key.startswith(_MODEL)}
         )

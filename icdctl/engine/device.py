@@ -20,7 +20,7 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name):
+    if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name):  # the commands without a run configuration
         raise UsageError(f"unknown device `{name}`", hint="choose `auto`, `cpu`, `cuda` or `cuda:N`")
     device = torch.device(name)
     if device.type == "cuda":

@@ -141,9 +141,9 @@ def _claimed(out: Path, config: RunConfig, *, resume: bool) -> Iterator[None]:
 
 
 def lock_path(out: Path) -> Path:
-    """The lock of a run folder: not in it, for it may turn out to be somebody else's."""
-    name = files.sha256_bytes(str(out.resolve()).encode())[:20]
-    return files.state_folder() / "locks" / f"{name}.lock"
+    """The lock of a run folder: beside it, for the folder may turn out to be somebody else's."""
+    whole = out.resolve()
+    return whole.parent / f".{whole.name}.lock"
 
 
 def _check_folder(out: Path, config: RunConfig, *, resume: bool) -> None:
@@ -171,12 +171,20 @@ def _check_folder(out: Path, config: RunConfig, *, resume: bool) -> None:
             f"`{stated}` is no configuration of this version", hint=f"delete `{out}` and start again"
         ) from error
     if earlier.fingerprint != config.fingerprint:
-        new, old = config.model_dump(mode="json"), earlier.model_dump(mode="json")
-        changed = [f"{key} {old[key]} -> {new[key]}" for key in new if new[key] != old[key]]
+        new, old = config.identity, earlier.identity
+        changed = [_change(key, old[key], new[key]) for key in new if new[key] != old[key]]
         raise UsageError(
             f"run folder `{out}` holds a run with other settings: {', '.join(changed)}",
             hint="resume with the same settings, or choose another folder with `--out`",
         )
+
+
+def _change(key: str, old: Any, new: Any) -> str:
+    """What changed of one key; of settings, which of them; of hashes, their first digits."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        inner = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+        return ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in inner)
+    return f"{key} {str(old)[:12]} -> {str(new)[:12]}"
 
 
 def _remove_new(out: Path, existed: bool) -> None:
@@ -239,7 +247,9 @@ class _Session:
         """All epochs that are left, then the results."""
         config = self.config
         state_path = checkpoint_path(config.fingerprint)
-        progress = load_checkpoint(state_path, self.student, self.optimizer) or Progress(0, 0, [], 0.0, False)
+        progress = load_checkpoint(state_path, self.student, self.optimizer) or Progress(
+            epoch=0, steps=0, history=[], seconds=0.0, done=False
+        )
         files.write_json(out / "config.json", config.model_dump(mode="json"))
         files.write_json(out / "environment.json", describe_environment(self.device, self.precision))
         if progress.epoch and not progress.done:
@@ -412,5 +422,5 @@ def _write_history(path: Path, history: list[dict[str, float]]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(history)
+    writer.writerows({**row, "epoch": int(row["epoch"])} for row in history)
     files.write_text(path, text.getvalue())

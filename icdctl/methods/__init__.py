@@ -122,7 +122,7 @@ def check_settings(method: str, given: Mapping[str, object]) -> dict[str, float 
     settings: dict[str, float | str] = {**defaults, "variant": VARIANTS[0]}
     for key, value in given.items():
         if key not in settings:
-            raise unknown_name(f"setting of `{method}`", key, settings, listing=f"icdctl list methods --name {method}")
+            raise unknown_name(f"setting of `{method}`", key, settings, listing="icdctl list methods")
         settings[key] = _check_variant(value) if key == "variant" else _check_number(key, value)
     return settings
 

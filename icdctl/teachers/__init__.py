@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from icdctl import data, models, registry, targets
+from icdctl import data, files, models, registry, targets
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.targets import Target
 from icdctl.teachers.fetch import Fetched, Watcher, Wishes, clear_cache, fetch_teacher, find_fetched, overview
@@ -33,12 +31,29 @@ def find(teacher: str, *, dataset: str) -> Target:
 
     Raises:
         UsageError: no path and no model.
-        ArtifactError: the model has no teacher here; the hint says how to get one.
+        ArtifactError: the model has no teacher here, or it is another data set's; the hint says how to get one.
     """
+    is_path = bool(teacher) and (files.user_path(teacher).exists() or "/" in teacher or "." in teacher)
+    if not (is_path or teacher.startswith("registry:")):
+        return _by_model(models.resolve(teacher), data.resolve(dataset))
     name = data.resolve(dataset)
-    if teacher.startswith("registry:") or Path(teacher).expanduser().exists() or "/" in teacher or "." in teacher:
-        return targets.resolve(teacher, dataset=name)
-    model = models.resolve(teacher)
+    target = targets.resolve(teacher, dataset=name)
+    if target.dataset != name:
+        raise ArtifactError(
+            f"teacher `{teacher}` was trained on `{target.dataset}`, the run is on `{name}`",
+            hint=f"train one with `icdctl train --model {target.model} --dataset {name}`, or change `--dataset`",
+        )
+    num_classes = len(data.DATASETS[name].class_names)
+    if target.num_classes != num_classes:
+        raise ArtifactError(
+            f"teacher `{teacher}` tells {target.num_classes} classes apart, `{name}` has {num_classes}",
+            hint=f"train one with `icdctl train --model {target.model} --dataset {name}`",
+        )
+    return target
+
+
+def _by_model(model: str, name: str) -> Target:
+    """The newest registered teacher of a model on a data set, or the fetched one."""
     artifact = registry.find_teacher(registry.default_folder(), model=model, dataset=name)
     if artifact is not None:
         return targets.resolve(f"registry:{artifact.reference}")
