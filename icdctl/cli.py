@@ -17,7 +17,20 @@ from typing import Annotated
 import typer
 
 from icdctl import console
-from icdctl.commands import demo, distill, doctor, evaluate, export, list_, registry, train, validate, verify
+from icdctl.commands import (
+    demo,
+    distill,
+    doctor,
+    evaluate,
+    export,
+    fetch_data,
+    fetch_teachers,
+    list_,
+    registry,
+    train,
+    validate,
+    verify,
+)
 from icdctl.errors import IcdctlError
 
 _LONGEST_PATH = 120
@@ -34,6 +47,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(demo.demo)
+app.command("fetch-data")(fetch_data.fetch_data)
+app.command("fetch-teachers")(fetch_teachers.fetch_teachers)
 app.command("train")(train.train)
 app.command("distill")(distill.distill)
 app.command("eval")(evaluate.evaluate)

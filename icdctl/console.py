@@ -9,7 +9,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -112,3 +112,38 @@ def progress() -> Iterator[Progress]:
         transient=False,
     ) as display:
         yield display
+
+
+@contextmanager
+def amounts() -> Iterator[Callable[[str, str], Callable[[int, int | None], None]]]:
+    """A display of amounts on stderr with rate and time left, likewise silent where stderr is not a terminal.
+
+    Yields:
+        From what is under way and its unit, "MB" or "images", to a function of (bytes or images here, in all).
+    """
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    ) as display:
+
+        def begin(name: str, unit: str) -> Callable[[int, int | None], None]:
+            number = display.add_task(name, total=None, amount="", visible=False)
+            scale = 1e6 if unit == "MB" else 1.0
+            digits = 1 if unit == "MB" else 0
+
+            def show(here: int, total: int | None) -> None:
+                speed = next(task.speed for task in display.tasks if task.id == number) or 0.0
+                amount = f"{here / scale:,.{digits}f} {unit}, {speed / scale:,.{digits}f} {unit}/s"
+                display.update(number, completed=here, total=total, amount=amount, visible=True)
+
+            return show
+
+        yield begin

@@ -36,6 +36,15 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def md5_file(path: Path) -> str:
+    """Hex md5 of a file, read in pieces: for publishers who state no better hash."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` under a temporary name beside `path`, then rename: a reader sees the old file or the new one.
 
@@ -162,6 +171,21 @@ def locked(path: Path, *, busy: str, hint: str) -> Iterator[None]:
     finally:
         # Removed while it is held: whoever opened it meanwhile has already been told that it is busy.
         path.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def waited_lock(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` while the block runs; wait where another process holds it."""
+    make_folder(path.parent)
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise not_writable(path, error) from error
+    try:
+        yield
+    finally:
         lock.release()
 
 

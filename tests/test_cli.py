@@ -125,7 +125,7 @@ def test_the_main_job_without_teacher_and_data_says_how_to_get_both(icdctl: Comm
     assert (code, stdout) == (1, "")
     assert "error: teacher `res32x4` for `cifar100` is not there" in err
     assert "icdctl train --model res32x4 --dataset cifar100" in err
-    assert "resnet32x4_vanilla/ckpt_epoch_240.pth" in err
+    assert "icdctl fetch-teachers res32x4" in err
     assert "error: CIFAR-100 is not there" in err
     assert "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz" in err
 
@@ -144,7 +144,7 @@ def test_every_list_is_a_table_and_a_json_object(icdctl: CommandLine, what: str)
     assert code == 0
     assert "\x1b" not in stdout
     rows = json.loads(icdctl("list", what, "--json")[1])[what]
-    assert len(rows) == {"methods": 10, "models": 23, "datasets": 2, "recipes": 3, "teachers": 0}[what]
+    assert len(rows) == {"methods": 10, "models": 23, "datasets": 2, "recipes": 3, "teachers": 9}[what]
     assert all(row["name"] in stdout for row in rows)
 
 

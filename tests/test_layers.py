@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
         "registry",
         "soundness",
         "targets",
+        "teachers",
     },
     "demo": {*BASE, "api", "engine", "exporting", "figures", "registry"},
     "api": {
@@ -47,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
         "targets",
         "teachers",
     },
-    "teachers": {*BASE, "data", "models", "registry", "targets"},
+    "teachers": {*BASE, "data", "evaluation", "models", "registry", "targets"},
     "soundness": {*BASE, "config", "data", "sources", "exporting", "registry", "targets"},
     "engine": {*BASE, "config", "data", "evaluation", "methods", "models", "registry", "targets"},
     "exporting": {*BASE, "data", "models", "targets"},
@@ -106,7 +107,9 @@ def test_the_floors_have_no_circle() -> None:
         below = {room: rooms for room, rooms in below.items() if room not in free}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["distill", "--help"], ["--version"], ["registry", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["distill", "--help"], ["--version"], ["registry", "--help"], ["fetch-data", "--help"]]
+)
 def test_help_comes_without_importing_torch(arguments: list[str]) -> None:
     code = f"""
 import sys

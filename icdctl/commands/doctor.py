@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from icdctl import console, files
@@ -82,15 +81,24 @@ def _folders() -> list[dict[str, Any]]:
 
 
 def _data() -> list[dict[str, Any]]:
-    from icdctl.data import DATASETS, cifar100
+    from icdctl.data import DATASETS, cifar100, release
 
     folder = files.data_folder()
     found = []
     for name, row in DATASETS.items():
-        if row.embedded:
+        if row.release is None:
             found.append(_check("ok", name, "embedded"))
-        elif (Path(folder) / cifar100.FOLDER / "train").is_file():
-            found.append(_check("ok", name, str(folder / cifar100.FOLDER)))
+            continue
+        try:
+            state, member = release.look(row.release, folder)
+        except IcdctlError as error:
+            found.append(_check("unreadable", name, error.message))
+            continue
+        place = folder / row.release.folder
+        if state == "right":
+            found.append(_check("ok", name, f"{place}, as published"))
+        elif state == "other":
+            found.append(_check("other", name, f"`{place / member}` is not the published file (other md5)"))
         else:
             found.append(_check("none", name, f"not in `{folder}`: {cifar100.how_to_get(folder)}"))
     return found

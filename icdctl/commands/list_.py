@@ -43,7 +43,7 @@ def list_(
     elif rows:
         console.show_table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
     else:
-        console.talk("none is registered; `icdctl train`, then `icdctl registry add RUN` registers one")
+        console.talk("there are none")
 
 
 def _cell(value: Any) -> Any:
@@ -78,8 +78,10 @@ def _models() -> list[dict[str, Any]]:
 
 
 def _datasets() -> list[dict[str, Any]]:
+    from icdctl import files
     from icdctl.data import DATASETS
 
+    folder = files.data_folder()
     return [
         {
             "name": name,
@@ -87,7 +89,12 @@ def _datasets() -> list[dict[str, Any]]:
             "image size": row.preprocessing.size[0],
             "train": row.train_images,
             "test": row.test_images,
-            "download": "" if row.embedded else "needed",
+            "state": "embedded"
+            if row.release is None
+            else "there"
+            if all((folder / row.release.folder / name).is_file() for name in row.release.member_md5)
+            else "not fetched",
+            "hashes": "" if row.release is None else "published",
             "licence": row.licence,
             "source": row.source,
         }
@@ -115,11 +122,34 @@ def _recipes() -> list[dict[str, Any]]:
 
 
 def _teachers() -> list[dict[str, Any]]:
-    from icdctl import registry
+    from icdctl import registry, teachers
 
     artifacts = [artifact.as_json() for artifact in registry.list_artifacts(registry.default_folder())]
-    return [
-        {"name": item["reference"], "dataset": item["dataset"], "model": item["model"], "top-1": item["final_top1"]}
+    registered = [
+        {
+            "name": item["reference"],
+            "dataset": item["dataset"],
+            "model": item["model"],
+            "top-1": item["final_top1"],
+            "state": "registered",
+            "hash": "recorded",
+            "source": "trained here",
+            "licence": "",
+        }
         for item in artifacts
         if item["method"] == "ce"
     ]
+    published = [
+        {
+            "name": row["name"],
+            "dataset": row["dataset"],
+            "model": row["model"],
+            "top-1": row["published top-1"] if row["measured top-1"] is None else row["measured top-1"],
+            "state": row["state"],
+            "hash": row["hash"],
+            "source": row["source"],
+            "licence": row["licence"],
+        }
+        for row in teachers.overview()
+    ]
+    return registered + published

@@ -120,7 +120,30 @@ ConfigFile = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved configuration; train nothing.", rich_help_panel=_WHERE)
 ]
+FromFile = Annotated[
+    Path | None,
+    typer.Option("--from", metavar="FILE", help="Take this copy, through the same checks.", show_default=False),
+]
+Mirror = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="Ask here first: http, https or file, a folder of files.", show_default="$ICDCTL_MIRROR"
+    ),
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Download nothing; say what is missing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else, on stdout.")]
+
+
+def check_wanted(wanted: Sequence[str], from_file: Path | None, *, example: str) -> None:
+    """Of a command that fetches: something is named, and one thing alone where a file is.
+
+    Raises:
+        UsageError: it is not so.
+    """
+    if not wanted:
+        raise UsageError("nothing is named", hint=f"e.g. `{example}`; `--list` shows what there is")
+    if from_file is not None and len(set(wanted)) != 1:
+        raise UsageError(f"`--from` is one file, {len(set(wanted))} are wanted", hint="name the one that it is")
 
 
 def parse_settings(given: Sequence[str] | None) -> dict[str, str] | None:

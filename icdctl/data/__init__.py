@@ -19,6 +19,7 @@ from torch import Tensor
 from icdctl import files
 from icdctl.data import cifar100, digits100
 from icdctl.data.dataset import Dataset, Preprocessing
+from icdctl.data.release import Release
 from icdctl.data.views import ImageStore, Views, epoch_views, plain_views
 from icdctl.errors import UsageError, unknown_name
 
@@ -54,6 +55,8 @@ class DatasetRow:
     licence: str
     load: Callable[[Path, int, int], Dataset]
     """(folder of data sets, training images, test images) -> the data set."""
+    release: Release | None = None
+    """What `icdctl fetch-data` brings; None where there is nothing to bring."""
 
 
 def resolve(name: str) -> str:
@@ -172,6 +175,7 @@ DATASETS: dict[str, DatasetRow] = {
         cifar100.SOURCE,
         cifar100.LICENCE,
         _load_cifar100,
+        cifar100.RELEASE,
     ),
     "digits100": DatasetRow(
         digits100.CLASS_NAMES,

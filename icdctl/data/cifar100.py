@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from icdctl.data.archive import Limits
+from icdctl.data.download import RemoteFile
+from icdctl.data.release import Release
 from icdctl.errors import ArtifactError
 
 FOLDER = "cifar-100-python"
@@ -25,7 +28,20 @@ ARCHIVE_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
 MEMBER_MD5 = {
     "train": "16019d7e3df5f24257cddd939b257f8d",
     "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "meta": "7973b15100ade9c7d40fb424638fde48",
 }
+RELEASE = Release(
+    archive=RemoteFile(
+        name=ARCHIVE,
+        urls=(URL,),
+        num_bytes=169_001_437,
+        sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+        md5=ARCHIVE_MD5,
+    ),
+    folder=FOLDER,
+    member_md5=MEMBER_MD5,
+    limits=Limits(members=16, unpacked_bytes=200_000_000),
+)
 MEAN = (0.5071, 0.4867, 0.4408)
 STD = (0.2675, 0.2565, 0.2761)
 SOURCE = "Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -64,8 +80,8 @@ class _ArrayUnpickler(pickle.Unpickler):
 def how_to_get(folder: Path) -> str:
     """What a person does to have the data in place."""
     return (
-        f"download {URL} (md5 {ARCHIVE_MD5}) and unpack it so that `{folder / FOLDER / 'train'}` exists, or pass the "
-        f"folder that holds `{FOLDER}` with `--data-dir`; `--dataset digits100` needs no download"
+        f"`icdctl fetch-data cifar100` brings {URL} (md5 {ARCHIVE_MD5}); if it is elsewhere already, pass the "
+        f"folder that holds `{FOLDER}` (here `{folder}`) with `--data-dir`; `--dataset digits100` needs no download"
     )
 
 
@@ -112,5 +128,5 @@ def _read_member(folder: Path, member: str) -> tuple[Mapping[bytes, Any], bool]:
 def _not_cifar(path: Path, cause: str) -> ArtifactError:
     return ArtifactError(
         f"`{path}` is not a file of CIFAR-100's python version: {cause}",
-        hint=f"delete it, then download and unpack {URL} again (md5 {ARCHIVE_MD5})",
+        hint=f"delete it; `icdctl fetch-data cifar100` then brings it again from {URL} (md5 {ARCHIVE_MD5})",
     )

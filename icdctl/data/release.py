@@ -1,0 +1,133 @@
+"""A data set that is published as one archive: is it here, is it right, and getting it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from icdctl import files
+from icdctl.data import archive, download
+from icdctl.data.archive import Limits
+from icdctl.data.download import OnBytes, Patience, RemoteFile
+from icdctl.errors import ArtifactError
+
+State = Literal["right", "absent", "other"]
+
+
+@dataclass(frozen=True)
+class Release:
+    """What was published, down to the hashes."""
+
+    archive: RemoteFile
+    folder: str
+    """The one folder that the archive holds, and the name that it gets in the folder of data sets."""
+    member_md5: Mapping[str, str]
+    """File in the folder -> md5, of all that is taken."""
+    limits: Limits
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A data set in its place."""
+
+    path: Path
+    source: str | None
+    """The URL or the file that it came from; None where it was there already."""
+
+
+def look(release: Release, data_folder: Path) -> tuple[State, str]:
+    """Whether the published files are there, by their hashes, and the file that is not or is another."""
+    missing = ""
+    for name, md5 in release.member_md5.items():
+        path = data_folder / release.folder / name
+        try:
+            if files.md5_file(path) != md5:
+                return "other", name
+        except (FileNotFoundError, NotADirectoryError):
+            missing = missing or name
+        except OSError as error:
+            raise ArtifactError(f"`{path}` can't be read: {error.strerror}", hint="check its permissions") from error
+    return ("absent", missing) if missing else ("right", "")
+
+
+def install(
+    release: Release,
+    data_folder: Path,
+    *,
+    from_file: Path | None = None,
+    mirrors: Sequence[str] = (),
+    offline: bool = False,
+    on_bytes: OnBytes = lambda here, total: None,
+    patience: Patience = Patience(),  # noqa: B008 (frozen)
+) -> Installed:
+    """Have the data set in `data_folder`: nothing to do, or the archive brought, verified, unpacked and verified again.
+
+    Args:
+        release: what it must be.
+        data_folder: what holds the data sets' folders.
+        from_file: a copy of the archive; nothing is downloaded then, and the copy stays.
+        mirrors: as `download.fetch`.
+        offline: as `download.fetch`.
+        on_bytes: told of the progress.
+        patience: how long each source is waited for.
+
+    Raises:
+        ArtifactError: it can't be had, is not what was published, or other files are in its place. What is there then
+            is as it was before.
+    """
+    target = data_folder / release.folder
+    if from_file is not None:
+        download.verify(release.archive, from_file)
+    if _is_there(release, data_folder):
+        return Installed(target, None)
+    files.make_folder(data_folder)
+    with files.waited_lock(data_folder / f".{release.folder}.lock"):
+        if _is_there(release, data_folder):  # another process was faster
+            return Installed(target, None)
+        if from_file is not None:
+            _unpack(release, from_file, target)
+            return Installed(target, from_file.name)
+        own = data_folder / release.archive.name
+        origin = _fetched(release, own, mirrors=mirrors, offline=offline, on_bytes=on_bytes, patience=patience)
+        _unpack(release, own, target)
+        own.unlink()
+        return Installed(target, origin.url or own.name)
+
+
+def _fetched(
+    release: Release, own: Path, *, mirrors: Sequence[str], offline: bool, on_bytes: OnBytes, patience: Patience
+) -> download.Origin:
+    return download.fetch(release.archive, own, mirrors=mirrors, offline=offline, on_bytes=on_bytes, patience=patience)
+
+
+def _is_there(release: Release, data_folder: Path) -> bool:
+    state, name = look(release, data_folder)
+    if state == "other":
+        raise ArtifactError(
+            f"`{data_folder / release.folder / name}` is not the published file: its md5 is not "
+            f"{release.member_md5[name]}",
+            hint=f"move `{data_folder / release.folder}` away, or choose another folder with `--data-dir`",
+        )
+    return state == "right"
+
+
+def _unpack(release: Release, source: Path, target: Path) -> None:
+    with archive.unpacked(source, target, limits=release.limits) as unpacked:
+        for name, md5 in release.member_md5.items():
+            member = unpacked / name
+            if not member.is_file() or files.md5_file(member) != md5:
+                raise ArtifactError(
+                    f"`{source}` is refused: `{name}` in it is missing or is not the published file (md5 {md5})",
+                    hint="get the archive again from where it is published",
+                )
+        try:
+            if not target.exists():
+                unpacked.rename(target)
+                return
+            for name in release.member_md5:  # some of them are there, and right
+                if not (target / name).exists():
+                    (unpacked / name).rename(target / name)
+        except OSError as error:
+            raise files.not_writable(target, error) from error
