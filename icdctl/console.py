@@ -28,7 +28,8 @@ from rich.table import Table
 
 from icdctl.errors import ArtifactError
 
-_PIPED_WIDTH = 200
+_PIPED_WIDTH = 1000
+"""Wider than any table here, so that no line is folded."""
 
 
 def talk(message: str) -> None:
@@ -69,7 +70,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None
     for row in rows:
         table.add_row(*(escape(_printable(str(cell))) for cell in row))
     console.print(table)
-    _write(text.getvalue())
+    _write("".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines()))
 
 
 def _write(text: str) -> None:
