@@ -85,6 +85,16 @@ def test_the_whole_job_by_commands(icdctl: CommandLine, run_folder: Path, tmp_pa
     assert stated["teacher_sha256"] == json.loads((out / "config.json").read_text())["teacher_sha256"]
 
 
+def test_a_model_trained_as_teacher_is_found_by_its_name(icdctl: CommandLine, tmp_path: Path) -> None:
+    given = ("train", "--model", "res8", *TINY, "--out", tmp_path / "teacher", "--as-teacher", "--resume", "--json")
+    for _ in range(2):  # the second time it is there already
+        code, stdout, _ = icdctl(*given)
+        assert (code, json.loads(stdout)["artifact"]) == (0, "digits100/res8-ce@v1")
+    plan = ("distill", "--method", "kd", "--teacher", "res8", "--student", "mv2", "--dataset", "digits100", "--dry-run")
+    weights = Path(json.loads(icdctl(*plan)[1])["teacher_weights"])
+    assert weights.read_bytes() == (tmp_path / "teacher" / "student.safetensors").read_bytes()
+
+
 def test_a_config_file_repeats_a_run_bit_for_bit(icdctl: CommandLine, run_folder: Path, tmp_path: Path) -> None:
     repeated = tmp_path / "again"
     assert icdctl("train", "--config", run_folder / "config.json", "--out", repeated)[0] == 0

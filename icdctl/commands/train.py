@@ -34,6 +34,14 @@ def train(
     resume: options.Resume = False,
     config: options.ConfigFile = None,
     dry_run: options.DryRun = False,
+    as_teacher: Annotated[
+        bool,
+        typer.Option(
+            "--as-teacher",
+            help="Register the result, so that `distill --teacher MODEL` finds it.",
+            rich_help_panel="What",
+        ),
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Train a model on labels alone: a teacher of your own, or a student's baseline.
@@ -60,4 +68,12 @@ def train(
         time_limit=time_limit,
         out=out,
     )
-    run_training("train", given, config_file=config, resume=resume, dry_run=dry_run, as_json=as_json)
+    run_training(
+        "train",
+        given,
+        config_file=config,
+        resume=resume,
+        dry_run=dry_run,
+        as_json=as_json,
+        as_teacher=as_teacher,
+    )

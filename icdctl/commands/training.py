@@ -58,8 +58,9 @@ def run_training(
     resume: bool,
     dry_run: bool,
     as_json: bool,
+    as_teacher: bool = False,
 ) -> None:
-    """Train as the options say and print the outcome.
+    """Train as the options say, register the outcome if it is wanted as a teacher, and print it.
 
     Raises:
         IcdctlError: with a message and a hint.
@@ -71,10 +72,24 @@ def run_training(
         return
     with observed() as observer:
         result = api.start(command, options, config_file=config_file, resume=resume, observer=observer)
+    artifact = _registered(result) if as_teacher and result.finished else None
     if as_json:
-        console.show_json(result.as_json())
-    else:
-        _show(result)
+        console.show_json({**result.as_json(), **({} if artifact is None else {"artifact": artifact})})
+        return
+    _show(result)
+    if artifact is not None:
+        console.show_line(f"{'teacher':<11} {artifact}, found by `--teacher {result.config.student}`")
+
+
+def _registered(result: RunResult) -> str:
+    """The run as an artifact of the project's registry: a new version, or the one that holds these very weights."""
+    from icdctl import files, registry
+
+    folder = registry.default_folder()
+    newest = registry.find_teacher(folder, model=result.config.student, dataset=result.config.dataset)
+    if newest is not None and newest.sha256 == files.sha256_file(result.out / registry.WEIGHTS_FILE):
+        return newest.reference
+    return registry.add(folder, result.out).reference
 
 
 def _show(result: RunResult) -> None:

@@ -65,8 +65,7 @@ def _by_model(model: str, name: str) -> Target:
     raise ArtifactError(
         f"teacher `{model}` for `{name}` is not there: no such artifact in `{registry.default_folder()}`"
         + (", and the published one is not fetched" if published is not None else ""),
-        hint=f"{fetching}train one with `icdctl train --model {model} --dataset {name} --out runs/teacher`, then pass "
-        "`--teacher runs/teacher`, or register it with `icdctl registry add runs/teacher`",
+        hint=f"{fetching}`icdctl train --model {model} --dataset {name} --as-teacher` trains one",
     )
 
 
