@@ -30,9 +30,6 @@ from icdctl.targets import Target
 Model = str | Path | nn.Module
 Config = Mapping[str, Any] | RunConfig
 
-_VERIFICATION_IMAGES = 1000
-"""How many test images join the verification of an export; the reference runs in float64, which is slow."""
-
 
 def train(
     config: Config | None = None,
@@ -382,7 +379,7 @@ def export(
     images, labels = None, None
     try:
         held = load_data(found.dataset, data_dir=data_dir)
-        images, labels = held.test_images[:_VERIFICATION_IMAGES], held.test_labels[:_VERIFICATION_IMAGES]
+        images, labels = held.test_images, held.test_labels
     except (ArtifactError, UsageError):
         pass  # verification then uses its own probe images, and the card states no accuracy
     facts = _facts(found)

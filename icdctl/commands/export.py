@@ -54,12 +54,18 @@ def export(
         console.show_json(result.as_json())
         return
     report = result.report
-    agreement = "no test images here" if report.agreement is None else f"{report.agreement:.2f} % of the test images"
+    agreement = (
+        "no test images here"
+        if report.agreement is None
+        else f"{report.agreement:.2f} % same class as PyTorch, on up to 1,000 test images"
+    )
     console.show_line(f"{'file':<11} {result.model_file} ({result.num_bytes / 1e6:.2f} MB, opset {opset})")
     console.show_line(f"{'verified':<11} largest difference {report.max_error:.1e}, allowed {report.tolerance:.1e}")
     console.show_line(f"{'agreement':<11} {agreement}")
     if result.accuracy is not None:
-        console.show_line(f"{'top-1':<11} {result.accuracy['top1']:.2f} with onnxruntime")
+        console.show_line(
+            f"{'top-1':<11} {result.accuracy['top1']:.2f} with onnxruntime on {result.accuracy['images']:,} test images"
+        )
     console.show_line(f"{'card':<11} {result.folder / 'README.md'}")
 
 
