@@ -20,7 +20,7 @@ from icdctl.data import Dataset
 from icdctl.engine import run as engine
 from icdctl.engine.device import resolve_device
 from icdctl.engine.run import Observer, RunResult
-from icdctl.errors import ArtifactError, IcdctlError, UsageError, combine
+from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.exporting import Export, OnnxClassifier, export_onnx
 from icdctl.models import Classifier
 from icdctl.models.external import adapt
@@ -412,4 +412,4 @@ def _facts(target: Target) -> dict[str, Any]:
     return facts
 
 
-__all__ = ["EvaluationResult", "RunResult", "combine", "distill", "evaluate", "export", "plan", "start", "train"]
+__all__ = ["EvaluationResult", "RunResult", "distill", "evaluate", "export", "plan", "start", "train"]

@@ -143,7 +143,7 @@ def build(
         "scales": scales if methods.METHODS[method].needs_patches else (),
         "settings": settings,
         "recipe": recipe,
-        "device": _attempt(found, _device, _given(options.device, "auto")) or "auto",
+        "device": _attempt(found, check_device, _given(options.device, "auto")) or "auto",
         "time_limit_seconds": _attempt(found, parse_duration, options.time_limit),
         "out": options.out or "",
     }
@@ -175,8 +175,12 @@ def _sizes(dataset: str, options: Options) -> dict[str, Any]:
     return asked
 
 
-def _device(name: str) -> str:
-    """The name of a device, which need not be there yet."""
+def check_device(name: str) -> str:
+    """The name of a device, which need not be there.
+
+    Raises:
+        UsageError: it is none of `auto`, `cpu`, `cuda` and `cuda:N`.
+    """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise UsageError(f"unknown device `{name}`", hint="choose `auto`, `cpu`, `cuda` or `cuda:N`")
     return name

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
         "demo",
         "engine",
         "exporting",
+        "installed",
         "methods",
         "models",
         "recipes",
@@ -50,8 +51,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "teachers": {*BASE, "data", "evaluation", "models", "registry", "targets"},
     "soundness": {*BASE, "config", "data", "sources", "exporting", "registry", "targets"},
-    "engine": {*BASE, "config", "data", "evaluation", "methods", "models", "registry", "targets"},
-    "exporting": {*BASE, "data", "models", "targets"},
+    "engine": {*BASE, "config", "installed", "data", "evaluation", "methods", "models", "registry", "targets"},
+    "exporting": {*BASE, "data", "installed", "models", "targets"},
     "targets": {*BASE, "data", "models", "registry"},
     "registry": {*BASE, "data"},
     "evaluation": {"data", "errors"},
@@ -65,6 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     "console": {"errors"},
     "files": {"errors"},
     "errors": set(),
+    "installed": set(),
 }
 """Room -> the rooms that it may import, besides itself."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -25,7 +24,6 @@ DATASET_SHA256 = "d" * 64
 COMMIT = "c" * 40
 RUN_FILES = ["config.json", "environment.json", "history.csv", "metrics.json", "student.safetensors"]
 
-needs_dvc = pytest.mark.skipif(importlib.util.find_spec("dvc") is None, reason="dvc is not installed")
 
 MakeRun = Callable[..., Path]
 MakeExport = Callable[[Path], Path]
@@ -770,7 +768,6 @@ def dvc_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return project
 
 
-@needs_dvc
 def test_in_a_dvc_project_dvc_keeps_the_files(dvc_project: Path, make_run: MakeRun, make_export: MakeExport) -> None:
     folder = registry.default_folder()
     assert folder == dvc_project / "registry"
@@ -790,14 +787,12 @@ def test_in_a_dvc_project_dvc_keeps_the_files(dvc_project: Path, make_run: MakeR
     assert set(finding.ok) == set(artifact.manifest.files)
 
 
-@needs_dvc
 def test_a_registry_elsewhere_is_not_dvcs(dvc_project: Path, make_run: MakeRun) -> None:
     artifact = registry.add(dvc_project / "runs" / "demo" / "registry", make_run())
 
     assert sorted(path.name for path in artifact.folder.iterdir()) == ["card.md", "files", "manifest.json"]
 
 
-@needs_dvc
 def test_when_dvc_fails_nothing_is_registered(dvc_project: Path, make_run: MakeRun) -> None:
     files.write_text(dvc_project / ".dvc" / "config", "[core\n")
 

@@ -38,12 +38,13 @@ def _check(status: str, what: str, found: str, hint: str = "") -> dict[str, Any]
 
 
 def _software() -> list[dict[str, Any]]:
-    from icdctl.engine.environment import versions
+    from icdctl import installed
+    from icdctl.engine.environment import PACKAGES
 
     hint = "install what is missing: `pip install icdctl`"
     return [
         _check("ok" if version else "fail", name, version or "not installed", hint)
-        for name, version in versions().items()
+        for name, version in installed.versions(PACKAGES).items()
     ]
 
 

@@ -14,10 +14,19 @@ from pathlib import Path
 
 from icdctl import files
 from icdctl.data import archive
-from icdctl.data.transport import OnBytes, Partial, Patience, SourceError, check_room, retrieve, shown
+from icdctl.data.transport import (
+    USUAL_PATIENCE,
+    OnBytes,
+    Partial,
+    Patience,
+    SourceError,
+    check_room,
+    retrieve,
+    shown,
+)
 from icdctl.errors import ArtifactError, UsageError
 
-__all__ = ["OnBytes", "Origin", "Patience", "RemoteFile", "fetch", "mirrors_in_order", "verify"]
+__all__ = ["USUAL_PATIENCE", "OnBytes", "Origin", "Patience", "RemoteFile", "fetch", "mirrors_in_order", "verify"]
 
 MIRROR_VARIABLE = "ICDCTL_MIRROR"
 _LONGEST_ARCHIVE = 8 * 1024**3
@@ -115,7 +124,7 @@ def fetch(
     offline: bool = False,
     on_bytes: OnBytes = lambda here, total: None,
     check: Check = lambda path: None,
-    patience: Patience = Patience(),  # noqa: B008 (frozen)
+    patience: Patience = USUAL_PATIENCE,
 ) -> Origin:
     """Have `file` at `destination`, downloaded where it is not there yet; two processes that want it fetch it once.
 

@@ -10,7 +10,7 @@ from typing import Literal
 from icdctl import files
 from icdctl.data import archive, download
 from icdctl.data.archive import Limits
-from icdctl.data.download import OnBytes, Patience, RemoteFile
+from icdctl.data.download import USUAL_PATIENCE, OnBytes, Patience, RemoteFile
 from icdctl.errors import ArtifactError
 
 State = Literal["right", "absent", "other"]
@@ -60,7 +60,7 @@ def install(
     mirrors: Sequence[str] = (),
     offline: bool = False,
     on_bytes: OnBytes = lambda here, total: None,
-    patience: Patience = Patience(),  # noqa: B008 (frozen)
+    patience: Patience = USUAL_PATIENCE,
 ) -> Installed:
     """Have the data set in `data_folder`: nothing to do, or the archive brought, verified, unpacked and verified again.
 

@@ -60,6 +60,9 @@ class Patience:
     """Without a byte."""
 
 
+USUAL_PATIENCE = Patience()
+
+
 @dataclass(frozen=True)
 class Partial:
     """A file under way."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from icdctl.config import check_device
 from icdctl.errors import IcdctlError, UsageError
 
 
@@ -18,10 +18,8 @@ def resolve_device(name: str) -> torch.device:
         UsageError: another name.
         IcdctlError: this machine has no such device.
     """
-    if name == "auto":
+    if check_device(name) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name):  # the commands without a run configuration
-        raise UsageError(f"unknown device `{name}`", hint="choose `auto`, `cpu`, `cuda` or `cuda:N`")
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count()

@@ -6,24 +6,15 @@ import os
 import platform
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_PACKAGES = ("icdctl", "torch", "torchvision", "numpy", "onnx", "onnxruntime", "safetensors", "scikit-learn", "dvc")
+from icdctl import installed
 
-
-def versions() -> dict[str, str | None]:
-    """Of Python and the packages that matter; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+PACKAGES = ("icdctl", "torch", "torchvision", "numpy", "onnx", "onnxruntime", "safetensors", "scikit-learn", "dvc")
+"""Those that matter to a run."""
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
@@ -47,7 +38,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
     """What environment.json holds."""
     return {
-        "versions": versions(),
+        "versions": installed.versions(PACKAGES),
         "platform": platform.platform(),
         "device": describe_device(device),
         "precision": precision,

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata as installed
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from icdctl import files
+from icdctl import files, installed
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting import graph, manifest
 from icdctl.exporting.card import card
@@ -188,19 +186,9 @@ def _write_facts(
         "accuracy": accuracy,
         "facts": facts,
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {name: found or "not installed" for name, found in installed.versions(_PACKAGES).items()},
     }
     files.write_json(folder / manifest.FACTS_FILE, value)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = installed.version(name)
-        except installed.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def _without_folders(value: Any) -> Any:

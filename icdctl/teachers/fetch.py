@@ -11,7 +11,7 @@ import torch
 
 from icdctl import data, evaluation, files, models, targets
 from icdctl.data import download
-from icdctl.data.download import OnBytes, Patience
+from icdctl.data.download import USUAL_PATIENCE, OnBytes, Patience
 from icdctl.errors import ArtifactError
 from icdctl.models import Classifier
 from icdctl.registry import WEIGHTS_FILE
@@ -109,7 +109,7 @@ def fetch_teacher(
     wishes: Wishes,
     watcher: Watcher = Watcher(),
     *,
-    patience: Patience = Patience(),  # noqa: B008 (frozen)
+    patience: Patience = USUAL_PATIENCE,
 ) -> Fetched:
     """Have a published teacher in its place, converted and recorded.
 
