@@ -5,6 +5,7 @@ Each function takes keywords named like the flags, resolves every name, and hand
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 from icdctl import config as configuration
 from icdctl import data, evaluation, files, methods, sources, targets, teachers
 from icdctl.config import CUSTOM_MODEL, RunConfig
-from icdctl.data import Dataset
+from icdctl.data import Dataset, Description, OnImages, Preprocessing, Request
 from icdctl.engine import run as engine
 from icdctl.engine.device import resolve_device
 from icdctl.engine.run import Observer, RunResult
@@ -130,7 +131,8 @@ class _Job:
         self.teacher_is_ignored = command == "distill" and not needs_teacher and gathered.teacher is not None
         if needs_teacher and self.teacher_module is None:
             try:
-                self.teacher_target = teachers.find(str(gathered.teacher), dataset=_dataset_of(gathered))
+                teachers.model_of(str(gathered.teacher))  # told even where the data set is wrong too
+                self.teacher_target = teachers.find(str(gathered.teacher), dataset=_described(gathered))
                 _check_same_teacher(self.teacher_target, gathered.teacher_sha256)
             except IcdctlError as error:
                 problems.append(error)
@@ -149,10 +151,10 @@ class _Job:
         """Load what is needed, then train."""
         config = self.config
         observer = observer or engine.SilentObserver()
-        dataset = load_data(
-            config.dataset, data_dir=config.data_dir, train_images=config.train_images, test_images=config.test_images
-        )
+        dataset = data.load(config.images, on_images=_decoding(observer))
         needs_patches = methods.METHODS[config.method].needs_patches
+        for note in dataset.notes:
+            observer.message(note)
         if dataset.caveat:
             observer.message(f"warning: {dataset.caveat}")
         if needs_patches and config.scales == (1,):
@@ -165,6 +167,7 @@ class _Job:
             config,
             dataset,
             teacher=self._teacher(dataset, needs_patches),
+            teacher_origin=_origin_of(self.teacher_target),
             student=self._own_student(dataset, needs_patches),
             resume=resume,
             observer=observer,
@@ -221,8 +224,35 @@ def _check_needed(command: str, options: Options) -> None:
         raise UsageError(f"{flags} {'is' if len(missing) == 1 else 'are'} missing", hint=f"e.g. `{example}`")
 
 
-def _dataset_of(options: Options) -> str:
-    return configuration.DEFAULT_DATASET if options.dataset is None else options.dataset
+def _described(options: Options) -> Description:
+    """What is known of the data set that a run is to be on, before its configuration is complete."""
+    return data.describe(_requested(options))
+
+
+def _requested(options: Options) -> Request:
+    name = data.resolve(configuration.DEFAULT_DATASET if options.dataset is None else options.dataset)
+    folder = None if options.data_dir is None else files.user_path(options.data_dir)
+    return data.request(name, folder=folder, **configuration.dataset_settings(name, options.student, options))
+
+
+def _origin_of(teacher: Target | None) -> dict[str, str | None]:
+    """Whose weights a student learns from, for its metrics."""
+    return {} if teacher is None else {"teacher_source": teacher.source, "teacher_licence": teacher.licence}
+
+
+def _decoding(observer: Observer) -> OnImages:
+    """Progress of decoding, as the observer hears it: (images here, in all) as steps."""
+    here = 0
+
+    def advance(done: int, total: int | None) -> None:
+        nonlocal here
+        if done < here or here == 0:
+            here = 0
+            observer.begin("decoding images", total or 0)
+        observer.advance(done - here)
+        here = done
+
+    return advance
 
 
 def _needs_teacher(options: Options) -> bool:
@@ -235,22 +265,10 @@ def _needs_teacher(options: Options) -> bool:
 def _missing_data(options: Options) -> list[IcdctlError]:
     """What is wrong with the data, to be reported together with a missing teacher."""
     try:
-        load_data(_dataset_of(options), data_dir=options.data_dir)
+        data.load(_requested(options))
     except IcdctlError as error:
         return [error]
     return []
-
-
-def load_data(
-    dataset: str, *, data_dir: str | None = None, train_images: int | None = None, test_images: int | None = None
-) -> Dataset:
-    """The data set of a run.
-
-    Raises:
-        UsageError, ArtifactError: see `icdctl.data.load`.
-    """
-    folder = files.user_path(data_dir) if data_dir is not None else None
-    return data.load(dataset, folder=folder, train_images=train_images, test_images=test_images)
 
 
 @dataclass(frozen=True)
@@ -299,29 +317,27 @@ def evaluate(
     """
     place = resolve_device(device)
     seen = observer or engine.SilentObserver()
-    name, predict, label = _predictor(target, dataset, place)
-    held = load_data(name, data_dir=data_dir, test_images=test_images)
+    named = None if dataset is None else data.describe(data.request(dataset))
+    known, predict = _ready(target, named, place)
+    wanted = _own_images(known, dataset, data_dir=data_dir, test_images=test_images)
+    other = None if teacher is None else _ready(teacher, named or data.describe(wanted), place)
+    if other is not None and dataset is None and other[0].dataset not in (None, known.dataset):
+        raise UsageError(
+            f"`{other[0].label}` was trained on `{other[0].dataset}`, `{known.label}` on `{known.dataset}`",
+            hint="compare models of one data set, or name the one to test on with `--dataset`",
+        )
+    held = data.load(wanted, on_images=_decoding(seen))
     others = None
-    if teacher is not None:
-        other_name, other_predict, other_label = _predictor(teacher, dataset or name, place)
-        if other_name != name:
-            raise UsageError(
-                f"`{other_label}` was trained on `{other_name}`, `{label}` on `{name}`",
-                hint="compare models of one data set, or name the one to test on with `--dataset`",
-            )
+    if other is not None:
         seen.begin("teacher", held.test_images.shape[0])
-        others = evaluation.predict_all(other_predict, held.test_images, on_batch=seen.advance)
+        others = evaluation.predict_all(other[1], held.test_images, on_batch=seen.advance)
+        _check_classes(other[0], others, held)
     seen.begin("evaluating", held.test_images.shape[0])
     logits = evaluation.predict_all(predict, held.test_images, on_batch=seen.advance)
-    for found, title in ((logits, label), (others, str(teacher))):
-        if found is not None and found.shape[1] != held.num_classes:
-            raise ArtifactError(
-                f"`{title}` tells {found.shape[1]} classes apart, `{name}` has {held.num_classes}",
-                hint="name the data set that it was trained on with `--dataset`",
-            )
+    _check_classes(known, logits, held)
     return EvaluationResult(
-        target=label,
-        dataset=name,
+        target=known.label,
+        dataset=held.name,
         num_images=logits.shape[0],
         numbers=evaluation.evaluate_logits(logits, held.test_labels),
         agreement=None if others is None else evaluation.agreement(logits, others),
@@ -329,23 +345,101 @@ def evaluate(
     )
 
 
-def _predictor(target: Model, dataset: str | None, device: torch.device) -> tuple[str, evaluation.Predict, str]:
-    """The data set of a classifier, its function from pixels to logits, and what to call it."""
-    name = None if dataset is None else data.resolve(dataset)
+@dataclass(frozen=True)
+class _Known:
+    """What is known of a classifier to be measured."""
+
+    label: str
+    """What to call it."""
+    dataset: str | None
+    """What it was trained on, as it says itself; None where it does not."""
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    run: RunConfig | None
+    """The run that it comes from, where its configuration lies beside it."""
+
+
+def _known_of(target: Target) -> _Known:
+    """Of weights on disk."""
+    run = _run_beside(target.path.parent)
+    return _Known(target.origin, target.dataset, target.preprocessing, target.class_names, run)
+
+
+def _ready(target: Model, dataset: Description | None, device: torch.device) -> tuple[_Known, evaluation.Predict]:
+    """What a person points at, ready to classify; `dataset` is for what does not say what it was trained on."""
     if isinstance(target, nn.Module):
-        if name is None:
+        if dataset is None:
             raise UsageError("the data set is not named", hint="pass `dataset`, e.g. `dataset='cifar100'`")
-        preprocessing = data.DATASETS[name].preprocessing
-        return name, evaluation.module_predictor(target.eval().to(device), preprocessing, device), type(target).__name__
+        predict = evaluation.module_predictor(target.eval().to(device), dataset.preprocessing, device)
+        return _Known(type(target).__name__, None, dataset.preprocessing, None, None), predict
     label = str(target)
     if (files.user_path(label) / "model.onnx").is_file():  # an export folder
         label = str(files.user_path(label) / "model.onnx")
     if label.endswith(".onnx"):
-        session = OnnxClassifier(Path(label))
-        return name or data.resolve(session.description.dataset), session.logits, label
-    found = targets.resolve(label, dataset=name)
+        path = files.user_path(label)
+        session = OnnxClassifier(path)
+        said = session.description
+        run = _run_beside(path.parent) or _run_beside(path.parent.parent)
+        return _Known(label, said.dataset, said.preprocessing, said.class_names, run), session.logits
+    found = targets.resolve(label, dataset=dataset)
     model = found.load().to(device).to(memory_format=torch.channels_last)
-    return name or found.dataset, evaluation.module_predictor(model, found.preprocessing, device), label
+    return _known_of(found), evaluation.module_predictor(model, found.preprocessing, device)
+
+
+def _run_beside(folder: Path) -> RunConfig | None:
+    """The configuration in a run folder or a registered artifact, if there is one that can be read."""
+    try:
+        return RunConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _own_images(known: _Known, dataset: str | None, *, data_dir: str | None, test_images: int | None) -> Request:
+    """The test images of what a classifier was trained on, divided as in its run; or those of another data set.
+
+    Raises:
+        UsageError: it was trained on a folder of images, and nothing says which.
+    """
+    if dataset is None and known.dataset is None:
+        raise UsageError("the data set is not named", hint="pass it with `--dataset`")
+    run, name = known.run, str(dataset or known.dataset)
+    if dataset is None and name.startswith("imagefolder:"):
+        if run is None or not run.dataset.startswith("imagefolder:"):
+            raise UsageError(
+                f"`{known.label}` was trained on the image folder `{name.partition(':')[2]}`, and nothing says where "
+                "it is",
+                hint="name it with `--dataset imagefolder:DIR`",
+            )
+        name = run.dataset
+    name = data.resolve(name)
+    kind = name.partition(":")[0]
+    settings: dict[str, Any] = {}
+    split_seed = 0
+    if run is not None and run.dataset.partition(":")[0] == kind:
+        settings = {key: getattr(run, key) for key in configuration.DATASET_SETTINGS}
+        split_seed = run.split_seed
+    if test_images is not None:
+        settings["test_images"] = test_images
+    if kind == "imagefolder":
+        settings["image_size"] = known.preprocessing.size[0]
+    folder = None if data_dir is None else files.user_path(data_dir)
+    return data.request(name, folder=folder, split_seed=split_seed, **settings)
+
+
+def _check_classes(known: _Known, logits: torch.Tensor, dataset: Dataset) -> None:
+    """Refuse numbers that compare one class with another."""
+    if logits.shape[1] != dataset.num_classes:
+        raise ArtifactError(
+            f"`{known.label}` tells {logits.shape[1]} classes apart, `{dataset.name}` has {dataset.num_classes}",
+            hint="name the data set that it was trained on with `--dataset`",
+        )
+    pairs = zip(known.class_names or dataset.class_names, dataset.class_names, strict=True)
+    other = next((pair for pair in pairs if pair[0] != pair[1]), None)
+    if other is not None:
+        raise ArtifactError(
+            f"`{known.label}` has the class `{other[0]}` where `{dataset.name}` has `{other[1]}`",
+            hint="name the data set that it was trained on with `--dataset`",
+        )
 
 
 def export(
@@ -372,13 +466,13 @@ def export(
     Raises:
         IcdctlError: with a message and a hint; a file that fails verification is not kept.
     """
-    found = targets.resolve(str(target), dataset=None if dataset is None else data.resolve(dataset))
+    found = targets.resolve(str(target), dataset=None if dataset is None else data.describe(data.request(dataset)))
     if out is None:
         beside = found.path.parent if not str(target).startswith("registry:") else Path.cwd()
         out = beside / "onnx"
     images, labels = None, None
     try:
-        held = load_data(found.dataset, data_dir=data_dir)
+        held = data.load(_own_images(_known_of(found), dataset, data_dir=data_dir, test_images=None))
         images, labels = held.test_images, held.test_labels
     except (ArtifactError, UsageError):
         pass  # verification then uses its own probe images, and the card states no accuracy
@@ -397,7 +491,7 @@ def export(
 
 def _facts(target: Target) -> dict[str, Any]:
     """What the run folder of a weights file says of how it came about, for the model card."""
-    row = data.DATASETS.get(target.dataset)
+    row = data.row_of(target.dataset)
     facts: dict[str, Any] = {} if row is None else {"data_source": row.source, "data_licence": row.licence}
     folder = target.path.parent
     hint = "point at the weights file itself"
@@ -408,7 +502,8 @@ def _facts(target: Target) -> dict[str, Any]:
             if not isinstance(value, dict):
                 raise ArtifactError(f"`{folder / name}` holds no JSON object", hint=hint)
         facts |= {key: config.get(key) for key in ("method", "teacher", "teacher_sha256", "scales", "settings", "seed")}
-        facts |= {key: metrics.get(key) for key in ("final_top1", "best_top1", "best_epoch", "variant")}
+        told = ("final_top1", "best_top1", "best_epoch", "variant", "teacher_source", "teacher_licence")
+        facts |= {key: metrics.get(key) for key in told if key in metrics}
     return facts
 
 

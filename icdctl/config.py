@@ -13,14 +13,15 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from icdctl import data, files, methods, models, recipes
+from icdctl.data import Augmentation, Request
 from icdctl.errors import IcdctlError, UsageError, combine
 from icdctl.methods import SCALES
-from icdctl.recipes import RECIPES, Recipe, Schedule
+from icdctl.recipes import RECIPES, ClassWeights, Recipe, Schedule
 from icdctl.sources import Options, from_validation
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
@@ -29,6 +30,19 @@ TeacherMode = Literal["auto", "inline", "cache"]
 T = TypeVar("T")
 
 DEFAULT_DATASET = "cifar100"
+DATASET_SETTINGS = ("train_images", "test_images", "image_size", "test_split", "skip_broken")
+"""Fields that belong to one data set or another."""
+_FOREIGN_IMAGE_SIZE = 224
+"""What a model that is not of the CIFAR family most likely expects of an `imagefolder`."""
+
+
+def _listed(value: Any) -> Any:
+    """`0.35,1` or `[150, 180, 210]` as a list; anything else as it is."""
+    return value.strip("[]() ").split(",") if isinstance(value, str) else value
+
+
+Pair = Annotated[tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], BeforeValidator(_listed)]
+Epochs = Annotated[tuple[int, ...], BeforeValidator(_listed)]
 
 CUSTOM_MODEL = "custom"
 """The name of a student or teacher that was handed over as an nn.Module."""
@@ -65,16 +79,32 @@ class RunConfig(BaseModel):
     weight_decay: float = Field(ge=0)
     clip_norm: float = Field(gt=0)
     schedule: Schedule
-    lr_decay_epochs: tuple[int, ...]
+    lr_decay_epochs: Epochs
     lr_decay_rate: float = Field(gt=0, le=1)
     lr_warmup_share: float = Field(ge=0, lt=1)
     crop_padding: int = Field(ge=0, le=64)
     flip: bool
+    crop_scale: Pair | None
+    crop_ratio: Pair
+    randaugment_ops: int = Field(ge=0, le=10)
+    randaugment_magnitude: int = Field(ge=0, le=30)
+    label_smoothing: float = Field(ge=0, lt=1)
+    class_weights: ClassWeights
     drop_last: bool
-    train_images: int | None = Field(ge=1, le=1_000_000)
-    """How many images `digits100` makes; None for data sets of a fixed size."""
-    test_images: int | None = Field(ge=1, le=1_000_000)
+    train_images: int | None
+    """How many images `digits100` makes; None for other data sets, as the next four."""
+    test_images: int | None
     """Likewise, for testing."""
+    image_size: int | None
+    """Side of the square that images of an `imagefolder` are resized to."""
+    test_split: float | None
+    """Share of each class of an `imagefolder` for testing, where it brings no test images."""
+    skip_broken: bool | None
+    """Leave out images of an `imagefolder` that can't be decoded."""
+    val_split: float = Field(ge=0, lt=1)
+    """Share of each class's training images that is held out, to be watched in place of the test images."""
+    split_seed: int = Field(ge=0, lt=2**31)
+    """Which images are held out; the same for runs of different seeds, so that they can be compared."""
     data_dir: str | None
     device: str
     precision: Precision
@@ -86,6 +116,43 @@ class RunConfig(BaseModel):
     """Stop at the first end of an epoch after which the next would not fit."""
     out: str
     """The run folder."""
+
+    @model_validator(mode="after")
+    def _has_ordered_pairs(self) -> Self:
+        for key in ("crop_scale", "crop_ratio"):
+            pair = getattr(self, key)
+            if pair is not None and pair[0] > pair[1]:
+                raise ValueError(f"`{key}` is {pair[0]} to {pair[1]}: the first must not be the larger")
+        if self.crop_scale is not None and self.crop_scale[1] > 1:
+            raise ValueError(f"`crop_scale` is up to {self.crop_scale[1]}: no cut has more than the whole image")
+        if self.crop_scale is not None and self.crop_padding:
+            raise ValueError("`crop_scale` and `crop_padding` are two ways to crop: choose one")
+        return self
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """How training images are changed."""
+        return Augmentation(
+            crop_padding=self.crop_padding,
+            flip=self.flip,
+            crop_scale=self.crop_scale,
+            crop_ratio=self.crop_ratio,
+            randaugment_ops=self.randaugment_ops,
+            randaugment_magnitude=self.randaugment_magnitude,
+        )
+
+    @property
+    def images(self) -> Request:
+        """Which images the run reads, and how they are divided."""
+        return data.request(
+            self.dataset,
+            folder=files.user_path(self.data_dir) if self.data_dir is not None else None,
+            val_split=self.val_split,
+            split_seed=self.split_seed,
+            room_to_crop=self.crop_scale is not None,
+            unlabeled=methods.METHODS[self.method].needs_teacher,
+            **{key: getattr(self, key) for key in DATASET_SETTINGS},
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -132,7 +199,7 @@ def build(
     name, weights, sha256 = teacher or (None, None, None)
     values = {
         **_values(options, RECIPES[recipe], student),
-        **(_attempt(found, partial(_sizes, dataset), options) or {"train_images": None, "test_images": None}),
+        **(_attempt(found, partial(dataset_settings, dataset, student), options) or dict.fromkeys(DATASET_SETTINGS)),
         "command": command,
         "method": method,
         "dataset": dataset,
@@ -156,23 +223,20 @@ def build(
     _fill_warmup(settings, options, RECIPES[recipe], config.epochs)
     config = config.model_copy(update={"settings": settings})
     if not config.out:
-        out = files.project_root() / "runs" / dataset / default_run_name(config)
+        kind, colon, folder = dataset.partition(":")
+        place = f"{kind}-{Path(folder).name}" if colon else kind
+        out = files.project_root() / "runs" / place / default_run_name(config)
         config = config.model_copy(update={"out": str(out)})
     return config
 
 
-def _sizes(dataset: str, options: Options) -> dict[str, Any]:
-    """How many images to make: as asked for, or as usual; None where a data set has a fixed size."""
-    row = data.DATASETS[dataset]
-    asked = {"train_images": options.train_images, "test_images": options.test_images}
-    if row.embedded:
-        return {key: getattr(row, key) if size is None else size for key, size in asked.items()}
-    if any(size is not None for size in asked.values()):
-        raise UsageError(
-            f"`--train-images` or `--test-images` is given, but `{dataset}` has a fixed size",
-            hint="leave it out, or use `--dataset digits100`",
-        )
-    return asked
+def dataset_settings(dataset: str, student: str | None, options: Options) -> dict[str, Any]:
+    """The settings that the data set alone has: as asked for, or as usual; None for those of others."""
+    given = {key: getattr(options, key) for key in DATASET_SETTINGS}
+    settings = data.check_settings(dataset, given)
+    if settings["image_size"] is not None and given["image_size"] is None and student == CUSTOM_MODEL:
+        settings["image_size"] = _FOREIGN_IMAGE_SIZE
+    return settings
 
 
 def check_device(name: str) -> str:
@@ -202,6 +266,8 @@ def _attempt(problems: list[IcdctlError], function: Callable[[Any], T], given: A
 
 _OWN_DEFAULTS: dict[str, Any] = {
     "seed": 0,
+    "val_split": 0.0,
+    "split_seed": 0,
     "data_dir": None,
     "precision": "auto",
     "teacher_mode": "auto",
@@ -222,6 +288,12 @@ _FROM_RECIPE = (
     "lr_warmup_share",
     "crop_padding",
     "flip",
+    "crop_scale",
+    "crop_ratio",
+    "randaugment_ops",
+    "randaugment_magnitude",
+    "label_smoothing",
+    "class_weights",
     "drop_last",
 )
 
@@ -256,10 +328,8 @@ def default_run_name(config: RunConfig) -> str:
     parts += [config.student, config.method, f"s{config.seed}"]
     expected: dict[str, Any] = {key: getattr(recipe, key) for key in _FROM_RECIPE}
     expected["lr"] = recipe.lr_of_student.get(config.student, recipe.lr)
-    expected["max_steps"] = None
-    row = data.DATASETS[config.dataset]
-    for key in ("train_images", "test_images"):
-        expected[key] = getattr(row, key) if row.embedded else None
+    expected |= {"max_steps": None, "val_split": 0.0, "split_seed": 0}
+    expected |= data.check_settings(config.dataset, {})
     for key, value in expected.items():
         if getattr(config, key) != value:
             parts.append(f"{key.replace('_', '')}{_short(getattr(config, key))}")

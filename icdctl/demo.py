@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icdctl import api, figures, files, registry
+from icdctl import api, data, figures, files, registry
 from icdctl.engine.device import resolve_device
 from icdctl.engine.run import Interrupted, Observer, RunResult
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
@@ -252,6 +252,7 @@ def _report(result: DemoResult) -> None:
         f"{member.role} ({member.run.config.student})": figures.read_history(member.run.out)
         for member in result.members
     }
+    known = data.describe(data.request(DATASET))
     figures.learning_curves(histories, result.out / CURVES_FILE, title=f"{DATASET}: top-1 by epoch")
     lines = [
         "# icdctl demo",
@@ -271,6 +272,11 @@ def _report(result: DemoResult) -> None:
         "## What these numbers do not say",
         "",
         *(f"- {caveat}" for caveat in CAVEATS),
+        "",
+        "## Sources",
+        "",
+        f"- Data, `{DATASET}`: {known.source}. Licence: {known.licence}.",
+        f"- Weights of the teacher: {result.members[-1].run.metrics['teacher_source']}.",
         "",
         "## Registered",
         "",

@@ -9,6 +9,7 @@ from typing import Literal
 from icdctl.errors import UsageError, unknown_name
 
 Schedule = Literal["step", "cosine"]
+ClassWeights = Literal["none", "balanced"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,18 @@ class Recipe:
     """Zeros on each side before a random crop back to size; 0 for no crop."""
     flip: bool = False
     """Mirror half of the images."""
+    crop_scale: tuple[float, float] | None = None
+    """Least and greatest share of an image's area that is cut out at random and resized; None for crops of one size."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    """Least and greatest width by height of such a cut."""
+    randaugment_ops: int = 0
+    """Random changes of colour and shape an image, one after the other."""
+    randaugment_magnitude: int = 9
+    """How strong they are, 0 to 30."""
+    label_smoothing: float = 0.0
+    """Share of the target that the cross-entropy spreads over all classes."""
+    class_weights: ClassWeights = "none"
+    """`balanced`: the cross-entropy weighs a class by the inverse of its number of images."""
     drop_last: bool = False
     """Leave out an epoch's last batch where it is not full."""
     distillation_warmup_share: float | None = None
@@ -61,6 +74,31 @@ RECIPES: dict[str, Recipe] = {
         lr_decay_epochs=(150, 180, 210),
         crop_padding=4,
         flip=True,
+    ),
+    "cub200": Recipe(
+        about="the reference's CUB-200 recipe: crops of 224 x 224 out of 256 x 256",
+        dataset="cub200",
+        epochs=240,
+        batch_size=64,
+        lr=0.05,
+        lr_of_student=_SLOW_STUDENTS,
+        lr_decay_epochs=(150, 180, 210),
+        flip=True,
+        drop_last=True,
+    ),
+    "imagefolder": Recipe(
+        about="own images: cuts of changing size and shape, flips, cosine",
+        dataset="imagefolder",
+        epochs=100,
+        batch_size=64,
+        lr=0.05,
+        lr_of_student=_SLOW_STUDENTS,
+        nesterov=True,
+        schedule="cosine",
+        lr_warmup_share=0.05,
+        crop_scale=(0.35, 1.0),
+        flip=True,
+        distillation_warmup_share=0.1,
     ),
     "digits100": Recipe(
         about="students on the embedded digits, in seconds; never flipped, for a mirrored digit is another or none",
@@ -106,6 +144,6 @@ def default_for(dataset: str) -> str:
         UsageError: none was.
     """
     for name, recipe in RECIPES.items():
-        if recipe.dataset == dataset:
+        if recipe.dataset == dataset.partition(":")[0]:
             return name
     raise UsageError(f"no recipe was made for `{dataset}`", hint="name one with `--recipe`; see `icdctl list recipes`")

@@ -93,7 +93,7 @@ def _config(path: Path) -> str:
 
 
 def _weights(path: Path, dataset: str | None = None) -> str:
-    target = targets.resolve(str(path), dataset=None if dataset is None else data.resolve(dataset))
+    target = targets.resolve(str(path), dataset=None if dataset is None else data.describe(data.request(dataset)))
     target.load()
     return f"{target.model}, {target.num_classes} classes, finite, sha256 {target.sha256[:12]}"
 
@@ -106,15 +106,15 @@ def _history(folder: Path) -> str:
         with path.open(newline="") as file:
             rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
         epochs = [int(row["epoch"]) for row in rows]
-        stated = float(metrics["final_top1"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        # A run with validation images looks at the test images only after its last epoch.
+        column, key = ("val_top1", "final_val_top1") if "final_val_top1" in metrics else ("test_top1", "final_top1")
+        last, stated = rows[-1][column], float(metrics[key])
+    except (OSError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ArtifactError(f"`{path}` can't be read: {error}", hint=_AGAIN) from error
     if epochs != list(range(1, len(rows) + 1)) or not rows:
         raise ArtifactError(f"`{path}` has epochs {epochs}", hint=_AGAIN)
     if not all(math.isfinite(value) for row in rows for value in row.values()):
         raise ArtifactError(f"`{path}` holds a value that is not finite", hint=_AGAIN)
-    if rows[-1]["test_top1"] != stated:
-        raise ArtifactError(
-            f"`{path}` ends with top-1 {rows[-1]['test_top1']}, metrics.json states {stated}", hint=_AGAIN
-        )
-    return f"{len(rows)} epochs, top-1 {stated:.2f}"
+    if last != stated:
+        raise ArtifactError(f"`{path}` ends with {column} {last}, metrics.json states {stated}", hint=_AGAIN)
+    return f"{len(rows)} epochs, {column} {stated:.2f}"

@@ -19,23 +19,28 @@ from icdctl import files
 from icdctl.errors import IcdctlError, UsageError, combine, unknown_name
 
 _VARIABLE_PREFIX = "ICDCTL_"
-_WITHOUT_FLAG = frozenset(
+WITHOUT_FLAG = frozenset(
     {
+        "class_weights",
         "clip_norm",
         "crop_padding",
+        "crop_ratio",
+        "crop_scale",
         "drop_last",
         "flip",
+        "label_smoothing",
         "lr_decay_epochs",
         "lr_decay_rate",
         "lr_warmup_share",
         "momentum",
         "nesterov",
+        "randaugment_magnitude",
+        "randaugment_ops",
         "schedule",
-        "teacher_sha256",
         "weight_decay",
     }
 )
-"""Options for files, variables and keywords alone."""
+"""The recipe's fields that have no flag of their own: `--set KEY=VALUE`, files, variables and keywords give them."""
 _LONGEST_SHOWN = 80
 _MOST_TOLD = 10
 
@@ -64,14 +69,25 @@ class Options(BaseSettings):
     weight_decay: Any = None
     clip_norm: Any = None
     schedule: Any = None
-    lr_decay_epochs: tuple[int, ...] | None = None
+    lr_decay_epochs: Any = None
     lr_decay_rate: Any = None
     lr_warmup_share: Any = None
     crop_padding: Any = None
     flip: Any = None
+    crop_scale: Any = None
+    crop_ratio: Any = None
+    randaugment_ops: Any = None
+    randaugment_magnitude: Any = None
+    label_smoothing: Any = None
+    class_weights: Any = None
     drop_last: Any = None
     train_images: Any = None
     test_images: Any = None
+    image_size: Any = None
+    test_split: Any = None
+    skip_broken: Any = None
+    val_split: Any = None
+    split_seed: Any = None
     data_dir: str | None = None
     device: str | None = None
     precision: Any = None
@@ -129,7 +145,9 @@ def gather(given: Mapping[str, Any], *, config_file: Path | None = None, command
 
 def _flag(key: str) -> str:
     """How a keyword is written: as a flag where there is one."""
-    if key in _WITHOUT_FLAG:
+    if key in WITHOUT_FLAG:
+        return f"`--set {key}`"
+    if key == "teacher_sha256":
         return f"`{key}`"
     return "`--set`" if key == "settings" else f"`--{key.replace('_', '-')}`"
 
@@ -204,7 +222,9 @@ def from_validation(error: ValidationError, origin: Callable[[str], str] = lambd
         key = str(item["loc"][0]) if item["loc"] else "configuration"
         if key in problems:
             continue
-        if item["type"] == "extra_forbidden":
+        if not item["loc"]:  # of several keys together
+            problems[key] = UsageError(str(item["ctx"]["error"]), hint="`--dry-run` shows what the settings add up to")
+        elif item["type"] == "extra_forbidden":
             problems[key] = unknown_name("key", key, Options.model_fields, listing="icdctl distill --dry-run")
         elif item["type"] == "missing":
             problems[key] = UsageError(f"`{key}` is missing", hint=f"give {origin(key)}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from icdctl import files, models, registry
-from icdctl.data import DATASETS, Preprocessing
+from icdctl.data import Description, Preprocessing
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.models import Classifier, Weights
 from icdctl.registry import WEIGHTS_FILE
@@ -39,13 +39,28 @@ class Target:
         """K."""
         return len(self.class_names)
 
+    @property
+    def source(self) -> str:
+        """Where the weights come from."""
+        return str(self._published("source") or f"trained with icdctl on `{self.dataset}`")
+
+    @property
+    def licence(self) -> str | None:
+        """What the publisher of the weights says on their use; None where nobody published them."""
+        stated = self._published("licence")
+        return None if stated is None else str(stated)
+
+    def _published(self, key: str) -> Any:
+        origin = self.weights.metadata.get("origin") if self.weights.metadata else {"source": "a file without a record"}
+        return origin.get(key) if isinstance(origin, dict) else None
+
     def load(self) -> Classifier:
         """The model in eval mode on the CPU, float32.
 
         Raises:
             ArtifactError: the file has changed since it was looked at, or does not fit.
         """
-        model = models.create(self.model, self.num_classes, dataset=self.dataset)
+        model = models.create(self.model, self.num_classes, image_size=self.preprocessing.size)
         loaded = models.load_weights(model, self.path)
         if loaded.sha256 != self.sha256:
             raise ArtifactError(
@@ -54,18 +69,18 @@ class Target:
         return model.eval()
 
 
-def metadata(model: str, dataset: str, class_names: tuple[str, ...], preprocessing: Preprocessing) -> dict[str, Any]:
+def metadata(model: str, trained_on: Description) -> dict[str, Any]:
     """What a weights file says of itself, enough to use it with nothing beside it."""
     return {
-        "class_names": list(class_names),
-        "dataset": dataset,
+        "class_names": list(trained_on.class_names),
+        "dataset": trained_on.name,
         "model": model,
-        "num_classes": len(class_names),
-        "preprocessing": preprocessing.as_json(),
+        "num_classes": trained_on.num_classes,
+        "preprocessing": trained_on.preprocessing.as_json(),
     }
 
 
-def resolve(target: str, *, dataset: str | None = None, registry_folder: Path | None = None) -> Target:
+def resolve(target: str, *, dataset: Description | None = None, registry_folder: Path | None = None) -> Target:
     """What `target` points at.
 
     Args:
@@ -95,7 +110,7 @@ def resolve(target: str, *, dataset: str | None = None, registry_folder: Path | 
     return _from_file(path, origin=target, dataset=dataset)
 
 
-def _from_file(path: Path, *, origin: str, dataset: str | None) -> Target:
+def _from_file(path: Path, *, origin: str, dataset: Description | None) -> Target:
     weights = models.read_weights(path)
     said = weights.metadata
     if said:
@@ -106,13 +121,13 @@ def _from_file(path: Path, *, origin: str, dataset: str | None) -> Target:
             hint="pass it with `--dataset`, e.g. `--dataset cifar100` for the CRD and mdistiller teachers",
         )
     model, num_classes = identify(path, weights.tensors, dataset=dataset)
-    row = DATASETS[dataset]
-    if num_classes != len(row.class_names):
+    if num_classes != dataset.num_classes:
         raise ArtifactError(
-            f"weights in `{path}` tell {num_classes} classes apart, `{dataset}` has {len(row.class_names)}",
+            f"weights in `{path}` tell {num_classes} classes apart, `{dataset.name}` has {dataset.num_classes}",
             hint="pass the data set that they were trained on with `--dataset`",
         )
-    return Target(path, weights.sha256, model, dataset, row.class_names, row.preprocessing, origin, weights)
+    known = (dataset.name, dataset.class_names, dataset.preprocessing)
+    return Target(path, weights.sha256, model, *known, origin, weights)
 
 
 def _from_metadata(path: Path, origin: str, weights: Weights, said: dict[str, Any]) -> Target:
@@ -130,7 +145,7 @@ def _from_metadata(path: Path, origin: str, weights: Weights, said: dict[str, An
     return Target(path, weights.sha256, model, dataset, class_names, preprocessing, origin, weights)
 
 
-def identify(path: Path, tensors: dict[str, Tensor], *, dataset: str) -> tuple[str, int]:
+def identify(path: Path, tensors: dict[str, Tensor], *, dataset: Description) -> tuple[str, int]:
     """Which model has exactly these keys and shapes, and its number of classes.
 
     Raises:
@@ -143,10 +158,10 @@ def identify(path: Path, tensors: dict[str, Tensor], *, dataset: str) -> tuple[s
         num_classes = heads[0][0]
         for name in models.MODELS:
             with torch.device("meta"):
-                state = models.create(name, num_classes, dataset=dataset).state_dict()
+                state = models.create(name, num_classes, image_size=dataset.preprocessing.size).state_dict()
             if {key: tensor.shape for key, tensor in state.items()} == shapes:
                 return name, num_classes
     raise ArtifactError(
-        f"weights in `{path}` fit none of the {len(models.MODELS)} models for `{dataset}`",
+        f"weights in `{path}` fit none of the {len(models.MODELS)} models for `{dataset.name}`",
         hint="`icdctl list models` shows them; the layout must be that of CRD, mdistiller or icdctl",
     )

@@ -16,11 +16,12 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from icdctl import data, files
-from icdctl.data import ImageStore, Preprocessing, Views, cifar100, digits100, epoch_views, plain_views
+from icdctl.data import Augmentation, ImageStore, Preprocessing, Views, cifar100, digits100
 from icdctl.errors import ArtifactError, UsageError
 
 PREPROCESSING = Preprocessing((32, 32), cifar100.MEAN, cifar100.STD)
 CPU = torch.device("cpu")
+PADDED = Augmentation(crop_padding=4, flip=True)
 
 
 def images(count: int, *, height: int = 32, width: int = 32) -> torch.Tensor:
@@ -28,11 +29,17 @@ def images(count: int, *, height: int = 32, width: int = 32) -> torch.Tensor:
     return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=generator)
 
 
+def store_of(count: int, augmentation: Augmentation, *, side: int = 4) -> ImageStore:
+    """Of small images, where only the views are of interest."""
+    preprocessing = Preprocessing((side, side), cifar100.MEAN, cifar100.STD)
+    return ImageStore(images(count, height=side, width=side), preprocessing, augmentation, device=CPU)
+
+
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
 def test_views_are_bit_identical_to_torchvisions_crop_flip_and_normalise(size: tuple[int, int]) -> None:
     pixels = images(60, height=size[0], width=size[1])
-    store = ImageStore(pixels, PREPROCESSING, crop_padding=4, device=CPU)
-    views = epoch_views(60, seed=3, epoch=2, crop_padding=4, flip=True)
+    store = ImageStore(pixels, Preprocessing(size, cifar100.MEAN, cifar100.STD), PADDED, device=CPU)
+    views = store.epoch(seed=3, epoch=2)
     found = store.inputs(views)
     convert = transforms.Compose([transforms.ToTensor(), transforms.Normalize(cifar100.MEAN, cifar100.STD)])
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -45,7 +52,7 @@ def test_views_are_bit_identical_to_torchvisions_crop_flip_and_normalise(size: t
 
 
 def test_an_epoch_shows_every_image_once_with_fair_crops_and_flips() -> None:
-    views = epoch_views(20_000, seed=0, epoch=1, crop_padding=4, flip=True)
+    views = store_of(20_000, PADDED).epoch(seed=0, epoch=1)
     assert torch.equal(views.index.sort().values, torch.arange(20_000))
     assert not torch.equal(views.index, torch.arange(20_000))
     for offsets in (views.top, views.left):
@@ -59,7 +66,7 @@ def test_an_epoch_shows_every_image_once_with_fair_crops_and_flips() -> None:
 def test_order_crops_and_flips_are_functions_of_seed_and_epoch_alone() -> None:
     def drawn(seed: int, epoch: int, *, padding: int = 4, flip: bool = True) -> Views:
         torch.manual_seed(torch.seed() % 1000)  # whatever the global state is
-        return epoch_views(500, seed=seed, epoch=epoch, crop_padding=padding, flip=flip)
+        return store_of(500, Augmentation(crop_padding=padding, flip=flip)).epoch(seed=seed, epoch=epoch)
 
     first, again = drawn(1, 1), drawn(1, 1)
     assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in ("index", "top", "left", "flip"))
@@ -72,8 +79,8 @@ def test_order_crops_and_flips_are_functions_of_seed_and_epoch_alone() -> None:
 
 def test_plain_views_are_the_images_as_they_are() -> None:
     pixels = images(5)
-    store = ImageStore(pixels, PREPROCESSING, crop_padding=4, device=CPU)
-    assert torch.equal(store.pixels(plain_views(5, crop_padding=4)), pixels)
+    store = ImageStore(pixels, PREPROCESSING, PADDED, device=CPU)
+    assert torch.equal(store.pixels(store.plain()), pixels)
 
 
 def test_digits100_is_balanced_deterministic_and_disjoint() -> None:
@@ -91,27 +98,27 @@ def test_digits100_is_balanced_deterministic_and_disjoint() -> None:
 
 
 def test_digits100_is_cached_and_a_damaged_cache_is_made_anew() -> None:
-    first = data.load("digits100", train_images=100, test_images=100)
+    first = data.load(data.request("digits100", train_images=100, test_images=100))
     cache = files.state_folder() / "cache" / "digits100-v1-100-100.safetensors"
     content = bytearray(cache.read_bytes())
     content[-5] ^= 255  # a flipped byte among the pixels, which the format itself does not notice
     cache.write_bytes(bytes(content))
-    again = data.load("digits100", train_images=100, test_images=100)
+    again = data.load(data.request("digits100", train_images=100, test_images=100))
     assert again.sha256 == first.sha256
     assert torch.equal(again.train_images, first.train_images)
     assert torch.equal(again.test_labels, first.test_labels)
     cache.write_bytes(b"nothing of use")
-    assert data.load("digits100", train_images=100, test_images=100).sha256 == first.sha256
+    assert data.load(data.request("digits100", train_images=100, test_images=100)).sha256 == first.sha256
 
 
 def test_sizes_are_settings_of_digits100_alone() -> None:
-    assert data.load("digits100", train_images=7, test_images=3).train_images.shape == (7, 32, 32, 3)
-    with pytest.raises(UsageError, match="0 training"):
-        data.load("digits100", train_images=0)
-    with pytest.raises(UsageError, match="fixed size"):
-        data.load("cifar100", train_images=10)
+    assert data.load(data.request("digits100", train_images=7, test_images=3)).train_images.shape == (7, 32, 32, 3)
+    with pytest.raises(UsageError, match="`train_images` is 0"):
+        data.load(data.request("digits100", train_images=0))
+    with pytest.raises(UsageError, match="no such setting"):
+        data.load(data.request("cifar100", train_images=10))
     with pytest.raises(UsageError, match="unknown data set `cifar10`"):
-        data.load("cifar10")
+        data.load(data.request("cifar10"))
 
 
 def write_cifar(folder: Path, *, train: int = 200, test: int = 100) -> None:
@@ -130,7 +137,7 @@ def write_cifar(folder: Path, *, train: int = 200, test: int = 100) -> None:
 
 def test_cifar100_is_read_from_its_own_format(tmp_path: Path) -> None:
     write_cifar(tmp_path)
-    found = data.load("cifar100", folder=tmp_path)
+    found = data.load(data.request("cifar100", folder=tmp_path))
     raw = pickle.loads((tmp_path / cifar100.FOLDER / "train").read_bytes())[b"data"]
     assert found.train_images.shape == (200, 32, 32, 3)
     assert found.train_images[3, 5, 7].tolist() == [int(raw[3, channel * 1024 + 5 * 32 + 7]) for channel in range(3)]
@@ -153,7 +160,7 @@ def test_a_forged_cifar100_file_can_not_run_code(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     (tmp_path / cifar100.FOLDER / "test").write_bytes(pickle.dumps({b"data": Hostile(marker)}))
     with pytest.raises(ArtifactError, match="system") as caught:
-        data.load("cifar100", folder=tmp_path)
+        data.load(data.request("cifar100", folder=tmp_path))
     assert not marker.exists()
     assert cifar100.URL in caught.value.hint
 
@@ -173,11 +180,11 @@ def test_a_broken_cifar100_file_is_named(tmp_path: Path, content: bytes) -> None
     write_cifar(tmp_path)
     (tmp_path / cifar100.FOLDER / "train").write_bytes(content)
     with pytest.raises(ArtifactError, match="train"):
-        data.load("cifar100", folder=tmp_path)
+        data.load(data.request("cifar100", folder=tmp_path))
 
 
 def test_missing_data_are_named_with_the_way_to_get_them(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="does not exist") as caught:
-        data.load("cifar100", folder=tmp_path)
+        data.load(data.request("cifar100", folder=tmp_path))
     assert cifar100.URL in caught.value.hint
     assert cifar100.ARCHIVE_MD5 in caught.value.hint

@@ -25,8 +25,8 @@ from onnx import numpy_helper
 from PIL import Image
 from torch import Tensor, nn
 
-from icdctl import models, targets
-from icdctl.data import DATASETS, Preprocessing
+from icdctl import data, models, targets
+from icdctl.data import Description, Preprocessing
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting import (
     Export,
@@ -43,7 +43,7 @@ from icdctl.targets import Target
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASS_NAMES = ("apple", "aquarium fish", 'a "quoted" one', "Bär", "bed", "bee", "6", "7", "8", "nine")
-PREPROCESSING = DATASETS["cifar100"].preprocessing
+PREPROCESSING = data.describe(data.request("cifar100")).preprocessing
 FAST = ["wrn16_1", "vgg8", "mv2", "shuv1", "shuv2"]
 EVERY_FILE = {"README.md", "manifest.json", "model.json", "model.onnx", "verify.json"}
 
@@ -65,7 +65,8 @@ def make_target(
     model = models.create(name, len(CLASS_NAMES), dataset=dataset)
     golden.fill(model, fill_seed=seed, gain=1.4)
     path = folder / f"{name}-{seed}.safetensors"
-    models.save_weights(path, model, targets.metadata(name, dataset, CLASS_NAMES, preprocessing))
+    known = Description(dataset, CLASS_NAMES, preprocessing, source="", licence="")
+    models.save_weights(path, model, targets.metadata(name, known))
     return targets.resolve(str(path))
 
 

@@ -28,6 +28,7 @@ MEMBERS = cifar_members()
 ARCHIVE = tar_of(MEMBERS)
 NAME = "cifar-100-python.tar.gz"
 PUBLISHED = published.load_list()
+CIFAR100 = data.describe(data.request("cifar100"))
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_fetch_data_brings_it_once_and_training_finds_it(icdctl: CommandLine, or
     place = own_state / "data" / "cifar-100-python"
     assert (found["name"], found["state"], found["path"]) == ("cifar100", "fetched", str(place))
     assert visible(own_state / "data") == [f"cifar-100-python/{name}" for name in ("meta", "test", "train")]
-    assert data.load("cifar100").train_images.shape == (200, 32, 32, 3)
+    assert data.load(data.request("cifar100")).train_images.shape == (200, 32, 32, 3)
     code, out, err = icdctl("fetch-data", "cifar100", "--mirror", origin.url)
     assert (code, err) == (0, "")
     assert "already in" in out
@@ -108,7 +109,7 @@ def test_fetch_data_from_a_copy_and_what_it_refuses(icdctl: CommandLine, tmp_pat
     there = tmp_path / "elsewhere"
     assert icdctl("fetch-data", "cifar100", "--from", copy, "--data-dir", there, "--offline")[0] == 0
     assert copy.exists()
-    assert data.load("cifar100", folder=there).test_images.shape[0] == 100
+    assert data.load(data.request("cifar100", folder=there)).test_images.shape[0] == 100
 
 
 def test_fetch_data_says_what_can_not_be_done(icdctl: CommandLine, tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_fetch_data_says_what_can_not_be_done(icdctl: CommandLine, tmp_path: Pat
     for wrong, message in (
         (("fetch-data",), "nothing is named"),
         (("fetch-data", "cifar101"), "unknown data set `cifar101`"),
-        (("fetch-data", "--all", "--from", "x"), "`--from` is one file, 2 are wanted"),
+        (("fetch-data", "--all", "--from", "x"), "`--from` is one file, 3 are wanted"),
         (("fetch-data", "digits100", "--from", "x"), "nothing to take from a file"),
         (("fetch-data", "cifar100", "--mirror", "ftp://x"), "is no mirror"),
         (("fetch-teachers",), "nothing is named"),
@@ -195,14 +196,16 @@ def test_a_teacher_is_fetched_pinned_converted_and_found(
     place = own_state / "teachers" / "cifar100" / "wrn40_2" / "student.safetensors"
     assert visible(own_state) == ["locks/teachers.lock", "teachers/cifar100/wrn40_2/student.safetensors"]
     said = models.read_weights(place).metadata
-    assert said["origin"] == {"url": url, "sha256": sha256}
+    assert (said["origin"]["url"], said["origin"]["sha256"]) == (url, sha256)
+    assert "RepDistiller" in said["origin"]["source"]
+    assert "BSD-2-Clause" in said["origin"]["licence"]
     assert (said["model"], said["dataset"], said["num_classes"]) == ("wrn40_2", "cifar100", 100)
     lock = json.loads(Path("registry/teachers.lock").read_text())
     assert lock["cifar100/wrn40_2"]["sha256"] == sha256
 
     code, out, _ = icdctl("fetch-teachers", "cifar100/wrn_40_2", "--offline")
     assert (code, "already in" in out, len(origin.requests)) == (0, True, 1)
-    target = teachers.find("wrn40_2", dataset="cifar100")
+    target = teachers.find("wrn40_2", dataset=CIFAR100)
     assert (target.path, target.model) == (place, "wrn40_2")
     torch.manual_seed(0)
     expected = models.create("wrn40_2", 100).state_dict()
@@ -216,7 +219,7 @@ def test_a_teacher_is_fetched_pinned_converted_and_found(
     code, _, err = icdctl(*given)
     assert (code, "has been changed since it was fetched" in err) == (1, True)
     assert icdctl("fetch-teachers", "wrn40_2", "--mirror", origin.url)[0] == 0
-    assert teachers.find("wrn40_2", dataset="cifar100").sha256 == found["converted_sha256"]
+    assert teachers.find("wrn40_2", dataset=CIFAR100).sha256 == found["converted_sha256"]
 
 
 def test_other_bytes_than_the_first_are_refused(

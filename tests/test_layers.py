@@ -32,10 +32,11 @@ ALLOWED: dict[str, set[str]] = {
         "recipes",
         "registry",
         "soundness",
+        "sources",
         "targets",
         "teachers",
     },
-    "demo": {*BASE, "api", "engine", "exporting", "figures", "registry"},
+    "demo": {*BASE, "api", "data", "engine", "exporting", "figures", "registry"},
     "api": {
         *BASE,
         "config",

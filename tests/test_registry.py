@@ -160,7 +160,7 @@ def test_the_manifest_says_what_the_run_was(folder: Path, make_run: MakeRun) -> 
         "model": "res8",
         "method": "cd_sdd_dkd",
         "variant": "paper",
-        "teacher": {"model": "res32", "sha256": "e" * 64, "artifact": None},
+        "teacher": {"model": "res32", "sha256": "e" * 64, "artifact": None, "source": None, "licence": None},
         "scales": [1, 2, 4],
         "seed": 3,
         "settings": {"temperature": 4.0, "variant": "paper"},
@@ -711,7 +711,7 @@ def test_the_card_says_what_a_reader_needs(
     assert text == registry.card(artifact)
     assert text.startswith("# digits100/res8-cd_sdd_dkd@v1\n")
     assert "| top-1, final epoch | **71.25 %** |" in text
-    assert "| best top-1 (epoch 18) | 71.75 % |" in text
+    assert "| best top-1 on the test images (epoch 18) | 71.75 % |" in text
     assert "`cd_sdd_dkd`, variant `paper`" in text
     assert f"registered as `{teacher.reference}`; sha256 of its weights `{teacher.sha256}`" in text
     assert f"icdctl eval registry:{artifact.reference}\n" in text

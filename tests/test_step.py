@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from icdctl import models
-from icdctl.data import DATASETS, ImageStore, epoch_views
+from icdctl import data, models
+from icdctl.data import Augmentation, ImageStore
 from icdctl.engine.step import StepRule, TrainingStep
 from icdctl.engine.teacher import InlineTeacher
 from icdctl.methods import METHODS, check_settings
@@ -26,9 +26,10 @@ def test_a_step_looks_at_no_value(method: str, variant: str) -> None:
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, foreach=True)
     rule = StepRule(method, check_settings(method, {"variant": variant}), (1, 2, 4), clip_norm=40.0)
     step = TrainingStep(student, optimizer, rule, steps_per_epoch=2, device=META)
-    store = ImageStore(pixels, DATASETS["cifar100"].preprocessing, crop_padding=4, device=META)
+    preprocessing = data.describe(data.request("cifar100")).preprocessing
+    store = ImageStore(pixels, preprocessing, Augmentation(crop_padding=4, flip=True), device=META)
     ask = InlineTeacher(teacher, scales=(1, 2, 4), device=META)
-    views = epoch_views(20, seed=0, epoch=1, crop_padding=4, flip=True).to(META)
+    views = store.epoch(seed=0, epoch=1).to(META)
 
     step.start_epoch(1)
     for index in range(2):

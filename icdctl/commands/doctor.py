@@ -82,11 +82,13 @@ def _folders() -> list[dict[str, Any]]:
 
 
 def _data() -> list[dict[str, Any]]:
-    from icdctl.data import DATASETS, cifar100, release
+    from icdctl.data import DATASETS, release
 
     folder = files.data_folder()
     found = []
     for name, row in DATASETS.items():
+        if row.description is None:
+            continue
         if row.release is None:
             found.append(_check("ok", name, "embedded"))
             continue
@@ -101,5 +103,5 @@ def _data() -> list[dict[str, Any]]:
         elif state == "other":
             found.append(_check("other", name, f"`{place / member}` is not the published file (other md5)"))
         else:
-            found.append(_check("none", name, f"not in `{folder}`: {cifar100.how_to_get(folder)}"))
+            found.append(_check("none", name, f"not in `{folder}`; `icdctl fetch-data {name}` brings it"))
     return found

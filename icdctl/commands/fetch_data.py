@@ -36,7 +36,7 @@ def fetch_data(
     if listing:
         _show_listing(folder, as_json)
         return
-    wanted = list(data.DATASETS) if everything else [data.resolve(name) for name in names or []]
+    wanted = list(_fetchable()) if everything else [_resolved(name) for name in names or []]
     options.check_wanted(wanted, from_file, example="icdctl fetch-data cifar100")
     mirrors = download.mirrors_in_order(mirror)
     results, problems = [], []
@@ -53,6 +53,21 @@ def fetch_data(
         raise combine(problems)
     if as_json:
         console.show_json({"datasets": results})
+
+
+def _fetchable() -> dict[str, DatasetRow]:
+    """All but folders of one's own."""
+    from icdctl.data import DATASETS
+
+    return {name: row for name, row in DATASETS.items() if row.description is not None}
+
+
+def _resolved(name: str) -> str:
+    from icdctl import data
+
+    if name.strip().lower().startswith("imagefolder"):
+        raise UsageError(f"`{name}` is a folder of your own, there is nothing to fetch", hint="`--list` shows the rest")
+    return data.resolve(name)
 
 
 def _fetched(
@@ -84,10 +99,10 @@ def _fetched(
 
 
 def _show_listing(folder: Path, as_json: bool) -> None:
-    from icdctl.data import DATASETS, release
+    from icdctl.data import release
 
     rows = []
-    for name, row in DATASETS.items():
+    for name, row in _fetchable().items():
         published = row.release
         file = None if published is None else published.archive
         rows.append(

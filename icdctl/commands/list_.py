@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from icdctl import console
 from icdctl.commands import options
 from icdctl.errors import unknown_name
+
+if TYPE_CHECKING:
+    from icdctl.recipes import Recipe
 
 
 class What(StrEnum):
@@ -78,28 +81,32 @@ def _models() -> list[dict[str, Any]]:
 
 
 def _datasets() -> list[dict[str, Any]]:
-    from icdctl import files
-    from icdctl.data import DATASETS
+    from icdctl import data, files
 
     folder = files.data_folder()
-    return [
-        {
-            "name": name,
-            "classes": len(row.class_names),
-            "image size": row.preprocessing.size[0],
-            "train": row.train_images,
-            "test": row.test_images,
-            "state": "embedded"
-            if row.release is None
-            else "there"
-            if all((folder / row.release.folder / name).is_file() for name in row.release.member_md5)
-            else "not fetched",
-            "hashes": "" if row.release is None else "published",
-            "licence": row.licence,
-            "source": row.source,
-        }
-        for name, row in DATASETS.items()
-    ]
+    rows = []
+    for name, row in data.DATASETS.items():
+        known = row.description
+        if known is None:
+            state = "your own"
+        elif row.release is None:
+            state = "embedded"
+        else:
+            state = "there" if data.is_there(name, folder) else "not fetched"
+        rows.append(
+            {
+                "name": name if known is not None else f"{name}:DIR",
+                "classes": None if known is None else known.num_classes,
+                "image size": row.settings["image_size"] if known is None else known.preprocessing.size[0],
+                "train": row.train_images or row.settings.get("train_images"),
+                "test": row.test_images or row.settings.get("test_images"),
+                "state": state,
+                "hashes": "" if row.release is None else "published",
+                "licence": row.licence,
+                "source": row.source,
+            }
+        )
+    return rows
 
 
 def _recipes() -> list[dict[str, Any]]:
@@ -113,7 +120,7 @@ def _recipes() -> list[dict[str, Any]]:
             "batch size": row.batch_size,
             "lr": row.lr,
             "schedule": row.schedule,
-            "crop padding": row.crop_padding,
+            "crop": _crop(row),
             "flip": "yes" if row.flip else "",
             "about": row.about,
         }
@@ -121,23 +128,28 @@ def _recipes() -> list[dict[str, Any]]:
     ]
 
 
+def _crop(recipe: Recipe) -> str:
+    if recipe.crop_scale is not None:
+        return f"{recipe.crop_scale[0]:.0%} to {recipe.crop_scale[1]:.0%} of the area"
+    return f"padded by {recipe.crop_padding}" if recipe.crop_padding else ""
+
+
 def _teachers() -> list[dict[str, Any]]:
     from icdctl import registry, teachers
 
-    artifacts = [artifact.as_json() for artifact in registry.list_artifacts(registry.default_folder())]
     registered = [
         {
-            "name": item["reference"],
-            "dataset": item["dataset"],
-            "model": item["model"],
-            "top-1": item["final_top1"],
+            "name": artifact.reference,
+            "dataset": artifact.manifest.dataset.name,
+            "model": artifact.manifest.model,
+            "top-1": artifact.manifest.metrics.get("final_top1"),
             "state": "registered",
             "hash": "recorded",
             "source": "trained here",
-            "licence": "",
+            "licence": f"your own; of its data: {artifact.manifest.dataset.licence or 'not known'}",
         }
-        for item in artifacts
-        if item["method"] == "ce"
+        for artifact in registry.list_artifacts(registry.default_folder())
+        if artifact.manifest.method == "ce"
     ]
     published = [
         {

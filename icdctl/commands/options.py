@@ -15,7 +15,11 @@ _WHERE = "Where and how long"
 
 Dataset = Annotated[
     str | None,
-    typer.Option(help="What to train on; `icdctl list datasets`.", show_default="cifar100", rich_help_panel=_TRAINING),
+    typer.Option(
+        help="What to train on: a name of `icdctl list datasets`, or `imagefolder:DIR`.",
+        show_default="cifar100",
+        rich_help_panel=_TRAINING,
+    ),
 ]
 DataDir = Annotated[
     str | None,
@@ -34,7 +38,8 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="A setting of the method, e.g. `gamma=8`; may be repeated. `icdctl list methods` shows them.",
+        help="A setting of the method (`gamma=8`; `icdctl list methods`) or of the recipe (`weight_decay=1e-4`, "
+        "`label_smoothing=0.1`, ...; `--dry-run` shows them); may be repeated.",
         rich_help_panel=_TRAINING,
     ),
 ]
@@ -67,6 +72,46 @@ TrainImages = Annotated[
 TestImages = Annotated[
     int | None,
     typer.Option(help="How many test images digits100 makes.", show_default="2000", rich_help_panel=_TRAINING),
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        metavar="SIDE",
+        help="What images of an `imagefolder` are resized to.",
+        show_default="32; 224 for a model of your own",
+        rich_help_panel=_TRAINING,
+    ),
+]
+ValSplit = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Hold out this share of the training images, and watch them; the test images are then looked at once, at "
+        "the end.",
+        show_default="0: the test images are watched",
+        rich_help_panel=_TRAINING,
+    ),
+]
+TestSplit = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Share of each class for testing, where an `imagefolder` has no `val/` or `test/`.",
+        show_default="0.2",
+        rich_help_panel=_TRAINING,
+    ),
+]
+SplitSeed = Annotated[
+    int | None,
+    typer.Option(help="Which images are held out, whatever `--seed` is.", show_default="0", rich_help_panel=_TRAINING),
+]
+SkipBroken = Annotated[
+    bool,
+    typer.Option(
+        "--skip-broken",
+        help="Leave out images of an `imagefolder` that can't be decoded, and count them.",
+        rich_help_panel=_TRAINING,
+    ),
 ]
 Device = Annotated[
     str | None, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.", show_default="auto", rich_help_panel=_WHERE)
@@ -146,23 +191,24 @@ def check_wanted(wanted: Sequence[str], from_file: Path | None, *, example: str)
         raise UsageError(f"`--from` is one file, {len(set(wanted))} are wanted", hint="name the one that it is")
 
 
-def parse_settings(given: Sequence[str] | None) -> dict[str, str] | None:
-    """`["gamma=8", "beta=2"]` as a dictionary.
+def parse_settings(given: Sequence[str] | None) -> dict[str, Any]:
+    """`["gamma=8", "flip=false"]` as options of a run: fields of the recipe each by its name, the rest as `settings`.
 
     Raises:
         UsageError: one is not KEY=VALUE, or a key is given twice.
     """
-    if not given:
-        return None
+    from icdctl.sources import WITHOUT_FLAG
+
     settings: dict[str, str] = {}
-    for item in given:
+    for item in given or []:
         key, equals, value = item.partition("=")
         if not equals or not key.strip() or not value.strip():
             raise UsageError(f"setting `{item}` is not KEY=VALUE", hint="e.g. `--set gamma=8`")
         if key.strip() in settings:
             raise UsageError(f"setting `{key.strip()}` is given twice", hint="give it once")
         settings[key.strip()] = value.strip()
-    return settings
+    of_recipe = {key: settings.pop(key) for key in list(settings) if key in WITHOUT_FLAG}
+    return {**of_recipe, **({"settings": settings} if settings else {})}
 
 
 def given_options(**options: Any) -> dict[str, Any]:

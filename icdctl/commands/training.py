@@ -35,7 +35,8 @@ class ProgressObserver:
     def epoch(self, row: dict[str, float], epochs: int) -> None:
         """See `icdctl.engine.run.Observer`."""
         if self._task is not None:
-            note = f"epoch {row['epoch']:.0f}/{epochs} test top-1 {row['test_top1']:.2f}"
+            watched = "test" if "test_top1" in row else "val"
+            note = f"epoch {row['epoch']:.0f}/{epochs} {watched} top-1 {row[f'{watched}_top1']:.2f}"
             self._display.update(self._task, note=note)
 
     def message(self, text: str) -> None:
@@ -83,10 +84,11 @@ def run_training(
 
 def _registered(result: RunResult) -> str:
     """The run as an artifact of the project's registry: a new version, or the one that holds these very weights."""
-    from icdctl import files, registry
+    from icdctl import data, files, registry
 
     folder = registry.default_folder()
-    newest = registry.find_teacher(folder, model=result.config.student, dataset=result.config.dataset)
+    trained_on = data.public_name(result.config.dataset)
+    newest = registry.find_teacher(folder, model=result.config.student, dataset=trained_on)
     if newest is not None and newest.sha256 == files.sha256_file(result.out / registry.WEIGHTS_FILE):
         return newest.reference
     return registry.add(folder, result.out).reference
@@ -97,16 +99,20 @@ def _show(result: RunResult) -> None:
     if not result.finished:
         console.show_line(f"stopped; go on with `--resume --out {result.out}`")
         return
+    if metrics["best_top1"] is not None:
+        best = f"best {metrics['best_top1']:.2f} in epoch {metrics['best_epoch']}, chosen on the test set"
+    else:
+        best = (
+            f"validation {metrics['final_val_top1']:.2f}, best {metrics['best_val_top1']:.2f} in epoch "
+            f"{metrics['best_epoch']}"
+        )
     rows = [
         ("run folder", str(result.out)),
-        (
-            "top-1",
-            f"{metrics['final_top1']:.2f} in the final epoch (best {metrics['best_top1']:.2f} in epoch "
-            f"{metrics['best_epoch']}, chosen on the test set)",
-        ),
+        ("top-1", f"{metrics['final_top1']:.2f} in the final epoch ({best})"),
         ("top-5", f"{metrics['final_top5']:.2f}"),
         ("test loss", f"{metrics['final_loss']:.4f}"),
         ("variant", metrics["variant"]),
+        *([("skipped", f"{metrics['skipped_images']} images")] if metrics["skipped_images"] else []),
         ("time", f"{metrics['seconds']:.1f} s, {metrics['images_per_second']:,.0f} images/s"),
     ]
     for name, value in rows:

@@ -30,8 +30,8 @@ def verify(
     from icdctl import data, targets
     from icdctl.exporting import verify_file, verify_folder
 
-    name = None if dataset is None else data.resolve(dataset)
-    target = None if against is None else targets.resolve(against, dataset=name)
+    known = None if dataset is None else data.describe(data.request(dataset))
+    target = None if against is None else targets.resolve(against, dataset=known)
     report = verify_folder(path, target) if path.is_dir() else verify_file(path, target)
     if as_json and report.passed:
         console.show_json(report.as_json())

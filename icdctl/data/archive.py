@@ -11,7 +11,7 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -55,13 +55,14 @@ class _Bounded:
 
 
 @contextmanager
-def unpacked(archive: Path, folder: Path, *, limits: Limits) -> Iterator[Path]:
+def unpacked(archive: Path, folder: Path, *, limits: Limits, beside: Collection[str] = ()) -> Iterator[Path]:
     """Unpack `archive` beside `folder` into a folder that is gone when the block ends, whatever happens.
 
     Args:
         archive: a .tar or .tar.gz whose members all lie in a folder called like `folder`.
         folder: where the block moves what it wants of it. What an earlier, killed process left is cleared away.
         limits: how much it may hold.
+        beside: files that may lie beside the folder; they are not taken.
 
     Yields:
         The unpacked top folder.
@@ -78,7 +79,7 @@ def unpacked(archive: Path, folder: Path, *, limits: Limits) -> Iterator[Path]:
     except OSError as error:
         raise files.not_writable(folder, error) from error
     try:
-        _extract(archive, temporary, top=folder.name, limits=limits)
+        _extract(archive, temporary, top=folder.name, limits=limits, beside=beside)
         if not (temporary / folder.name).is_dir():
             raise ArtifactError(f"`{archive}` is refused: it holds no folder `{folder.name}`", hint=_AGAIN)
         yield temporary / folder.name
@@ -108,7 +109,7 @@ def take_member(archive: Path, name: str, destination: Path, *, most_bytes: int)
     raise ArtifactError(f"`{archive}` holds no `{name}`", hint=_AGAIN)
 
 
-def _extract(archive: Path, folder: Path, *, top: str, limits: Limits) -> None:
+def _extract(archive: Path, folder: Path, *, top: str, limits: Limits, beside: Collection[str]) -> None:
     # Every member costs the archive a block for its name and fills its last one.
     most_bytes = limits.unpacked_bytes + (limits.members + 20) * 4 * tarfile.BLOCKSIZE
     try:
@@ -116,10 +117,17 @@ def _extract(archive: Path, folder: Path, *, top: str, limits: Limits) -> None:
             for count, member in enumerate(tar, start=1):
                 if count > limits.members:
                     raise _Refused(f"it holds more than {limits.members:,} members")
+                if member.isreg() and _is_passed_over(str(PurePosixPath(member.name)), beside):
+                    continue
                 _check_member(member, top)
                 tar.extract(member, folder, filter="data")
     except OSError as error:
         raise files.not_writable(folder.parent / top, error) from error
+
+
+def _is_passed_over(name: str, beside: Collection[str]) -> bool:
+    """Files that an archive may hold beside its folder: those that are named, and what macOS adds to them."""
+    return name in beside or ("/" not in name and name.startswith("._"))
 
 
 def _check_member(member: tarfile.TarInfo, top: str) -> None:

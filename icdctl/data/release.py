@@ -24,8 +24,17 @@ class Release:
     folder: str
     """The one folder that the archive holds, and the name that it gets in the folder of data sets."""
     member_md5: Mapping[str, str]
-    """File in the folder -> md5, of all that is taken."""
+    """File in the folder -> md5, for every file whose md5 is known."""
     limits: Limits
+    also_needed: tuple[str, ...] = ()
+    """Files that must be there too; nothing is published of their content but the archive's own hash."""
+    beside: tuple[str, ...] = ()
+    """Files beside the folder in the archive, which are not taken."""
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The files by which one sees that it is there."""
+        return (*self.member_md5, *self.also_needed)
 
 
 @dataclass(frozen=True)
@@ -40,10 +49,10 @@ class Installed:
 def look(release: Release, data_folder: Path) -> tuple[State, str]:
     """Whether the published files are there, by their hashes, and the file that is not or is another."""
     missing = ""
-    for name, md5 in release.member_md5.items():
+    for name in release.needed:
         path = data_folder / release.folder / name
         try:
-            if files.md5_file(path) != md5:
+            if _differs(path, release.member_md5.get(name)):
                 return "other", name
         except (FileNotFoundError, NotADirectoryError):
             missing = missing or name
@@ -114,20 +123,33 @@ def _is_there(release: Release, data_folder: Path) -> bool:
 
 
 def _unpack(release: Release, source: Path, target: Path) -> None:
-    with archive.unpacked(source, target, limits=release.limits) as unpacked:
-        for name, md5 in release.member_md5.items():
-            member = unpacked / name
-            if not member.is_file() or files.md5_file(member) != md5:
+    with archive.unpacked(source, target, limits=release.limits, beside=release.beside) as unpacked:
+        for name in release.needed:
+            member, md5 = unpacked / name, release.member_md5.get(name)
+            if not member.is_file() or _differs(member, md5):
                 raise ArtifactError(
-                    f"`{source}` is refused: `{name}` in it is missing or is not the published file (md5 {md5})",
+                    f"`{source}` is refused: `{name}` in it is missing or is not the published file"
+                    + (f" (md5 {md5})" if md5 else ""),
                     hint="get the archive again from where it is published",
                 )
         try:
             if not target.exists():
                 unpacked.rename(target)
                 return
-            for name in release.member_md5:  # some of them are there, and right
-                if not (target / name).exists():
-                    (unpacked / name).rename(target / name)
+            for path in unpacked.rglob("*"):  # some of them are there, and right
+                place = target / path.relative_to(unpacked)
+                if path.is_file() and not place.exists():
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    path.rename(place)
         except OSError as error:
             raise files.not_writable(target, error) from error
+
+
+def _differs(path: Path, md5: str | None) -> bool:
+    """Whether a file has another md5; where none is known, that it can be read is all that counts.
+
+    Raises:
+        OSError: it is not there or can't be read.
+    """
+    found = files.md5_file(path)
+    return md5 is not None and found != md5

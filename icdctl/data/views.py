@@ -1,4 +1,4 @@
-"""Which image, crop and flip stand at each position of an epoch, and the pixels of such views.
+"""Which image stands at each position of an epoch, cut and flipped how, and the pixels of such views.
 
 Order, crops and flips are functions of (seed, epoch) alone, drawn by a generator on the CPU: a CPU, any GPU and any
 number of students see the same stream, and a resumed run continues it.
@@ -7,6 +7,7 @@ number of students see the same stream, and a resumed run continues it.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,84 +16,204 @@ from torch import Tensor
 
 from icdctl.data.dataset import Preprocessing
 
+_CROP_ATTEMPTS = 10
+"""Boxes that are drawn for one crop; the first that lies inside the image is taken."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are changed each time they are seen."""
+
+    crop_padding: int = 0
+    """Zeros on each side before a crop back to size."""
+    flip: bool = False
+    """Mirror half of the views."""
+    crop_scale: tuple[float, float] | None = None
+    """Least and greatest share of the image's area that is cut out and resized; None for crops of one size."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Least and greatest width by height of such a cut."""
+    randaugment_ops: int = 0
+    """Random changes of colour and shape, one after the other; 0 for none."""
+    randaugment_magnitude: int = 9
+    """How strong they are, 0 to 30."""
+
 
 @dataclass(frozen=True)
 class Views:
-    """Views of images: entry i is image `index[i]`, cropped at (`top[i]`, `left[i]`) once padded, then flipped."""
+    """Views of images: entry i is image `index[i]`, cut out at (`top[i]`, `left[i]`), then flipped, then augmented."""
 
     index: Tensor
     """[N] int64."""
     top: Tensor
-    """[N] int64, 0 to 2 * crop_padding."""
+    """[N] int64, of the padded image."""
     left: Tensor
-    """[N] int64, 0 to 2 * crop_padding."""
+    """[N] int64, of the padded image."""
     flip: Tensor
     """[N] bool."""
+    box: Tensor | None = None
+    """[N, 2] int64: height and width of the cut that is then resized; None where all have the size of the input."""
+    key: Tensor | None = None
+    """[N] int64: the seed of each view's random augmentation; None where there is none."""
 
     def __len__(self) -> int:
         return self.index.shape[0]
 
     def __getitem__(self, part: slice) -> Views:
-        return Views(self.index[part], self.top[part], self.left[part], self.flip[part])
+        box = None if self.box is None else self.box[part]
+        key = None if self.key is None else self.key[part]
+        return Views(self.index[part], self.top[part], self.left[part], self.flip[part], box, key)
 
     def to(self, device: torch.device) -> Views:
-        """The same views on a device."""
-        return Views(*(field.to(device) for field in (self.index, self.top, self.left, self.flip)))
-
-
-def epoch_views(num_images: int, *, seed: int, epoch: int, crop_padding: int, flip: bool) -> Views:
-    """One epoch: every image once, in random order, each with its own crop and flip.
-
-    Args:
-        num_images: N.
-        seed: of the run.
-        epoch: counted from 1.
-        crop_padding: zeros on each side before cropping back to size; 0 for no crop.
-        flip: mirror half of the views.
-    """
-    digest = hashlib.sha256(f"icdctl views {seed} {epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    index = torch.randperm(num_images, generator=generator)
-    # Drawn even where the recipe has no crop or flip, so that switching one off leaves the order as it is.
-    unit = torch.rand((3, num_images), generator=generator, dtype=torch.float64)
-    offsets = (unit[:2] * (2 * crop_padding + 1)).long()
-    return Views(index, offsets[0], offsets[1], (unit[2] < 0.5) & flip)
-
-
-def plain_views(num_images: int, *, crop_padding: int) -> Views:
-    """Every image once, in order, as it is: the centre of its padded self."""
-    centre = torch.full((num_images,), crop_padding)
-    return Views(torch.arange(num_images), centre, centre, torch.zeros(num_images, dtype=torch.bool))
+        """The same views on a device; the seeds stay on the CPU, which reads them."""
+        box = None if self.box is None else self.box.to(device)
+        index, top, left, flip = (field.to(device) for field in (self.index, self.top, self.left, self.flip))
+        return Views(index, top, left, flip, box, self.key)
 
 
 class ImageStore:
     """Training images resident on a device as uint8, and the normalised pixels of any views of them."""
 
     def __init__(
-        self, images: Tensor, preprocessing: Preprocessing, *, crop_padding: int, device: torch.device
+        self, images: Tensor, preprocessing: Preprocessing, augmentation: Augmentation, *, device: torch.device
     ) -> None:
         """
         Args:
-            images: [N, H, W, 3] uint8.
+            images: [N, H, W, 3] uint8, as large as the model's input or larger.
             preprocessing: of the data set.
-            crop_padding: zeros added on each side, once.
+            augmentation: of the run.
             device: where the pixels stay.
+
+        Raises:
+            ValueError: the images are smaller than the input.
         """
-        self.height, self.width = images.shape[1:3]
-        sides = (0, 0, crop_padding, crop_padding, crop_padding, crop_padding)
-        self._padded = F.pad(images.to(device), sides)  # [N, H + 2p, W + 2p, 3]
+        self.height, self.width = preprocessing.size
+        padding = augmentation.crop_padding
+        self.num_images = images.shape[0]
+        self._padding = padding
+        self._spare = (images.shape[1] - self.height, images.shape[2] - self.width)
+        if min(self._spare) < 0:
+            raise ValueError(f"images are {list(images.shape[1:3])}, the input is {list(preprocessing.size)}")
+        held = images.to(device)
+        # Memory-mapped images stay where they are unless there is something to add to them.
+        self._images = F.pad(held, (0, 0, padding, padding, padding, padding)) if padding else held
         self._preprocessing = preprocessing
+        self._augmentation = augmentation
         self._rows = torch.arange(self.height, device=device)
         self._columns = torch.arange(self.width, device=device)
         self.device = device
 
+    @property
+    def num_views(self) -> int | None:
+        """Views of one image, all different; None where they are too many to count."""
+        augmentation = self._augmentation
+        if augmentation.crop_scale is not None or augmentation.randaugment_ops:
+            return None
+        down, right = self._margins
+        return (down + 1) * (right + 1) * (2 if augmentation.flip else 1)
+
+    @property
+    def _margins(self) -> tuple[int, int]:
+        """The largest `top` and `left` of a crop of the input's size."""
+        return self._spare[0] + 2 * self._padding, self._spare[1] + 2 * self._padding
+
+    def epoch(self, *, seed: int, epoch: int) -> Views:
+        """One epoch, on the CPU: every image once, in random order, each cut, flipped and augmented in its own way.
+
+        Args:
+            seed: of the run.
+            epoch: counted from 1.
+        """
+        augmentation, count = self._augmentation, self.num_images
+        digest = hashlib.sha256(f"icdctl views {seed} {epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        index = torch.randperm(count, generator=generator)
+        # Drawn even where the recipe has no crop or flip, so that switching one off leaves the order as it is.
+        unit = torch.rand((3, count), generator=generator, dtype=torch.float64)
+        room = torch.tensor([[margin + 1] for margin in self._margins])
+        box, key = None, None
+        if augmentation.crop_scale is not None:
+            box = _boxes(self._images.shape[1:3], count, augmentation.crop_scale, augmentation.crop_ratio, generator)
+            room = torch.tensor(self._images.shape[1:3])[:, None] - box.T + 1
+        if augmentation.randaugment_ops:
+            key = torch.randint(2**62, (count,), generator=generator)
+        offsets = (unit[:2] * room).long()
+        return Views(index, offsets[0], offsets[1], (unit[2] < 0.5) & augmentation.flip, box, key)
+
+    def plain(self) -> Views:
+        """Every image once, in order, cut out of its centre and otherwise as it is, on the CPU."""
+        down, right = self._margins
+        top, left = (torch.full((self.num_images,), round(margin / 2)) for margin in (down, right))
+        return Views(torch.arange(self.num_images), top, left, torch.zeros(self.num_images, dtype=torch.bool))
+
     def pixels(self, views: Views) -> Tensor:
         """The raw pixels of views on the store's device: [B, H, W, 3] uint8."""
-        columns = torch.where(views.flip[:, None], self.width - 1 - self._columns, self._columns)  # [B, W]
-        rows = views.top[:, None] + self._rows  # [B, H]
-        columns = views.left[:, None] + columns
-        return self._padded[views.index[:, None, None], rows[:, :, None], columns[:, None, :]]
+        pixels = self._cut(views) if views.box is None else self._cut_and_resized(views, views.box)
+        if views.key is not None:
+            pixels = self._randomly_augmented(pixels, views.key)
+        return pixels
 
     def inputs(self, views: Views) -> Tensor:
         """What a model reads: [B, 3, H, W] float32, channels last in memory."""
         return self._preprocessing.normalise(self.pixels(views))
+
+    def _cut(self, views: Views) -> Tensor:
+        columns = torch.where(views.flip[:, None], self.width - 1 - self._columns, self._columns)  # [B, W]
+        rows = views.top[:, None] + self._rows  # [B, H]
+        columns = views.left[:, None] + columns
+        return self._images[views.index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+    def _cut_and_resized(self, views: Views, box: Tensor) -> Tensor:
+        """Bilinear, without a filter against aliasing: images are kept hardly larger than the input."""
+        images = self._images[views.index].permute(0, 3, 1, 2).float()  # [B, 3, H, W]
+        rows = _sample_positions(views.top, box[:, 0], self._rows, images.shape[2])  # [B, H]
+        columns = _sample_positions(views.left, box[:, 1], self._columns, images.shape[3])  # [B, W]
+        columns = torch.where(views.flip[:, None], columns.flip(1), columns)
+        shape = (len(views), self.height, self.width)
+        grid = torch.stack((columns[:, None, :].expand(shape), rows[:, :, None].expand(shape)), dim=3)
+        cut = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        return cut.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+    def _randomly_augmented(self, pixels: Tensor, key: Tensor) -> Tensor:
+        """RandAugment, each view by its own seed, so that its pixels do not depend on the batch it stands in.
+
+        Source: Cubuk et al. 2020, https://arxiv.org/abs/1909.13719
+        """
+        from torchvision.transforms.v2 import RandAugment  # here, not above: it takes a second, and few runs need it
+
+        augmentation = self._augmentation
+        transform = RandAugment(augmentation.randaugment_ops, augmentation.randaugment_magnitude)
+        changed = torch.empty_like(pixels)
+        with torch.random.fork_rng(devices=[]):
+            for place, seed in enumerate(key.tolist()):
+                torch.manual_seed(seed)
+                changed[place] = transform(pixels[place].permute(2, 0, 1)).permute(1, 2, 0)
+        return changed
+
+
+def _boxes(
+    image: torch.Size,
+    count: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    generator: torch.Generator,
+) -> Tensor:
+    """Height and width of random cuts, area uniform, ratio uniform by its logarithm: [N, 2] int64.
+
+    Source: torchvision's RandomResizedCrop; where no attempt fits, the whole image is taken.
+    """
+    height, width = image
+    unit = torch.rand((2, count, _CROP_ATTEMPTS), generator=generator, dtype=torch.float64)
+    area = height * width * (scale[0] + unit[0] * (scale[1] - scale[0]))
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    by_height = torch.exp(log_low + unit[1] * (log_high - log_low))
+    attempts = torch.stack((torch.sqrt(area / by_height), torch.sqrt(area * by_height)), dim=2).round().long()
+    fits = ((attempts >= 1) & (attempts <= torch.tensor([height, width]))).all(dim=2)
+    first = fits.long().argmax(dim=1)
+    chosen = attempts[torch.arange(count), first]
+    return torch.where(fits.any(dim=1)[:, None], chosen, torch.tensor([height, width]))
+
+
+def _sample_positions(start: Tensor, length: Tensor, target: Tensor, whole: int) -> Tensor:
+    """Centres of the target's pixels in a cut, in grid_sample's coordinates of -1 to 1: [B], [B], [T] -> [B, T]."""
+    centres = start[:, None] + (target + 0.5) * (length / target.shape[0])[:, None]
+    return (2 * centres / whole - 1).float()

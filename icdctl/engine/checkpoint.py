@@ -37,6 +37,8 @@ class Progress(BaseModel):
     """Spent, all attempts together."""
     done: bool
     """Nothing is left to train."""
+    dataset_sha256: str
+    """Of the images and labels that it was trained on."""
 
     @model_validator(mode="after")
     def _has_a_row_an_epoch(self) -> Self:

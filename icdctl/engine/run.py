@@ -6,7 +6,7 @@ import csv
 import io
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from icdctl import files, models, registry, targets
 from icdctl.config import RunConfig
-from icdctl.data import Dataset, ImageStore, epoch_views
+from icdctl.data import UNLABELED, Dataset, ImageStore
 from icdctl.engine.checkpoint import Progress, checkpoint_path, load_checkpoint, save_checkpoint
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
 from icdctl.engine.environment import describe_environment
@@ -25,7 +25,7 @@ from icdctl.engine.schedule import learning_rate
 from icdctl.engine.step import StepRule, TrainingStep
 from icdctl.engine.teacher import InlineTeacher, Teacher, cache_answers
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
-from icdctl.evaluation import evaluate_logits, module_predictor, predict_all
+from icdctl.evaluation import Evaluation, evaluate_logits, module_predictor, predict_all
 from icdctl.methods import METHODS
 from icdctl.models import Classifier
 
@@ -96,6 +96,7 @@ def run(
     dataset: Dataset,
     *,
     teacher: Classifier | None,
+    teacher_origin: Mapping[str, str | None] | None = None,
     student: Classifier | None = None,
     resume: bool = False,
     observer: Observer | None = None,
@@ -106,6 +107,7 @@ def run(
         config: of the run.
         dataset: the data that it names.
         teacher: the trained teacher, for methods that have one.
+        teacher_origin: source and licence of its weights, for metrics.json.
         student: an own module in place of the one that the configuration names.
         resume: start, go on, or finish at once, whatever the state is.
         observer: told of the progress.
@@ -120,7 +122,7 @@ def run(
     out = Path(config.out)
     with _claimed(out, config, resume=resume), backend_settings(device, precision, deterministic=config.deterministic):
         session = _Session(config, dataset, teacher, student, device, precision, observer)
-        return session.train(out)
+        return session.train(out, teacher_origin or {})
 
 
 @contextmanager
@@ -226,13 +228,23 @@ class _Session:
         self.student = student if student is not None else self._new_student()
         self.student.to(device).to(memory_format=torch.channels_last)
         self.optimizer = _make_optimizer(config, self.student)
-        rule = StepRule(config.method, config.settings, config.scales, config.clip_norm, precision == "bf16")
-        self.step = TrainingStep(self.student, self.optimizer, rule, steps_per_epoch=self.num_steps, device=device)
-        self.store = ImageStore(
-            dataset.train_images, dataset.preprocessing, crop_padding=config.crop_padding, device=device
+        rule = StepRule(
+            config.method,
+            config.settings,
+            config.scales,
+            config.clip_norm,
+            autocast=precision == "bf16",
+            label_smoothing=config.label_smoothing,
+            class_weights=_class_weights(dataset).to(device) if config.class_weights == "balanced" else None,
+            has_unlabeled=dataset.has_unlabeled,
         )
+        self.step = TrainingStep(self.student, self.optimizer, rule, steps_per_epoch=self.num_steps, device=device)
+        self.store = ImageStore(dataset.train_images, dataset.preprocessing, config.augmentation, device=device)
         self.labels = dataset.train_labels.to(device)
-        self.test_images = dataset.test_images.to(device)
+        self.watched = "test" if dataset.val_images is None else "val"
+        watched_images = dataset.test_images if dataset.val_images is None else dataset.val_images
+        self.watched_images = watched_images.to(device)
+        self.watched_labels = dataset.test_labels if dataset.val_labels is None else dataset.val_labels
         self.teacher_model = teacher
         self.limit_steps = config.epochs * self.num_steps
         if config.max_steps is not None:
@@ -241,15 +253,21 @@ class _Session:
     def _new_student(self) -> Classifier:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            return models.create(self.config.student, self.dataset.num_classes, dataset=self.config.dataset)
+            size = self.dataset.preprocessing.size
+            return models.create(self.config.student, self.dataset.num_classes, image_size=size)
 
-    def train(self, out: Path) -> RunResult:
+    def train(self, out: Path, teacher_origin: Mapping[str, str | None]) -> RunResult:
         """All epochs that are left, then the results."""
         config = self.config
         state_path = checkpoint_path(config.fingerprint)
         progress = load_checkpoint(state_path, self.student, self.optimizer) or Progress(
-            epoch=0, steps=0, history=[], seconds=0.0, done=False
+            epoch=0, steps=0, history=[], seconds=0.0, done=False, dataset_sha256=self.dataset.sha256
         )
+        if progress.dataset_sha256 != self.dataset.sha256:
+            raise ArtifactError(
+                f"the images of `{config.dataset}` have changed since this run began",
+                hint=f"bring them back, or delete `{out}` and `{state_path.parent}` and start again",
+            )
         files.write_json(out / "config.json", config.model_dump(mode="json"))
         files.write_json(out / "environment.json", describe_environment(self.device, self.precision))
         if progress.epoch and not progress.done:
@@ -272,6 +290,7 @@ class _Session:
                     history=[*progress.history, row],
                     seconds=earlier_seconds + now - started,
                     done=steps >= self.limit_steps,
+                    dataset_sha256=self.dataset.sha256,
                 )
                 save_checkpoint(state_path, self.student, self.optimizer, progress)
                 _write_history(out / "history.csv", progress.history)
@@ -281,7 +300,7 @@ class _Session:
                     return RunResult(out, config, {}, False, self.student.eval())
         except KeyboardInterrupt as interrupt:
             raise interrupted(interrupt, progress.epoch, config) from interrupt
-        return self._finish(out, progress)
+        return self._finish(out, progress, teacher_origin)
 
     def _images_of(self, steps: int) -> int:
         """How many images so many steps see, epochs with a smaller last batch included."""
@@ -300,26 +319,23 @@ class _Session:
             return None
         scales = config.scales if METHODS[config.method].needs_patches else None
         inline = InlineTeacher(self.teacher_model, scales=scales, device=self.device)
-        one_view = config.crop_padding == 0 and not config.flip
-        if config.teacher_mode == "cache" and not one_view:
+        num_views = self.store.num_views
+        if config.teacher_mode == "cache" and num_views != 1:
             raise UsageError(
-                "`--teacher-mode cache` needs a recipe without crops and flips: here each image has "
-                f"{(2 * config.crop_padding + 1) ** 2 * (1 + config.flip)} views",
+                "`--teacher-mode cache` needs a recipe without crops, flips and random changes: here each image has "
+                f"{'countless' if num_views is None else num_views} views",
                 hint="use `--teacher-mode inline`",
             )
-        if config.teacher_mode == "inline" or not one_view:
+        if config.teacher_mode == "inline" or num_views != 1:
             return inline
         self.observer.begin("asking the teacher", self.num_images)
-        return cache_answers(
-            inline, self.store, self.num_images, crop_padding=config.crop_padding, on_images=self.observer.advance
-        )
+        return cache_answers(inline, self.store, on_images=self.observer.advance)
 
     def _epoch(self, progress: Progress, teacher: Teacher | None) -> dict[str, float]:
         """Train one epoch and evaluate: a row of history, without its seconds."""
         config, epoch = self.config, progress.epoch + 1
-        views = epoch_views(
-            self.num_images, seed=config.seed, epoch=epoch, crop_padding=config.crop_padding, flip=config.flip
-        ).to(self.device)
+        drawn = self.store.epoch(seed=config.seed, epoch=epoch)
+        views = drawn.to(self.device)
         self.student.train()
         self.step.start_epoch(epoch)
         num_steps = min(self.num_steps, self.limit_steps - progress.steps)
@@ -339,17 +355,22 @@ class _Session:
             self.observer.advance(len(part))
         log = self.step.log[:num_steps].cpu()
         self._check_finite(log, epoch, 0, views.index)
-        return self._row(epoch, rate, log, min(self.num_images, num_steps * config.batch_size))
+        seen = self.dataset.train_labels[drawn.index[: num_steps * config.batch_size]]
+        return self._row(epoch, rate, log, num_labelled=int((seen != UNLABELED).sum()))
 
-    def _row(self, epoch: int, rate: float, log: Tensor, num_seen: int) -> dict[str, float]:
+    def _row(self, epoch: int, rate: float, log: Tensor, *, num_labelled: int) -> dict[str, float]:
         means = log.double().mean(dim=0).tolist()
-        self.student.eval()
-        predict = module_predictor(self.student, self.dataset.preprocessing, self.device)
-        numbers = evaluate_logits(predict_all(predict, self.test_images), self.dataset.test_labels)
+        numbers = self._evaluated(self.watched_images, self.watched_labels)
         row: dict[str, float] = {"epoch": epoch, "lr": rate}
         row |= dict(zip(self.step.rule.term_names, means[:-1], strict=True))
-        row["train_top1"] = 100.0 * self.step.num_right.item() / num_seen
-        return row | {"test_top1": numbers.top1, "test_top5": numbers.top5, "test_loss": numbers.loss}
+        row["train_top1"] = 100.0 * self.step.num_right.item() / max(num_labelled, 1)
+        watched = {"top1": numbers.top1, "top5": numbers.top5, "loss": numbers.loss}
+        return row | {f"{self.watched}_{key}": value for key, value in watched.items()}
+
+    def _evaluated(self, images: Tensor, labels: Tensor) -> Evaluation:
+        self.student.eval()
+        predict = module_predictor(self.student, self.dataset.preprocessing, self.device)
+        return evaluate_logits(predict_all(predict, images), labels)
 
     def _check_finite(self, log: Tensor, epoch: int, first_index: int, order: Tensor) -> None:
         """Stop where a loss term or the gradient is not a number: step, term and images are named."""
@@ -367,17 +388,11 @@ class _Session:
             hint="lower `--lr`, or the weights of the method by `--set`; check the teacher with `icdctl eval`",
         )
 
-    def _finish(self, out: Path, progress: Progress) -> RunResult:
+    def _finish(self, out: Path, progress: Progress, teacher_origin: Mapping[str, str | None]) -> RunResult:
         """Weights and metrics of a run whose last epoch is done."""
         config, history = self.config, progress.history
-        best = max(history, key=lambda row: row["test_top1"])
-        last = history[-1]
         metrics: dict[str, Any] = {
-            "final_top1": last["test_top1"],
-            "final_top5": last["test_top5"],
-            "final_loss": last["test_loss"],
-            "best_top1": best["test_top1"],
-            "best_epoch": int(best["epoch"]),
+            **self._accuracy(history),
             "epochs": progress.epoch,
             "steps": progress.steps,
             "seconds": progress.seconds,
@@ -386,12 +401,44 @@ class _Session:
             "params": sum(parameter.numel() for parameter in self.student.parameters()),
             "variant": config.settings["variant"],
             "dataset_sha256": self.dataset.sha256,
+            "train_images": self.num_images,
+            "unlabeled_images": int((self.dataset.train_labels == UNLABELED).sum()),
+            "skipped_images": self.dataset.skipped_images,
+            **teacher_origin,
         }
-        said = targets.metadata(config.student, config.dataset, self.dataset.class_names, self.dataset.preprocessing)
+        said = targets.metadata(config.student, self.dataset)
         _write_history(out / "history.csv", history)
         models.save_weights(out / registry.WEIGHTS_FILE, self.student, said)
         files.write_json(out / "metrics.json", metrics)
         return RunResult(out, config, metrics, True, self.student.eval())
+
+    def _accuracy(self, history: list[dict[str, float]]) -> dict[str, Any]:
+        """Of the final weights on the test images, and of the best epoch by the images that were watched.
+
+        Where validation images were watched, the test images are looked at here for the first and only time.
+        """
+        last = history[-1]
+        best = max(history, key=lambda row: row[f"{self.watched}_top1"])
+        if self.watched == "test":
+            final = {f"final_{key}": last[f"test_{key}"] for key in ("top1", "top5", "loss")}
+            return {**final, "best_top1": best["test_top1"], "best_epoch": int(best["epoch"])}
+        numbers = self._evaluated(self.dataset.test_images, self.dataset.test_labels)
+        return {
+            "final_top1": numbers.top1,
+            "final_top5": numbers.top5,
+            "final_loss": numbers.loss,
+            "best_top1": None,  # on the test images: they were not watched
+            "best_epoch": int(best["epoch"]),
+            **{f"final_val_{key}": last[f"val_{key}"] for key in ("top1", "top5", "loss")},
+            "best_val_top1": best["val_top1"],
+        }
+
+
+def _class_weights(dataset: Dataset) -> Tensor:
+    """Inverse to each class's share of the labelled training images, 1 on average over them: [K]."""
+    labels = dataset.train_labels[dataset.train_labels != UNLABELED]
+    counts = torch.bincount(labels, minlength=dataset.num_classes)
+    return labels.shape[0] / (dataset.num_classes * counts.clamp(min=1).float())
 
 
 def _make_optimizer(config: RunConfig, student: Classifier) -> torch.optim.Optimizer:

@@ -28,6 +28,12 @@ class StepRule:
     clip_norm: float
     autocast: bool = False
     """Run the student's forward pass in bfloat16."""
+    label_smoothing: float = 0.0
+    """Of the cross-entropy with the labels."""
+    class_weights: Tensor | None = None
+    """[K] on the device, of the same; None for none."""
+    has_unlabeled: bool = False
+    """Some images have no label (-1)."""
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -72,7 +78,7 @@ class TrainingStep:
         Args:
             index: of the step in its epoch, from 0.
             images: [B, 3, H, W].
-            labels: [B] int64.
+            labels: [B] int64; -1 for an image that has none.
             answer: the teacher's, for methods that have one.
         """
         self.optimizer.zero_grad(set_to_none=True)
@@ -103,6 +109,9 @@ class TrainingStep:
             scales=self.rule.scales,
             epoch=self._epoch,
             settings=self.rule.settings,
+            label_smoothing=self.rule.label_smoothing,
+            class_weights=self.rule.class_weights,
+            has_unlabeled=self.rule.has_unlabeled,
         )
         return terms, logits
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from icdctl import methods
-from icdctl.data import ImageStore, Views, plain_views
+from icdctl.data import ImageStore, Views
 from icdctl.models import Classifier, fold_batch_norms
 
 _CACHE_BATCH = 256
@@ -76,21 +76,17 @@ class CachedTeacher:
         return Answer(self._answer.logits[views.index], None if patches is None else patches[views.index])
 
 
-def cache_answers(
-    teacher: InlineTeacher, store: ImageStore, num_images: int, *, crop_padding: int, on_images: Callable[[int], None]
-) -> CachedTeacher:
+def cache_answers(teacher: InlineTeacher, store: ImageStore, *, on_images: Callable[[int], None]) -> CachedTeacher:
     """Ask for every image once, as it is.
 
     Args:
         teacher: runs the network.
-        store: the training images.
-        num_images: how many it holds.
-        crop_padding: of the store.
+        store: the training images, each with one view.
         on_images: told the number of images after each batch.
     """
-    views = plain_views(num_images, crop_padding=crop_padding)
+    views = store.plain()
     answers = []
-    for first in range(0, num_images, _CACHE_BATCH):
+    for first in range(0, len(views), _CACHE_BATCH):
         part = views[first : first + _CACHE_BATCH].to(store.device)
         answers.append(teacher(store.inputs(part)))
         on_images(len(part))

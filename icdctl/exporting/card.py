@@ -52,16 +52,25 @@ def card(
 
 
 def snippet(description: Description) -> str:
-    """A program that prints the class of `image.png`, without torch and without icdctl."""
+    """A program that prints the class of `image.png`, without torch and without icdctl.
+
+    It resizes as icdctl does when it tests a model on image files.
+    """
     height, width = description.preprocessing.size
+    resized_height, resized_width = description.preprocessing.resize or (height, width)
     lines = [
         "import json",
         "import numpy as np",
         "import onnxruntime as ort",
-        "from PIL import Image",
+        "from PIL import Image, ImageOps",
         f'session = ort.InferenceSession("{MODEL_FILE}", providers=["CPUExecutionProvider"])',
-        f'image = np.asarray(Image.open("image.png").convert("RGB").resize(({width}, {height})), np.uint8)[None]',
+        'picture = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")',
+        f"picture = picture.resize(({resized_width}, {resized_height}), Image.Resampling.BILINEAR)",
     ]
+    if (resized_height, resized_width) != (height, width):
+        left, top = round((resized_width - width) / 2), round((resized_height - height) / 2)
+        lines.append(f"picture = picture.crop(({left}, {top}, {left + width}, {top + height}))")
+    lines.append("image = np.asarray(picture, np.uint8)[None]")
     if description.input_kind == "float":
         mean, std = list(description.preprocessing.mean), list(description.preprocessing.std)
         lines.append(f"image = ((image / 255 - {mean}) / {std}).transpose(0, 3, 1, 2).astype(np.float32)")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from icdctl.errors import UsageError, unknown_name
-from icdctl.methods.logit import cross_entropy_loss, dkd_loss, kd_loss, nkd_loss
+from icdctl.methods.logit import UNLABELED, cross_entropy_loss, dkd_loss, kd_loss, nkd_loss
 from icdctl.methods.patch import (
     SCALES,
     check_scales,
@@ -138,6 +138,9 @@ def distillation_terms(
     scales: Sequence[int] = SCALES,
     epoch: int | Tensor = 1,
     settings: Settings | None = None,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+    has_unlabeled: bool = False,
 ) -> dict[str, Tensor]:
     """The weighted loss terms of one batch; their sum is what training minimises.
 
@@ -152,6 +155,10 @@ def distillation_terms(
         epoch: counted from 1; with `warmup_epochs` W above 0 the `kd` term is multiplied by min(epoch / W, 1). A
             zero-dimensional tensor lets the factor change inside a captured graph.
         settings: some of the method's settings (see `check_settings`); the rest take their defaults.
+        label_smoothing: of the `ce` term.
+        class_weights: [K], of the `ce` term, whose mean they then weight.
+        has_unlabeled: whether labels may be -1, for images that have none. Those are left out of the `ce` term, and
+            the other terms take the teacher's own choice for their class.
 
     Returns:
         `ce`, then `kd` and `cluster` where the method has them: scalars, in the type of the logits.
@@ -164,12 +171,15 @@ def distillation_terms(
     row = METHODS[name]
     values = check_settings(name, settings or {})
     corrected = values["variant"] == "corrected"
-    terms = {"ce": float(values["ce_weight"]) * cross_entropy_loss(student_logits, labels).mean()}
+    ce = cross_entropy_loss(student_logits, labels, label_smoothing=label_smoothing, class_weights=class_weights)
+    terms = {"ce": float(values["ce_weight"]) * _label_mean(ce, labels, class_weights, has_unlabeled)}
     if not row.needs_teacher:
         return terms
     if teacher_logits is None:
         raise UsageError(f"method `{name}` needs the teacher's logits", hint="pass `teacher_logits`")
     teacher_logits = teacher_logits.detach()
+    if has_unlabeled:
+        labels = torch.where(labels == UNLABELED, teacher_logits.argmax(dim=1), labels)
 
     kd_factor = float(values["kd_weight"]) * _warmup_factor(epoch, float(values["warmup_epochs"]))
     if not row.needs_patches:
@@ -194,6 +204,17 @@ def distillation_terms(
         cluster = cluster_loss(student_patches, teacher_patches, scales=scales, corrected=corrected)
         terms["cluster"] = float(values["gamma"]) * cluster.mean()
     return terms
+
+
+def _label_mean(ce: Tensor, labels: Tensor, class_weights: Tensor | None, has_unlabeled: bool) -> Tensor:
+    """The mean over labelled images, weighted like the loss itself; 0 where a batch has none: [B] -> scalar."""
+    if class_weights is None and not has_unlabeled:
+        return ce.mean()
+    has_label = labels != UNLABELED
+    weights = has_label.to(ce.dtype)
+    if class_weights is not None:
+        weights = class_weights[labels.clamp(min=0)] * weights
+    return ce.sum() / weights.sum().clamp(min=torch.finfo(ce.dtype).tiny)
 
 
 def _row_loss(loss: str, student: Tensor, teacher: Tensor, labels: Tensor, settings: Settings) -> Tensor:

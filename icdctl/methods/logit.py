@@ -12,18 +12,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+UNLABELED = -1
+"""The label of an image that has none."""
 
-def cross_entropy_loss(student_logits: Tensor, labels: Tensor) -> Tensor:
+
+def cross_entropy_loss(
+    student_logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, class_weights: Tensor | None = None
+) -> Tensor:
     """-log softmax(student)[label].
 
     Args:
         student_logits: [B, K].
-        labels: [B] int64.
+        labels: [B] int64; `UNLABELED` gives 0.
+        label_smoothing: share of the target that is spread over all classes.
+        class_weights: [K], by which images of a class are multiplied.
 
     Returns:
         [B], in nats.
     """
-    return F.cross_entropy(student_logits, labels, reduction="none")
+    return F.cross_entropy(
+        student_logits,
+        labels,
+        weight=class_weights,
+        ignore_index=UNLABELED,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:

@@ -78,6 +78,9 @@ MODELS: dict[str, Model] = {
 }
 
 
+_LARGE_IMAGE = 128
+
+
 def resolve(name: str) -> str:
     """The name in `MODELS` of a model given by that name or by the reference's, in any case, with or without `_sdd`.
 
@@ -91,7 +94,9 @@ def resolve(name: str) -> str:
     raise unknown_name("model", name, MODELS, listing="icdctl list models")
 
 
-def create(name: str, num_classes: int, *, dataset: str | None = None) -> Classifier:
+def create(
+    name: str, num_classes: int, *, dataset: str | None = None, image_size: tuple[int, int] | None = None
+) -> Classifier:
     """A model with fresh weights, from torch's global random state.
 
     Args:
@@ -101,6 +106,7 @@ def create(name: str, num_classes: int, *, dataset: str | None = None) -> Classi
             has seven of these: res32x4, vgg13 and res50 as teachers, mv2, shuv1, vgg8 and res8x4 as students; here
             every model has one, by the rule of its family. Any other data set, or none, gives the model for 32 x 32
             images.
+        image_size: height and width; images of 128 x 128 or larger get the variant for 224 x 224 too.
 
     Raises:
         UsageError: an unknown name, or fewer than 2 classes.
@@ -111,6 +117,7 @@ def create(name: str, num_classes: int, *, dataset: str | None = None) -> Classi
             f"`{canonical}` can't classify into {num_classes} classes",
             hint="a classifier needs 2 classes or more; check the data set",
         )
-    model = MODELS[canonical].build(num_classes, cub200=dataset == "cub200")
+    is_large = image_size is not None and min(image_size) >= _LARGE_IMAGE
+    model = MODELS[canonical].build(num_classes, cub200=is_large or dataset == "cub200")
     model.name = canonical
     return model

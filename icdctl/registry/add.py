@@ -69,6 +69,8 @@ class _Metrics(BaseModel):
     epochs: int
     variant: str | None = None
     dataset_sha256: str | None = None
+    teacher_source: str | None = None
+    teacher_licence: str | None = None
 
 
 class _Git(GitRecord):
@@ -269,10 +271,10 @@ def _copy_export(export_folder: Path, export: _Export, target: Path) -> dict[str
 
 
 def _manifest(folder: Path, name: str, run: _Run, records: dict[str, FileRecord], onnx: OnnxRecord | None) -> Manifest:
-    from icdctl.data import DATASETS  # here, not above: it takes torch along
+    from icdctl.data import public_name, row_of  # here, not above: it takes torch along
 
     config = run.config
-    row = DATASETS.get(config.dataset)
+    row = row_of(config.dataset)
     variant = config.settings.get("variant", run.metrics.variant)
     git = run.environment.git
     try:
@@ -283,7 +285,7 @@ def _manifest(folder: Path, name: str, run: _Run, records: dict[str, FileRecord]
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z",
             files=records,
             dataset=DatasetRecord(
-                name=config.dataset,
+                name=public_name(config.dataset),
                 sha256=run.metrics.dataset_sha256,
                 source=row.source if row else None,
                 licence=row.licence if row else None,
@@ -291,7 +293,7 @@ def _manifest(folder: Path, name: str, run: _Run, records: dict[str, FileRecord]
             model=config.student,
             method=config.method,
             variant=None if variant is None else str(variant),
-            teacher=_teacher_record(folder, config),
+            teacher=_teacher_record(folder, run),
             scales=config.scales or (),
             seed=config.seed,
             settings=config.settings,
@@ -308,7 +310,8 @@ def _manifest(folder: Path, name: str, run: _Run, records: dict[str, FileRecord]
         ) from error
 
 
-def _teacher_record(folder: Path, config: _Config) -> TeacherRecord | None:
+def _teacher_record(folder: Path, run: _Run) -> TeacherRecord | None:
+    config = run.config
     if config.teacher is None:
         return None
     registered = None
@@ -319,6 +322,8 @@ def _teacher_record(folder: Path, config: _Config) -> TeacherRecord | None:
         model=config.teacher,
         sha256=config.teacher_sha256,
         artifact=registered.reference if registered else None,
+        source=run.metrics.teacher_source,
+        licence=run.metrics.teacher_licence,
     )
 
 

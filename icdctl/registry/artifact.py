@@ -65,6 +65,10 @@ class TeacherRecord(_Record):
     """Of its weights file; null where there was none."""
     artifact: str | None
     """`NAME@vN` of the registered artifact with these weights, if there was one on the day."""
+    source: str | None = None
+    """Where its weights come from; null where the run did not say."""
+    licence: str | None = None
+    """What the publisher of its weights says on their use; null where nobody published them."""
 
 
 class OnnxRecord(_Record):
@@ -296,8 +300,10 @@ def _numbers(manifest: Manifest) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("top-1, final epoch", f"**{_percent(metrics.get('final_top1'))}**")]
     if "final_top5" in metrics:
         rows.append(("top-5, final epoch", _percent(metrics["final_top5"])))
-    if "best_top1" in metrics:
-        rows.append((f"best top-1 (epoch {metrics.get('best_epoch', 'unknown')})", _percent(metrics["best_top1"])))
+    for key, where in (("best_top1", "test images"), ("best_val_top1", "validation images")):
+        if metrics.get(key) is not None:
+            epoch = metrics.get("best_epoch", "unknown")
+            rows.append((f"best top-1 on the {where} (epoch {epoch})", _percent(metrics[key])))
     if type(metrics.get("params")) is int:
         rows.append(("parameters", f"{metrics['params']:,}"))
     if manifest.onnx:
@@ -340,7 +346,13 @@ def _teacher(teacher: TeacherRecord | None) -> str:
         return "None: it learnt from the labels alone."
     where = f"registered as `{teacher.artifact}`" if teacher.artifact else "not in this registry when this was added"
     weights = f"sha256 of its weights `{teacher.sha256}`" if teacher.sha256 else "no weights on record"
-    return f"{teacher.model}, {where}; {weights}."
+    lines = [
+        f"{teacher.model}, {where}; {weights}.",
+        "",
+        f"- Source of its weights: {teacher.source or 'not on record'}",
+        f"- Licence of its weights: {teacher.licence or 'none stated'}",
+    ]
+    return "\n".join(lines)
 
 
 def _data(dataset: DatasetRecord) -> str:
@@ -366,7 +378,12 @@ def _usage(artifact: Artifact) -> str:
 def _limits(manifest: Manifest) -> str:
     lines = [
         f"- One run with one seed ({manifest.seed}): no mean, no spread. Compare methods over several seeds.",
-        "- The headline is the final epoch's; the best epoch was picked on the test images and is no fair estimate.",
+        "- The headline is the final epoch's; "
+        + (
+            "the test images were looked at once, after it."
+            if manifest.metrics.get("best_val_top1") is not None
+            else "the best epoch was picked on the test images and is no fair estimate."
+        ),
         f"- Measured on the test images of {manifest.dataset.name} alone; other images may give other results.",
     ]
     if manifest.onnx is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from icdctl import data, evaluation, files, models, targets
-from icdctl.data import download
+from icdctl.data import Description, download
 from icdctl.data.download import USUAL_PATIENCE, OnBytes, Patience
 from icdctl.errors import ArtifactError
 from icdctl.models import Classifier
@@ -117,8 +117,6 @@ def fetch_teacher(
         ArtifactError: it can't be had, is another file than the one that is pinned, does not fit its model, or is
             not as accurate as published. Nothing of it is kept then.
     """
-    if teacher.dataset not in data.DATASETS:
-        raise _page_only(teacher)
     place = place_of(teacher)
     with files.waited_lock(place.with_name(f".{place.name}.lock")):
         entry = read_lock().get(teacher.name)
@@ -190,8 +188,8 @@ def _is_right(place: Path, entry: Recorded) -> bool:
     return place.is_file() and files.sha256_file(place) == entry.converted_sha256
 
 
-def _num_classes(teacher: Published) -> int:
-    return len(data.DATASETS[teacher.dataset].class_names)
+def _trained_on(teacher: Published) -> Description:
+    return data.describe(data.request(teacher.dataset))
 
 
 def _original(
@@ -228,7 +226,8 @@ def _original(
 
 def _loaded(teacher: Published, path: Path) -> tuple[Classifier, str]:
     """The model with the weights of a file, and the sha256 of what was read."""
-    model = models.create(teacher.model, _num_classes(teacher), dataset=teacher.dataset)
+    known = _trained_on(teacher)
+    model = models.create(teacher.model, known.num_classes, image_size=known.preprocessing.size)
     return model, models.load_weights(model, path).sha256
 
 
@@ -244,11 +243,11 @@ def _take(
     entry, caveat = _measured(teacher, model, entry, wishes, watcher)
     entry = _accepted(teacher, entry, wishes, caveat)
     place = place_of(teacher)
-    row = data.DATASETS[teacher.dataset]
-    said = targets.metadata(teacher.model, teacher.dataset, row.class_names, row.preprocessing)
+    said = targets.metadata(teacher.model, _trained_on(teacher))
+    origin = {"url": url, "sha256": sha256, "source": teacher.source, "licence": teacher.licence}
     if wishes.keep_original:
         files.write_bytes(place.with_name(ORIGINAL_FILE), original.read_bytes())
-    converted = models.save_weights(place, model, {**said, "origin": {"url": url, "sha256": sha256}})
+    converted = models.save_weights(place, model, {**said, "origin": origin})
     entry = entry.model_copy(update={"converted_sha256": converted})
     record(teacher.name, entry)
     return Fetched(teacher.name, place, entry, teacher.top1, True, caveat)
@@ -271,12 +270,10 @@ def _measured(
     teacher: Published, model: Classifier, entry: Recorded, wishes: Wishes, watcher: Watcher
 ) -> tuple[Recorded, str | None]:
     """The entry with top-1 on the test set, where it is here, and what to know of the data."""
-    row = data.DATASETS[teacher.dataset]
     folder = wishes.data_folder or files.data_folder()
-    needed = [] if row.release is None else [folder / row.release.folder / split for split in ("train", "test")]
-    if entry.measured_top1 is not None or not all(path.is_file() for path in needed):
+    if entry.measured_top1 is not None or not data.is_there(teacher.dataset, folder):
         return entry, None
-    held = data.load(teacher.dataset, folder=folder)
+    held = data.load(data.request(teacher.dataset, folder=folder))
     device = torch.device(wishes.device)
     predict = evaluation.module_predictor(model.eval().to(device), held.preprocessing, device)
     total, here = held.test_images.shape[0], 0
@@ -323,12 +320,8 @@ def _page_only(teacher: Published) -> ArtifactError:
     where = "it has no address"
     if teacher.page is not None:
         where = f"`{teacher.page_file}` lies on {teacher.page}, which no program can download from"
-    if teacher.dataset not in data.DATASETS:
-        return ArtifactError(
-            f"teacher `{teacher.name}` can't be fetched: icdctl has no data set `{teacher.dataset}` yet; {where}",
-            hint="`icdctl fetch-teachers --list` shows those that can",
-        )
     return ArtifactError(
         f"teacher `{teacher.name}` can't be downloaded: {where}",
-        hint=f"get it there, then `icdctl fetch-teachers {teacher.name} --from FILE`",
+        hint=f"get it there, then `icdctl fetch-teachers {teacher.name} --from FILE`; or "
+        f"`icdctl train --model {teacher.model} --dataset {teacher.dataset} --as-teacher` trains one",
     )

@@ -20,6 +20,12 @@ FIRST_USE = "first-use"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+def _known_dataset(name: str) -> str:
+    if name not in data.DATASETS:
+        raise ValueError(f"`{name}` is no data set of icdctl")
+    return name
+
+
 def _known_model(name: str) -> str:
     if name not in models.MODELS:
         raise ValueError(f"`{name}` is no model of icdctl")
@@ -114,7 +120,8 @@ def parse_list(text: str) -> tuple[Published, ...]:
         ArtifactError: it is not one; the first problem is named.
     """
     try:
-        collections = TypeAdapter(dict[str, _Collection]).validate_python(tomllib.loads(text))
+        names = Annotated[str, AfterValidator(_known_dataset)]
+        collections = TypeAdapter(dict[names, _Collection]).validate_python(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise ArtifactError(f"the list of teachers is no TOML: {error}", hint="install icdctl again") from error
     except ValidationError as error:
