@@ -73,7 +73,7 @@ def _resolved(name: str) -> str:
 def _fetched(
     name: str, row: DatasetRow, folder: Path, *, from_file: Path | None, mirrors: tuple[str, ...], offline: bool
 ) -> dict[str, Any]:
-    from icdctl.data import release
+    from icdctl.data import pin, release
 
     if row.release is None:
         if from_file is not None:
@@ -86,6 +86,7 @@ def _fetched(
             from_file=from_file,
             mirrors=mirrors,
             offline=offline,
+            pin=pin.find_pin(row.release.archive),
             on_bytes=begin(row.release.archive.name, "MB"),
         )
     about = f"already in {found.path}" if found.source is None else f"{found.path} (from {found.source})"

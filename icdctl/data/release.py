@@ -11,6 +11,7 @@ from icdctl import files
 from icdctl.data import archive, download
 from icdctl.data.archive import Limits
 from icdctl.data.download import USUAL_PATIENCE, OnBytes, Patience, RemoteFile
+from icdctl.data.pin import Pin
 from icdctl.errors import ArtifactError
 
 State = Literal["right", "absent", "other"]
@@ -68,6 +69,7 @@ def install(
     from_file: Path | None = None,
     mirrors: Sequence[str] = (),
     offline: bool = False,
+    pin: Pin | None = None,
     on_bytes: OnBytes = lambda here, total: None,
     patience: Patience = USUAL_PATIENCE,
 ) -> Installed:
@@ -79,6 +81,7 @@ def install(
         from_file: a copy of the archive; nothing is downloaded then, and the copy stays.
         mirrors: as `download.fetch`.
         offline: as `download.fetch`.
+        pin: of the archive, which then has its place there and stays; without one it is deleted when it is unpacked.
         on_bytes: told of the progress.
         patience: how long each source is waited for.
 
@@ -95,14 +98,20 @@ def install(
     with files.waited_lock(data_folder / f".{release.folder}.lock"):
         if _is_there(release, data_folder):  # another process was faster
             return Installed(target, None)
+        own = data_folder / release.archive.name if pin is None else pin.place
         if from_file is not None:
-            _unpack(release, from_file, target)
-            return Installed(target, from_file.name)
-        own = data_folder / release.archive.name
-        origin = _fetched(release, own, mirrors=mirrors, offline=offline, on_bytes=on_bytes, patience=patience)
-        _unpack(release, own, target)
-        own.unlink()
-        return Installed(target, origin.url or own.name)
+            source, said = from_file, from_file.name
+        else:
+            if pin is not None:
+                pin.restore()
+            origin = _fetched(release, own, mirrors=mirrors, offline=offline, on_bytes=on_bytes, patience=patience)
+            source, said = own, origin.url or own.name
+        if pin is not None:
+            pin.keep(source)  # before it is unpacked, so that a kill can't leave the data set without its archive
+        _unpack(release, source, target)
+        if pin is None and from_file is None:
+            own.unlink()
+        return Installed(target, said)
 
 
 def _fetched(

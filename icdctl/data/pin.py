@@ -1,0 +1,169 @@
+"""An archive that the project pins with DVC: `data.dvc` says which bytes, DVC's cache keeps them.
+
+DVC never compares what a URL sends with the md5 in a .dvc file, and `dvc update` overwrites that md5 without a word. So
+the bytes are fetched and verified here, and DVC gets them as an object of its cache. `data.dvc` is never written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from icdctl import files
+from icdctl.data import download
+from icdctl.data.download import RemoteFile
+from icdctl.errors import ArtifactError
+
+FILE = "data.dvc"
+_OBJECT_MODE = 0o444
+"""DVC's mark of an object that it need not hash again."""
+
+
+class _Out(BaseModel):
+    """What is read of an entry of `outs`."""
+
+    path: str
+    md5: str | None = None
+    size: int | None = None
+
+
+class _Document(BaseModel):
+    """What is read of a .dvc file."""
+
+    outs: tuple[_Out, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pin:
+    """An archive that `data.dvc` pins as it was published."""
+
+    file: RemoteFile
+    md5: str
+    root: Path
+    """The project's."""
+    place: Path
+    """Where DVC has it in the project."""
+
+    def restore(self) -> None:
+        """Have the archive in its place, where DVC's cache has it.
+
+        Raises:
+            ArtifactError: another file is in its place, or dvc fails.
+        """
+        if not self._is_in_place() and self._is_kept():
+            self._dvc("checkout", FILE)
+
+    def keep(self, archive: Path) -> None:
+        """Have the archive in DVC's cache and in its place, so that `dvc status` finds nothing to say.
+
+        Args:
+            archive: a copy of it, which stays.
+
+        Raises:
+            ArtifactError: the copy is not right, another file is in its place, the cache can't be written, dvc fails.
+        """
+        is_in_place, is_kept = self._is_in_place(), self._is_kept()
+        if not is_kept:
+            self._copy_into_cache(archive)
+        if not (is_in_place and is_kept):
+            self._dvc("checkout", "--relink", FILE)  # relinked, the two share their disk space
+
+    @cached_property
+    def _object(self) -> Path:
+        cache = self.root / self._dvc("cache", "dir").strip()
+        return cache / "files" / "md5" / self.md5[:2] / self.md5[2:]
+
+    def _is_in_place(self) -> bool:
+        if not self.place.exists():
+            return False
+        try:
+            download.verify(self.file, self.place)
+        except ArtifactError as error:
+            raise ArtifactError(
+                error.message, hint=f"move it away; `{FILE}` pins {self.file.facts} to that place"
+            ) from error
+        return True
+
+    def _is_kept(self) -> bool:
+        """By the bytes: DVC itself believes an object's name."""
+        try:
+            download.verify(self.file, self._object)
+        except ArtifactError:
+            return False
+        return True
+
+    def _copy_into_cache(self, archive: Path) -> None:
+        # Not in the object's own folder: there DVC would take the name for another object's.
+        temporary = self._object.parent.with_name(f".{self.md5}.part")
+        with files.waited_lock(temporary.with_suffix(".lock")):
+            try:
+                temporary.unlink(missing_ok=True)  # what a killed process left may be read-only
+                shutil.copyfile(archive, temporary)
+                download.verify(self.file, temporary)
+                with temporary.open("rb") as content:
+                    os.fsync(content.fileno())
+                temporary.chmod(_OBJECT_MODE)
+                files.make_folder(self._object.parent)
+                temporary.replace(self._object)
+            except OSError as error:
+                raise ArtifactError(
+                    f"`{archive}` can't be copied to DVC's cache, `{self._object}`: {error.strerror or error}",
+                    hint="make room there and check its permissions; `dvc cache dir` shows and moves it",
+                ) from error
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def _dvc(self, *arguments: str) -> str:
+        """What a dvc command prints."""
+        result = subprocess.run(
+            [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],
+            cwd=self.root,
+            env={**os.environ, "DVC_NO_ANALYTICS": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if result.returncode != 0:
+            reason = (result.stderr.strip() or result.stdout.strip() or "it did not say why").splitlines()[0]
+            raise ArtifactError(
+                f"`dvc {' '.join(arguments)}` failed ({result.returncode}): {reason}",
+                hint="`dvc doctor` and `dvc status` tell more; then run the command again",
+            )
+        return result.stdout
+
+
+def find_pin(file: RemoteFile) -> Pin | None:
+    """The project's pin of `file`; None outside of a DVC project, and where `data.dvc` is of something else.
+
+    Raises:
+        ArtifactError: `data.dvc` can't be read, or pins another md5 or size.
+    """
+    root = files.project_root()
+    path = root / FILE
+    if not (root / ".dvc").is_dir() or not path.is_file():
+        return None
+    again = f"`git checkout {FILE}` brings back the committed one; `dvc update` changes it"
+    try:
+        document = _Document.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+        raise ArtifactError(f"`{path}` can't be read as a .dvc file: {error}", hint=again) from error
+    for out in document.outs:
+        if PurePosixPath(out.path).name != file.name:
+            continue
+        if out.md5 is None or (out.md5, out.size) != (file.md5, file.num_bytes):
+            raise ArtifactError(
+                f"`{path}` pins another `{file.name}` than the published one: md5 {out.md5}, size {out.size}; "
+                f"expected md5 {file.md5}, size {file.num_bytes}",
+                hint=again,
+            )
+        return Pin(file, out.md5, root, root / out.path)
+    return None
