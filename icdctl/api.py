@@ -20,7 +20,8 @@ from icdctl.config import CUSTOM_MODEL, RunConfig
 from icdctl.data import Dataset, Description, OnImages, Preprocessing, Request
 from icdctl.engine import run as engine
 from icdctl.engine.device import resolve_device
-from icdctl.engine.run import Observer, RunResult
+from icdctl.engine.member import RunResult
+from icdctl.engine.observer import Observer, SilentObserver
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.exporting import Export, OnnxClassifier, export_onnx
 from icdctl.models import Classifier
@@ -150,7 +151,7 @@ class _Job:
     def run(self, *, resume: bool, observer: Observer | None) -> RunResult:
         """Load what is needed, then train."""
         config = self.config
-        observer = observer or engine.SilentObserver()
+        observer = observer or SilentObserver()
         dataset = data.load(config.images, on_images=_decoding(observer))
         needs_patches = methods.METHODS[config.method].needs_patches
         for note in dataset.notes:
@@ -316,7 +317,7 @@ def evaluate(
         IcdctlError: with a message and a hint.
     """
     place = resolve_device(device)
-    seen = observer or engine.SilentObserver()
+    seen = observer or SilentObserver()
     named = None if dataset is None else data.describe(data.request(dataset))
     known, predict = _ready(target, named, place)
     wanted = _own_images(known, dataset, data_dir=data_dir, test_images=test_images)

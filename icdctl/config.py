@@ -19,13 +19,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from icdctl import data, files, methods, models, recipes
 from icdctl.data import Augmentation, Request
-from icdctl.errors import IcdctlError, UsageError, combine
+from icdctl.errors import ArtifactError, IcdctlError, UsageError, combine
 from icdctl.methods import SCALES
 from icdctl.recipes import RECIPES, ClassWeights, Recipe, Schedule
 from icdctl.sources import Options, from_validation
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
-TeacherMode = Literal["auto", "inline", "cache"]
+TeacherMode = Literal["auto", "inline", "ahead", "cache"]
+TeacherPrecision = Literal["auto", "fp32", "bf16", "fp16"]
 
 T = TypeVar("T")
 
@@ -46,6 +47,17 @@ Epochs = Annotated[tuple[int, ...], BeforeValidator(_listed)]
 
 CUSTOM_MODEL = "custom"
 """The name of a student or teacher that was handed over as an nn.Module."""
+
+
+_NO_IDENTITY = (
+    "data_dir",
+    "device",
+    "init_weights",
+    "teacher_mode",
+    "teacher_precision",
+    "teacher_weights",
+    "time_limit_seconds",
+)
 
 
 class RunConfig(BaseModel):
@@ -109,7 +121,16 @@ class RunConfig(BaseModel):
     device: str
     precision: Precision
     teacher_mode: TeacherMode
+    teacher_precision: TeacherPrecision
     deterministic: bool
+    on_nonfinite: Literal["stop", "skip"]
+    """What a loss or gradient that is not finite leads to."""
+    ema_decay: float = Field(ge=0, lt=1)
+    """Of a moving average of the weights, which is then evaluated and kept; 0 for none."""
+    init_weights: str | None
+    """File of the student's first weights; None for those that the seed gives."""
+    init_sha256: str | None
+    """Of that file, where a configuration is repeated."""
     max_steps: int | None = Field(ge=1)
     """Stop after this many steps in all."""
     time_limit_seconds: float | None = Field(gt=0)
@@ -156,8 +177,11 @@ class RunConfig(BaseModel):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that changes the numbers, and the run folder."""
-        held = self.model_dump(mode="json", exclude={"data_dir", "device", "teacher_weights", "time_limit_seconds"})
+        """All that changes the numbers, and the run folder.
+
+        How the teacher is asked is not part of it: `auto` is decided when the run begins, and the checkpoint keeps it.
+        """
+        held = self.model_dump(mode="json", exclude=set(_NO_IDENTITY))
         return held | {"out": str(Path(self.out).resolve())}
 
     @property
@@ -218,8 +242,10 @@ def build(
         config = RunConfig(**values)
     except ValidationError as error:
         found.append(from_validation(error, options.origin))
+    values_of_init = _attempt(found, _first_weights, options) if options.init_weights is not None else {}
     if found:
         raise combine(found)
+    config = config.model_copy(update=values_of_init or {})
     _fill_warmup(settings, options, RECIPES[recipe], config.epochs)
     config = config.model_copy(update={"settings": settings})
     if not config.out:
@@ -237,6 +263,28 @@ def dataset_settings(dataset: str, student: str | None, options: Options) -> dic
     if settings["image_size"] is not None and given["image_size"] is None and student == CUSTOM_MODEL:
         settings["image_size"] = _FOREIGN_IMAGE_SIZE
     return settings
+
+
+def _first_weights(options: Options) -> dict[str, str]:
+    """The file that a student starts from, and its hash.
+
+    Raises:
+        ArtifactError: it can't be read, or is not the one that the configuration pins.
+    """
+    path = files.user_path(str(options.init_weights)).absolute()
+    try:
+        sha256 = files.sha256_file(path)
+    except OSError as error:
+        raise ArtifactError(
+            f"first weights `{path}` can't be read: {error.strerror}", hint="name a weights file with `--init-weights`"
+        ) from error
+    if options.init_sha256 not in (None, sha256):
+        raise ArtifactError(
+            f"first weights `{path}` have sha256 {sha256[:12]}..., the configuration states "
+            f"{str(options.init_sha256)[:12]}...",
+            hint="name the file with `--init-weights` to use it as it is now",
+        )
+    return {"init_weights": str(path), "init_sha256": sha256}
 
 
 def check_device(name: str) -> str:
@@ -271,7 +319,12 @@ _OWN_DEFAULTS: dict[str, Any] = {
     "data_dir": None,
     "precision": "auto",
     "teacher_mode": "auto",
+    "teacher_precision": "auto",
     "deterministic": False,
+    "on_nonfinite": "stop",
+    "ema_decay": 0.0,
+    "init_weights": None,
+    "init_sha256": None,
     "max_steps": None,
 }
 _FROM_RECIPE = (

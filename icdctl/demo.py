@@ -15,7 +15,9 @@ from typing import Any
 
 from icdctl import api, data, figures, files, registry
 from icdctl.engine.device import resolve_device
-from icdctl.engine.run import Interrupted, Observer, RunResult
+from icdctl.engine.member import RunResult
+from icdctl.engine.observer import Observer
+from icdctl.engine.run import Interrupted
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.exporting import Export, OnnxClassifier
 

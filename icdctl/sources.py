@@ -27,6 +27,7 @@ WITHOUT_FLAG = frozenset(
         "crop_ratio",
         "crop_scale",
         "drop_last",
+        "ema_decay",
         "flip",
         "label_smoothing",
         "lr_decay_epochs",
@@ -34,6 +35,7 @@ WITHOUT_FLAG = frozenset(
         "lr_warmup_share",
         "momentum",
         "nesterov",
+        "on_nonfinite",
         "randaugment_magnitude",
         "randaugment_ops",
         "schedule",
@@ -92,7 +94,12 @@ class Options(BaseSettings):
     device: str | None = None
     precision: Any = None
     teacher_mode: Any = None
+    teacher_precision: Any = None
     deterministic: Any = None
+    on_nonfinite: Any = None
+    ema_decay: Any = None
+    init_weights: str | None = None
+    init_sha256: str | None = None
     max_steps: Any = None
     time_limit: Any = None
     out: str | None = None
@@ -122,8 +129,9 @@ def gather(given: Mapping[str, Any], *, config_file: Path | None = None, command
         if keywords.get(key) == "":
             raise UsageError(f"{_flag(key)} is empty", hint="name a folder, or leave it out")
     stated = _from_config_file(config_file, command) if config_file is not None else {}
-    if "teacher" in keywords:
-        stated.pop("teacher_sha256", None)
+    for key, pinned in (("teacher", "teacher_sha256"), ("init_weights", "init_sha256")):
+        if key in keywords:
+            stated.pop(pinned, None)
     if "settings" in keywords:
         keywords["settings"] = {**(stated.get("settings") or {}), **keywords["settings"]}
     variables = {key for key in Options.model_fields if f"{_VARIABLE_PREFIX}{key.upper()}" in os.environ}
@@ -147,7 +155,7 @@ def _flag(key: str) -> str:
     """How a keyword is written: as a flag where there is one."""
     if key in WITHOUT_FLAG:
         return f"`--set {key}`"
-    if key == "teacher_sha256":
+    if key in ("teacher_sha256", "init_sha256"):
         return f"`{key}`"
     return "`--set`" if key == "settings" else f"`--{key.replace('_', '-')}`"
 

@@ -21,6 +21,8 @@ import icdctl as library
 from icdctl import api, config, files, methods, models, sources
 from icdctl.engine import run as engine
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
+from icdctl.engine.folder import lock_path
+from icdctl.engine.observer import SilentObserver
 from icdctl.engine.schedule import learning_rate
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 
@@ -101,7 +103,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(teacher: Path, 
     assert weights(first) != weights(other)
 
 
-class Stop(engine.SilentObserver):
+class Stop(SilentObserver):
     """Interrupts a run as Ctrl-C does, at the end of an epoch or inside one."""
 
     def __init__(self, *, after_epoch: int, images_later: int = 0) -> None:
@@ -172,7 +174,7 @@ def test_a_run_folder_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_a_run_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with files.locked(engine.lock_path(out), busy="", hint=""):
+    with files.locked(lock_path(out), busy="", hint=""):
         out.mkdir()
         (out / "config.json").write_text("of the run that is under way")
         for resume in (False, True):
@@ -247,17 +249,29 @@ def test_every_method_trains_from_a_cached_and_an_inline_teacher_alike(
         assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4)
 
 
-def test_a_cached_teacher_needs_images_with_one_view(teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="25 views"):
-        library.distill(
-            method="kd",
-            teacher=str(teacher),
-            student="res8",
-            crop_padding=2,
-            teacher_mode="cache",
-            **SMALL,
-            out=str(tmp_path / "run"),
-        )
+@pytest.mark.parametrize("method", ["kd", "cd_sdd_dkd"])
+def test_a_teacher_that_is_asked_ahead_or_once_for_every_view_says_the_same(
+    teacher: Path, tmp_path: Path, method: str
+) -> None:
+    given = {**SMALL, "method": method, "teacher": str(teacher), "student": "res8", "crop_padding": 1, "flip": True}
+    given |= {"train_images": 1200}
+    rows = {}
+    for mode in ("inline", "ahead", "cache"):
+        out = tmp_path / mode
+        result = library.distill(**given, teacher_mode=mode, out=str(out))
+        assert json.loads((out / "config.json").read_text())["teacher_mode"] == mode
+        assert result.config.teacher_precision == "fp32"
+        rows[mode] = history(out)[0]
+    for key in set(rows["inline"]) & {"ce", "kd", "cluster"}:
+        assert rows["ahead"][key] == pytest.approx(rows["inline"][key], rel=1e-3)
+        assert rows["cache"][key] == pytest.approx(rows["inline"][key], rel=1e-3)
+
+
+def test_views_that_can_not_be_counted_can_not_be_cached(teacher: Path, tmp_path: Path) -> None:
+    given = {**SMALL, "method": "kd", "teacher": str(teacher), "student": "res8", "crop_scale": "0.5,1"}
+    with pytest.raises(UsageError, match="views that can be counted"):
+        library.distill(**given, teacher_mode="cache", out=str(tmp_path / "run"))
+    assert library.distill(**given, out=str(tmp_path / "run")).config.teacher_mode == "inline"
 
 
 def test_teacher_and_student_may_be_modules_of_their_own(tmp_path: Path) -> None:
@@ -399,7 +413,9 @@ def test_a_resolved_configuration_can_be_run_and_changed(teacher: Path, tmp_path
     planned = api.plan("distill", given)
     assert not (tmp_path / "run").exists()
     first = library.distill(planned)
-    assert first.config == planned
+    decided = {"teacher_mode": "cache", "teacher_precision": "fp32"}
+    assert first.config == planned.model_copy(update=decided)
+    assert first.config.fingerprint == planned.fingerprint
     second = library.distill(planned, seed=1, out=str(tmp_path / "other"))
     assert second.config == planned.model_copy(update={"seed": 1, "out": str(tmp_path / "other")})
 
@@ -412,7 +428,7 @@ def test_a_teacher_of_another_data_set_is_refused(teacher: Path, tmp_path: Path)
 def test_a_teacher_and_scales_that_are_not_read_are_mentioned(teacher: Path, tmp_path: Path) -> None:
     said: list[str] = []
 
-    class Listener(engine.SilentObserver):
+    class Listener(SilentObserver):
         def message(self, text: str) -> None:
             said.append(text)
 

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icdctl import models
-from icdctl.data import Views
 from icdctl.engine.step import StepRule, TrainingStep
 from icdctl.engine.teacher import InlineTeacher
 from icdctl.methods import check_settings, distillation_terms, patch_logits
@@ -152,8 +151,6 @@ NONFINITE_RULE = (
     "inputs that are not finite: the reference may zero the loss, icdctl lets it through (checked: not finite)"
 )
 GUARDED_RULE = "the reference zeroes the loss of finite inputs, even in float64: icdctl has its value (checked: finite)"
-UNREAD_VIEWS = Views(*(torch.zeros(1, dtype=torch.int64),) * 3, torch.zeros(1, dtype=torch.bool))
-"""A teacher that runs on each batch reads the pixels alone."""
 OVERFLOW_RULE = "the reference is not finite even in float64: icdctl has the loss's value (checked: finite)"
 LOWERED_RULE = (
     "target more than 850 T above the other classes: the reference lowers it by 1000, which no longer drops it; "
@@ -355,7 +352,7 @@ def test_training_follows_the_trajectory_of_the_reference(trajectory_id: str) ->
     scales = golden.scales_of(spec["M"])
     student = trajectory_model(spec["student"], spec, "student")
     cpu = torch.device("cpu")
-    teacher = InlineTeacher(trajectory_model(spec["teacher"], spec, "teacher"), scales=scales, device=cpu)
+    teacher = InlineTeacher(trajectory_model(spec["teacher"], spec, "teacher"), needs_cells=True, device=cpu)
     optimizer = torch.optim.SGD(
         student.parameters(), spec["lr"], momentum=spec["momentum"], weight_decay=spec["weight_decay"], fused=True
     )
@@ -366,7 +363,7 @@ def test_training_follows_the_trajectory_of_the_reference(trajectory_id: str) ->
     student.train()
     for index in range(spec["steps"]):
         images, labels = trajectory_batch(spec, index)
-        step(index, images, labels, teacher.answer(UNREAD_VIEWS, images))
+        step(index, images, labels, teacher(images))
     for index in range(comparable):
         wanted = trajectory["steps_float64"][index]
         expected = [wanted[f"loss_{name}"] for name in rule.term_names] + [wanted["grad_norm_before_clip"]]

@@ -28,14 +28,14 @@ def test_a_step_looks_at_no_value(method: str, variant: str) -> None:
     step = TrainingStep(student, optimizer, rule, steps_per_epoch=2, device=META)
     preprocessing = data.describe(data.request("cifar100")).preprocessing
     store = ImageStore(pixels, preprocessing, Augmentation(crop_padding=4, flip=True), device=META)
-    ask = InlineTeacher(teacher, scales=(1, 2, 4), device=META)
+    ask = InlineTeacher(teacher, needs_cells=True, device=META)
     views = store.epoch(seed=0, epoch=1).to(META)
 
     step.start_epoch(1)
     for index in range(2):
         part = views[index * 10 : (index + 1) * 10]
         images = store.inputs(part)
-        step(index, images, labels[part.index], ask.answer(part, images))
+        step(index, images, labels[part.index], ask(images))
 
     assert step.log.shape == (2, len(rule.term_names) + 1)
     with pytest.raises(RuntimeError, match="meta"):

@@ -12,7 +12,7 @@ from icdctl import console
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from icdctl.engine.run import RunResult
+    from icdctl.engine.member import RunResult
 
 
 class ProgressObserver:
@@ -24,23 +24,23 @@ class ProgressObserver:
         self._task: TaskID | None = None
 
     def begin(self, what: str, total: int) -> None:
-        """See `icdctl.engine.run.Observer`."""
+        """See `icdctl.engine.observer.Observer`."""
         self._task = self._display.add_task(f"{self._label}{what}", total=total, note="")
 
     def advance(self, images: int) -> None:
-        """See `icdctl.engine.run.Observer`."""
+        """See `icdctl.engine.observer.Observer`."""
         if self._task is not None:
             self._display.advance(self._task, images)
 
     def epoch(self, row: dict[str, float], epochs: int) -> None:
-        """See `icdctl.engine.run.Observer`."""
+        """See `icdctl.engine.observer.Observer`."""
         if self._task is not None:
             watched = "test" if "test_top1" in row else "val"
             note = f"epoch {row['epoch']:.0f}/{epochs} {watched} top-1 {row[f'{watched}_top1']:.2f}"
             self._display.update(self._task, note=note)
 
     def message(self, text: str) -> None:
-        """See `icdctl.engine.run.Observer`."""
+        """See `icdctl.engine.observer.Observer`."""
         console.talk(text)
 
 

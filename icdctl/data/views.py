@@ -112,6 +112,11 @@ class ImageStore:
         return (down + 1) * (right + 1) * (2 if augmentation.flip else 1)
 
     @property
+    def fingerprint(self) -> str:
+        """Of everything that decides which views there are, the pixels aside."""
+        return f"{tuple(self._images.shape[1:3])} {(self.height, self.width)} {self._augmentation}"
+
+    @property
     def _margins(self) -> tuple[int, int]:
         """The largest `top` and `left` of a crop of the input's size."""
         return self._spare[0] + 2 * self._padding, self._spare[1] + 2 * self._padding
@@ -139,11 +144,29 @@ class ImageStore:
         offsets = (unit[:2] * room).long()
         return Views(index, offsets[0], offsets[1], (unit[2] < 0.5) & augmentation.flip, box, key)
 
-    def plain(self) -> Views:
-        """Every image once, in order, cut out of its centre and otherwise as it is, on the CPU."""
-        down, right = self._margins
-        top, left = (torch.full((self.num_images,), round(margin / 2)) for margin in (down, right))
-        return Views(torch.arange(self.num_images), top, left, torch.zeros(self.num_images, dtype=torch.bool))
+    def numbered(self, numbers: Tensor) -> Views:
+        """The views of these numbers, 0 to `num_images * num_views - 1`, an image's own ones next to each other.
+
+        Args:
+            numbers: [N] int64, on the CPU.
+
+        Raises:
+            ValueError: the views are too many to count.
+        """
+        if self.num_views is None:
+            raise ValueError("these views have no numbers")
+        sides = 2 if self._augmentation.flip else 1
+        across = self._margins[1] + 1
+        index, place = numbers // self.num_views, numbers % self.num_views
+        top, left, flip = place // (across * sides), place // sides % across, place % sides
+        return Views(index, top, left, flip.bool())
+
+    def numbers(self, views: Views) -> Tensor:
+        """The inverse of `numbered`: [N] int64, where the views are."""
+        sides = 2 if self._augmentation.flip else 1
+        across = self._margins[1] + 1
+        place = (views.top * across + views.left) * sides
+        return views.index * (self.num_views or 1) + (place + views.flip if sides == 2 else place)
 
     def pixels(self, views: Views) -> Tensor:
         """The raw pixels of views on the store's device: [B, H, W, 3] uint8."""

@@ -13,12 +13,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from icdctl import files
+from icdctl.engine.step import TrainingStep
 from icdctl.errors import ArtifactError
 
-_MODEL, _OPTIMIZER = "model.", "optimizer."
+_MODEL, _AVERAGE, _OPTIMIZER = "model.", "average.", "optimizer."
+_NUM_AVERAGED = "num_averaged"
 _METADATA = "icdctl"
 
 
@@ -39,6 +41,12 @@ class Progress(BaseModel):
     """Nothing is left to train."""
     dataset_sha256: str
     """Of the images and labels that it was trained on."""
+    nonfinite_steps: int = 0
+    """Left out, where the run leaves such steps out."""
+    teacher_mode: str = "auto"
+    """As decided when the run began."""
+    teacher_precision: str = "auto"
+    """As decided when the run began."""
 
     @model_validator(mode="after")
     def _has_a_row_an_epoch(self) -> Self:
@@ -52,21 +60,24 @@ def checkpoint_path(fingerprint: str) -> Path:
     return files.state_folder() / "checkpoints" / fingerprint / "state.safetensors"
 
 
-def save_checkpoint(path: Path, student: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+def save_checkpoint(path: Path, step: TrainingStep, progress: Progress) -> None:
     """Write weights, optimiser state and progress.
 
     Raises:
         ArtifactError: the place can't be written to.
     """
-    tensors = {_MODEL + key: tensor for key, tensor in student.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
+    tensors = {_MODEL + key: tensor for key, tensor in step.student.state_dict().items()}
+    if step.average is not None:
+        tensors |= {_AVERAGE + key: tensor for key, tensor in step.average.state_dict().items()}
+        tensors[_NUM_AVERAGED] = step.num_averaged
+    for index, state in step.optimizer.state_dict()["state"].items():
         tensors |= {f"{_OPTIMIZER}{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
     held = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     text = progress.model_dump_json()
     files.write_bytes(path, save(held, metadata={_METADATA: text}))
 
 
-def load_checkpoint(path: Path, student: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
+def load_checkpoint(path: Path, step: TrainingStep) -> Progress | None:
     """Put weights and optimiser back as they were, or return None where nothing was saved.
 
     Raises:
@@ -78,16 +89,21 @@ def load_checkpoint(path: Path, student: nn.Module, optimizer: torch.optim.Optim
         with safe_open(path, framework="pt") as stored:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (it is no dictionary)
             progress = Progress.model_validate_json(stored.metadata()[_METADATA], strict=True)
-        student.load_state_dict(
-            {key.removeprefix(_MODEL): tensor for key, tensor in tensors.items() if key.startswith(_MODEL)}
-        )
-        _load_optimizer(optimizer, tensors)
+        step.student.load_state_dict(_below(_MODEL, tensors))
+        if step.average is not None:
+            step.average.load_state_dict(_below(_AVERAGE, tensors))
+            step.num_averaged.copy_(tensors[_NUM_AVERAGED])
+        _load_optimizer(step.optimizer, tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(
             f"checkpoint `{path}` can't be read: {str(error).splitlines()[0]}",
             hint="delete it and the run folder, and start the run again",
         ) from error
     return progress
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ float64 and shareable by many students. Shapes: B images.
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -17,10 +18,13 @@ from icdctl.engine.teacher import Answer
 from icdctl.methods import METHODS, Settings
 from icdctl.models import Classifier
 
+_AVERAGE_WARMUP = 10
+"""The average's decay is at most (1 + n) / (10 + n) after n steps, so that it soon forgets the first weights."""
+
 
 @dataclass(frozen=True)
 class StepRule:
-    """What is minimised, and how gradients are bounded."""
+    """What is minimised, and how weights follow."""
 
     method: str
     settings: Settings
@@ -34,6 +38,10 @@ class StepRule:
     """[K] on the device, of the same; None for none."""
     has_unlabeled: bool = False
     """Some images have no label (-1)."""
+    skip_nonfinite: bool = False
+    """Leave weights and statistics as they are where a loss or gradient is not finite, and count that."""
+    ema_decay: float = 0.0
+    """Of an exponential moving average of the weights; 0 for none."""
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -57,6 +65,8 @@ class TrainingStep:
         self.student = student
         self.optimizer = optimizer
         self.rule = rule
+        self.average = copy.deepcopy(student).eval().requires_grad_(False) if rule.ema_decay else None
+        """The moving average of the student, or None."""
         self._parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self._needs_patches = METHODS[rule.method].needs_patches
         self._device = device
@@ -64,7 +74,11 @@ class TrainingStep:
         # A column a term, then the gradient's norm before clipping.
         self.log = torch.zeros((steps_per_epoch, len(rule.term_names) + 1), dtype=dtype, device=device)
         self.num_right = torch.zeros((), dtype=torch.int64, device=device)
+        self.num_averaged = torch.zeros((), dtype=torch.float32, device=device)
+        """Steps that the average has seen."""
         self._epoch = torch.ones((), dtype=torch.float64, device=device)
+        self._buffers = list(student.buffers()) if rule.skip_nonfinite else []
+        self._kept_buffers = [buffer.clone() for buffer in self._buffers]
 
     def start_epoch(self, epoch: int) -> None:
         """Set the epoch, counted from 1, which the distillation warm-up reads, and clear the log."""
@@ -81,15 +95,40 @@ class TrainingStep:
             labels: [B] int64; -1 for an image that has none.
             answer: the teacher's, for methods that have one.
         """
+        for kept, buffer in zip(self._kept_buffers, self._buffers, strict=True):
+            kept.copy_(buffer)
         self.optimizer.zero_grad(set_to_none=True)
         terms, logits = self._terms(images, labels, answer)
         total = torch.stack(list(terms.values())).sum()
         total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         gradient_norm = nn.utils.clip_grad_norm_(self._parameters, self.rule.clip_norm)
+        if self.rule.skip_nonfinite:
+            self._guard(total, gradient_norm)
         self.optimizer.step()
         with torch.no_grad():
             self.log[index] = torch.stack([*terms.values(), gradient_norm]).detach()
             self.num_right += (logits.argmax(dim=1) == labels).sum()
+            if self.average is not None:
+                self._update_average(self.average)
+
+    @torch.no_grad()
+    def _guard(self, total: Tensor, gradient_norm: Tensor) -> None:
+        """Have the update left out where a number is not finite, and the statistics put back, without looking."""
+        bad = ~(torch.isfinite(total) & torch.isfinite(gradient_norm))
+        # What a gradient scaler would set: the fused optimisers leave everything as it is where it is 1.
+        self.optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
+        for kept, buffer in zip(self._kept_buffers, self._buffers, strict=True):
+            buffer.copy_(torch.where(bad, kept, buffer))
+
+    def _update_average(self, average: Classifier) -> None:
+        steps = self.num_averaged
+        share = 1 - torch.clamp((1 + steps) / (_AVERAGE_WARMUP + steps), max=self.rule.ema_decay)
+        for old, new in zip(average.state_dict().values(), self.student.state_dict().values(), strict=True):
+            if old.is_floating_point():
+                old.lerp_(new, share.to(old.dtype))
+            else:
+                old.copy_(new)
+        steps += 1
 
     def _terms(self, images: Tensor, labels: Tensor, answer: Answer | None) -> tuple[dict[str, Tensor], Tensor]:
         """The weighted loss terms and the logits [B, K]."""
@@ -103,8 +142,8 @@ class TrainingStep:
             self.rule.method,
             student_logits=logits,
             student_patches=None if patches is None else _at_least_float32(patches),
-            teacher_logits=None if answer is None else _at_least_float32(answer.logits),
-            teacher_patches=None if answer is None or answer.patches is None else _at_least_float32(answer.patches),
+            teacher_logits=None if answer is None else answer.logits,
+            teacher_patches=self._teacher_patches(answer),
             labels=labels,
             scales=self.rule.scales,
             epoch=self._epoch,
@@ -114,6 +153,12 @@ class TrainingStep:
             has_unlabeled=self.rule.has_unlabeled,
         )
         return terms, logits
+
+    def _teacher_patches(self, answer: Answer | None) -> Tensor | None:
+        """[B, K, P] of this student's scales."""
+        if answer is None or answer.cells is None or not self._needs_patches:
+            return None
+        return methods.pool_cells(answer.cells, self.rule.scales)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

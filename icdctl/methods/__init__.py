@@ -18,11 +18,13 @@ from icdctl.errors import UsageError, unknown_name
 from icdctl.methods.logit import UNLABELED, cross_entropy_loss, dkd_loss, kd_loss, nkd_loss
 from icdctl.methods.patch import (
     SCALES,
+    cell_logits,
     check_scales,
     cluster_loss,
     num_patches,
     parse_scales,
     patch_logits,
+    pool_cells,
     scale_decoupled_loss,
 )
 
@@ -32,12 +34,14 @@ __all__ = [
     "VARIANTS",
     "Method",
     "Settings",
+    "cell_logits",
     "check_scales",
     "check_settings",
     "distillation_terms",
     "num_patches",
     "parse_scales",
     "patch_logits",
+    "pool_cells",
     "resolve",
 ]
 

@@ -79,11 +79,28 @@ def patch_logits(feature_map: Tensor, head: Callable[[Tensor], Tensor], scales: 
 
     Source: Luo et al. 2024 (SDD), section 3.2, https://arxiv.org/abs/2403.13512
     """
+    return pool_cells(cell_logits(feature_map, head), scales)
+
+
+def cell_logits(feature_map: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """Logits of the cells of the 4 x 4 grid, from which those of all coarser regions follow.
+
+    Args:
+        feature_map: as for `patch_logits`.
+        head: as for `patch_logits`.
+
+    Returns:
+        [B, K, 4, 4].
+    """
     cells = F.adaptive_avg_pool2d(feature_map, _FINEST)  # [B, C, 4, 4]
     batch, channels = cells.shape[:2]
     logits = head(cells.permute(0, 2, 3, 1).reshape(-1, channels))  # [B * 16, K]
-    grid = logits.reshape(batch, _FINEST, _FINEST, -1).permute(0, 3, 1, 2)  # [B, K, 4, 4]
-    return torch.cat([F.avg_pool2d(grid, _FINEST // scale).flatten(2) for scale in scales], dim=2)
+    return logits.reshape(batch, _FINEST, _FINEST, -1).permute(0, 3, 1, 2)
+
+
+def pool_cells(cells: Tensor, scales: Sequence[int]) -> Tensor:
+    """Patch logits of some scales from the cells' logits: [B, K, 4, 4] -> [B, K, P]."""
+    return torch.cat([F.avg_pool2d(cells, _FINEST // scale).flatten(2) for scale in scales], dim=2)
 
 
 def scale_decoupled_loss(

@@ -1,0 +1,295 @@
+"""How a teacher's answers come about: on each batch, some steps ahead, or once for every view and then looked up.
+
+A frozen teacher in eval mode is a pure function of the view, so its answers may be computed at any time. A table of all
+views is kept on disk, under the hashes of everything that it depends on, and a part of it is computed again before it
+is believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from icdctl import files
+from icdctl.data import Dataset, ImageStore
+from icdctl.engine.teacher import SUPER_BATCH, AheadTeacher, CachedTeacher, InlineTeacher, Teacher
+from icdctl.errors import ArtifactError, UsageError
+
+Mode = Literal["inline", "ahead", "cache"]
+
+_CHECKED_VIEWS = 1000
+_KEPT_FROM_VIEWS = 20 * _CHECKED_VIEWS
+"""A smaller table is made anew each time: checking it would cost nearly as much."""
+_LARGEST_FP32_BYTES = 2 * 1024**3
+_CELLS = 16
+_ALLOWED = {"float16": 2.0**-9, "float32": 1e-4}
+"""Largest difference of a checked answer, by the largest answer."""
+_SCHEME = 1
+"""Part of the key: raise it whenever answers change."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What will be asked of a teacher."""
+
+    num_streams: int
+    """Different orders of the images."""
+    num_images: int
+    """Asked for in all, over all streams and epochs."""
+    needs_cells: bool
+    num_classes: int
+    deterministic: bool
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the answers for all views: how large it is, and where it is kept."""
+
+    num_views: int
+    """Of all images together."""
+    dtype: torch.dtype
+    num_bytes: int
+    folder: Path | None
+    """None where it is not worth keeping, or the teacher has no hash."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is on disk."""
+        return self.folder is not None and (self.folder / "facts.json").is_file()
+
+
+def plan_table(
+    store: ImageStore, demand: Demand, dataset: Dataset, *, teacher_sha256: str, precision: str
+) -> Table | None:
+    """The table that a cache would need; None where the views are too many to count.
+
+    Args:
+        store: the training images.
+        demand: what will be asked.
+        dataset: whose images they are.
+        teacher_sha256: of the teacher's weights; empty for a module without a file.
+        precision: of the teacher.
+    """
+    if store.num_views is None:
+        return None
+    num_views = store.num_images * store.num_views
+    numbers = num_views * demand.num_classes * (1 + (_CELLS if demand.needs_cells else 0))
+    exact = demand.deterministic or numbers * 4 <= _LARGEST_FP32_BYTES
+    dtype = torch.float32 if exact else torch.float16
+    folder = None
+    if teacher_sha256 and num_views >= _KEPT_FROM_VIEWS:
+        facts = [_SCHEME, teacher_sha256, dataset.sha256, dataset.preprocessing.as_json(), store.fingerprint]
+        facts += [str(dtype), precision, demand.needs_cells]
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+        folder = files.state_folder() / "cache" / "answers" / key
+    return Table(num_views, dtype, numbers * dtype.itemsize, folder)
+
+
+def choose_mode(wanted: str, table: Table | None, demand: Demand, device: torch.device) -> Mode:
+    """`auto` is the cache where that is less work and there is room, else `ahead` on CUDA and `inline` on a CPU.
+
+    Raises:
+        UsageError: `cache` was asked for, but the views can't be counted, or there is no room for them.
+    """
+    if wanted == "inline":
+        return "inline"
+    if wanted == "ahead":
+        return "ahead"
+    if wanted == "cache":
+        if table is None:
+            raise UsageError(
+                "`--teacher-mode cache` needs views that can be counted: not crops of changing size or RandAugment",
+                hint="use `--teacher-mode inline` or `ahead`",
+            )
+        if not _has_room(table, device):
+            raise UsageError(
+                f"`--teacher-mode cache` needs {table.num_bytes / 1e9:.1f} GB for {table.num_views:,} views, and there "
+                "is not so much room",
+                hint="use `--teacher-mode inline` or `ahead`, or make room in memory and in the state folder",
+            )
+        return "cache"
+    # A look-up is not free, and on CUDA the teacher runs beside the students.
+    share = 0.4 if device.type == "cuda" else 0.8
+    pays = table is not None and (table.is_kept or table.num_views <= share * demand.num_images)
+    if table is not None and pays and _has_room(table, device):
+        return "cache"
+    return "ahead" if device.type == "cuda" else "inline"
+
+
+def make_teacher(
+    mode: Mode,
+    inline: InlineTeacher,
+    store: ImageStore,
+    table: Table | None,
+    *,
+    begin: Callable[[str, int], None],
+    advance: Callable[[int], None],
+    message: Callable[[str], None],
+) -> Teacher:
+    """The teacher of a mode, with its table filled.
+
+    Args:
+        mode: from `choose_mode`.
+        inline: runs the network.
+        store: the training images.
+        table: from `plan_table`.
+        begin: told what begins, and of how many views.
+        advance: told of how many more are done.
+        message: told what a person should read.
+
+    Raises:
+        ArtifactError: the table can't be written.
+    """
+    if mode == "inline" or (mode == "cache" and table is None):
+        return inline
+    if mode == "ahead" or table is None:
+        return AheadTeacher(inline, store)
+    if table.folder is None:
+        begin("asking the teacher", table.num_views)
+        return _filled(inline, store, table, advance, _in_memory)
+    with files.waited_lock(table.folder.with_name(f".{table.folder.name}.lock")):
+        kept = _opened(table, store)
+        if kept is not None and _agrees(kept, inline, store, table):
+            return kept
+        if kept is not None:
+            message("warning: the teacher's answers on disk are not what it says now: they are made anew")
+        begin("asking the teacher for every view", table.num_views)
+        return _kept(inline, store, table, advance)
+
+
+_Make = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
+
+
+def _in_memory(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def _filled(
+    inline: InlineTeacher, store: ImageStore, table: Table, advance: Callable[[int], None], make: _Make
+) -> CachedTeacher:
+    """Ask for every view once."""
+    logits: Tensor | None = None
+    cells: Tensor | None = None
+    for first in range(0, table.num_views, SUPER_BATCH):
+        numbers = torch.arange(first, min(first + SUPER_BATCH, table.num_views))
+        answer = inline.of_views(store, store.numbered(numbers))
+        if logits is None:
+            logits = make("logits", (table.num_views, *answer.logits.shape[1:]), table.dtype)
+            if answer.cells is not None:
+                cells = make("cells", (table.num_views, *answer.cells.shape[1:]), table.dtype)
+        logits[numbers] = answer.logits.to("cpu", table.dtype)
+        if cells is not None and answer.cells is not None:
+            cells[numbers] = answer.cells.to("cpu", table.dtype)
+        advance(len(numbers))
+    assert logits is not None
+    return _placed(store, logits, cells)
+
+
+def _placed(store: ImageStore, logits: Tensor, cells: Tensor | None) -> CachedTeacher:
+    """On the device where it has room, else in the host's memory or its files."""
+    num_bytes = sum(part.numel() * part.element_size() for part in (logits, cells) if part is not None)
+    if store.device.type == "cuda" and num_bytes <= torch.cuda.mem_get_info(store.device)[0] // 2:
+        return CachedTeacher(store, logits.to(store.device), None if cells is None else cells.to(store.device))
+    return CachedTeacher(store, logits, cells)
+
+
+def _kept(inline: InlineTeacher, store: ImageStore, table: Table, advance: Callable[[int], None]) -> CachedTeacher:
+    """Fill a table on disk under a temporary name, then rename it."""
+    assert table.folder is not None
+    building = table.folder.with_name(f".{table.folder.name}.part")
+    shutil.rmtree(building, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(table.folder, ignore_errors=True)
+    files.make_folder(building)
+
+    def mapped(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        path = building / f"{name}.npy"
+        held = np.lib.format.open_memmap(path, mode="w+", dtype=_numpy_type(dtype), shape=shape)
+        with path.open("r+b") as file:  # a full disk is told now, and not by a signal when a page is written
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        return torch.from_numpy(held)
+
+    try:
+        _filled(inline, store, table, advance, mapped)
+        files.write_json(building / "facts.json", {"num_views": table.num_views, "dtype": str(table.dtype)})
+        building.rename(table.folder)
+    except OSError as error:
+        raise files.not_writable(table.folder, error) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    opened = _opened(table, store)
+    if opened is None:
+        raise ArtifactError(
+            f"`{table.folder}` can't be read back", hint="check the disk, or use `--teacher-mode inline`"
+        )
+    return opened
+
+
+def _opened(table: Table, store: ImageStore) -> CachedTeacher | None:
+    """The table on disk, mapped; None where it is absent or damaged."""
+    assert table.folder is not None
+    if not table.is_kept:
+        return None
+    try:
+        parts = {
+            name: torch.from_numpy(np.load(table.folder / f"{name}.npy", mmap_mode="c"))
+            for name in ("logits", "cells")
+            if (table.folder / f"{name}.npy").is_file()
+        }
+        logits = parts["logits"]
+    except (OSError, EOFError, ValueError, KeyError):
+        return None
+    whole = all(part.shape[0] == table.num_views and part.dtype == table.dtype for part in parts.values())
+    return _placed(store, logits, parts.get("cells")) if whole else None
+
+
+def _agrees(kept: CachedTeacher, inline: InlineTeacher, store: ImageStore, table: Table) -> bool:
+    """Whether some of the views, drawn at random, have the answers that the teacher gives now."""
+    numbers = torch.randint(table.num_views, (_CHECKED_VIEWS,), generator=torch.Generator().manual_seed(0))
+    views = store.numbered(numbers).to(store.device)
+    now, then = inline.of_views(store, views), kept.of_views(views)
+    allowed = _ALLOWED[str(table.dtype).removeprefix("torch.")]
+    pairs = [(now.logits, then.logits)]
+    if now.cells is not None:
+        if then.cells is None:
+            return False
+        pairs.append((now.cells, then.cells))
+    return all(bool((new - old).abs().max() <= allowed * new.abs().max()) for new, old in pairs)
+
+
+def _numpy_type(dtype: torch.dtype) -> type[np.generic]:
+    return np.float16 if dtype == torch.float16 else np.float32
+
+
+def _has_room(table: Table, device: torch.device) -> bool:
+    """On disk where it is kept there, and in memory: it is read at random, over and over."""
+    if table.folder is not None and not table.is_kept:
+        home = next(folder for folder in (table.folder, *table.folder.parents) if folder.exists())
+        if shutil.disk_usage(home).free < 1.1 * table.num_bytes:
+            return False
+    if device.type == "cuda" and table.num_bytes <= torch.cuda.mem_get_info(device)[0] // 2:
+        return True
+    return table.num_bytes <= _free_memory() // 2
+
+
+def _free_memory() -> int:
+    """Bytes of the host's memory that are free or can be freed."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (ValueError, OSError, AttributeError):
+        return 4 * 1024**3

@@ -1,0 +1,37 @@
+"""Whoever wants to know how a run goes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Observer(Protocol):
+    """Told of the progress of runs; it never changes them."""
+
+    def begin(self, what: str, total: int) -> None:
+        """A stretch of work starts: `total` images."""
+
+    def advance(self, images: int) -> None:
+        """That many more are done."""
+
+    def epoch(self, row: dict[str, float], epochs: int) -> None:
+        """An epoch's line of history, of so many."""
+
+    def message(self, text: str) -> None:
+        """Something a person should read."""
+
+
+class SilentObserver:
+    """Hears everything and says nothing."""
+
+    def begin(self, what: str, total: int) -> None:
+        """See `Observer`."""
+
+    def advance(self, images: int) -> None:
+        """See `Observer`."""
+
+    def epoch(self, row: dict[str, float], epochs: int) -> None:
+        """See `Observer`."""
+
+    def message(self, text: str) -> None:
+        """See `Observer`."""
