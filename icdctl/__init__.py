@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icdctl import methods, models
-    from icdctl.api import distill, evaluate, export, train
+    from icdctl.api import distill, distill_many, evaluate, export, train
     from icdctl.errors import IcdctlError
 
-__all__ = ["IcdctlError", "__version__", "distill", "evaluate", "export", "methods", "models", "train"]
+__all__ = ["IcdctlError", "__version__", "distill", "distill_many", "evaluate", "export", "methods", "models", "train"]
 
 __version__ = metadata.version("icdctl")
 
 _HOMES = {
     "IcdctlError": "icdctl.errors",
     "distill": "icdctl.api",
+    "distill_many": "icdctl.api",
     "evaluate": "icdctl.api",
     "export": "icdctl.api",
     "train": "icdctl.api",

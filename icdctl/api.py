@@ -6,7 +6,7 @@ Each function takes keywords named like the flags, resolves every name, and hand
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +22,10 @@ from icdctl.engine import run as engine
 from icdctl.engine.device import resolve_device
 from icdctl.engine.member import RunResult
 from icdctl.engine.observer import Observer, SilentObserver
+from icdctl.engine.run import Failure
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.exporting import Export, OnnxClassifier, export_onnx
+from icdctl.lists import expand
 from icdctl.models import Classifier
 from icdctl.models.external import adapt
 from icdctl.sources import Options
@@ -31,6 +33,7 @@ from icdctl.targets import Target
 
 Model = str | Path | nn.Module
 Config = Mapping[str, Any] | RunConfig
+Command = Literal["train", "distill"]
 
 
 def train(
@@ -55,7 +58,7 @@ def train(
     given = {**_stated(config), **options}
     if "model" in given:
         given["student"] = given.pop("model")
-    return _Job("train", given).run(resume=resume, observer=observer)
+    return _one(_run([_Job("train", given)], resume=resume, observer=observer))
 
 
 def distill(
@@ -77,7 +80,36 @@ def distill(
     Raises:
         IcdctlError: with a message and a hint.
     """
-    return _Job("distill", {**_stated(config), **options}).run(resume=resume, observer=observer)
+    return _one(_run([_Job("distill", {**_stated(config), **options})], resume=resume, observer=observer))
+
+
+def distill_many(
+    config: Config | None = None,
+    *,
+    seeds: str | Sequence[int] | None = None,
+    resume: bool = False,
+    observer: Observer | None = None,
+    **options: Any,
+) -> list[RunResult | Failure]:
+    """Train many students of one teacher at once, each as if it were alone, each with a run folder of its own.
+
+    Args:
+        config: options as a mapping, or a resolved configuration; keywords override it.
+        seeds: `0-4`, or a sequence.
+        resume: for each of them, as for `distill`.
+        observer: told of the progress.
+        **options: as for `distill`; `method`, `student` and the values of `settings` may be lists, and every
+            combination is trained. `out` is the folder of the run folders.
+
+    Returns:
+        A result for each combination, or a `Failure` for one that did not get through.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    given = {**_stated(config), **options}
+    text = seeds if seeds is None or isinstance(seeds, str) else ",".join(map(str, seeds))
+    return start("distill", expand(given, seeds=text), resume=resume, observer=observer)
 
 
 def _stated(config: Config | None) -> dict[str, Any]:
@@ -87,9 +119,7 @@ def _stated(config: Config | None) -> dict[str, Any]:
     return dict(config or {})
 
 
-def plan(
-    command: Literal["train", "distill"], options: Mapping[str, Any], config_file: Path | None = None
-) -> RunConfig:
+def plan(command: Command, options: Mapping[str, Any], config_file: Path | None = None) -> RunConfig:
     """The resolved configuration of a run that is not started; the teacher must be there, the data need not.
 
     Raises:
@@ -98,28 +128,83 @@ def plan(
     return _Job(command, options, config_file).config
 
 
-def start(
-    command: Literal["train", "distill"],
-    options: Mapping[str, Any],
-    *,
-    config_file: Path | None = None,
-    resume: bool = False,
-    observer: Observer | None = None,
-) -> RunResult:
-    """`train` or `distill` by name, from options and a config.json.
+def plan_many(
+    command: Command, several: Sequence[Mapping[str, Any]], config_file: Path | None = None
+) -> list[RunConfig]:
+    """The resolved configurations of runs that would be trained together.
 
     Raises:
         IcdctlError: with a message and a hint.
     """
-    return _Job(command, options, config_file).run(resume=resume, observer=observer)
+    return [job.config for job in _jobs(command, several, config_file)]
+
+
+def start(
+    command: Command,
+    several: Sequence[Mapping[str, Any]],
+    *,
+    config_file: Path | None = None,
+    resume: bool = False,
+    observer: Observer | None = None,
+) -> list[RunResult | Failure]:
+    """`train` or `distill` by name, from options and a config.json; several runs share data and teacher.
+
+    Args:
+        command: of all of them.
+        several: options, a mapping a run. Where there is more than one, their `out` is the folder of the run folders.
+        config_file: a run's config.json, which the options override.
+        resume: for each of them, as for `distill`.
+        observer: told of the progress.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    return _run(_jobs(command, several, config_file), resume=resume, observer=observer)
+
+
+def _jobs(command: Command, several: Sequence[Mapping[str, Any]], config_file: Path | None) -> list[_Job]:
+    jobs = [_Job(command, options, config_file) for options in several]
+    if len(jobs) > 1:
+        for job, options in zip(jobs, several, strict=True):
+            if options.get("out") is not None:
+                out = files.user_path(str(options["out"])) / configuration.default_run_name(job.config)
+                job.config = job.config.model_copy(update={"out": str(out)})
+    return jobs
+
+
+def _one(results: list[RunResult | Failure]) -> RunResult:
+    (result,) = results
+    if isinstance(result, Failure):
+        raise result.error
+    return result
+
+
+def _run(jobs: Sequence[_Job], *, resume: bool, observer: Observer | None) -> list[RunResult | Failure]:
+    """Load what is needed, once, then train."""
+    observer = observer or SilentObserver()
+    engine.check_together([job.config for job in jobs])
+    dataset = data.load(jobs[0].config.images, on_images=_decoding(observer))
+    caveat = [f"warning: {dataset.caveat}"] if dataset.caveat else []
+    warnings = [warning for job in jobs for warning in job.warnings()]
+    for text in dict.fromkeys([*dataset.notes, *caveat, *warnings]):
+        observer.message(text)
+    needs_patches = any(methods.METHODS[job.config.method].needs_patches for job in jobs)
+    asking = next((job for job in jobs if job.config.teacher is not None), jobs[0])
+    return engine.run_together(
+        [job.config for job in jobs],
+        dataset,
+        teacher=asking.teacher(dataset, needs_patches),
+        teacher_origin=_origin_of(asking.teacher_target),
+        students=[job.own_student(dataset) for job in jobs],
+        resume=resume,
+        observer=observer,
+    )
 
 
 class _Job:
     """Options with every name resolved."""
 
-    def __init__(
-        self, command: Literal["train", "distill"], options: Mapping[str, Any], config_file: Path | None = None
-    ) -> None:
+    def __init__(self, command: Command, options: Mapping[str, Any], config_file: Path | None = None) -> None:
         given = dict(options)
         self.student_module = _take_module(given, "student")
         self.teacher_module = _take_module(given, "teacher")
@@ -148,39 +233,28 @@ class _Job:
         has_module = self.teacher_module is not None and not self.teacher_is_ignored
         return (CUSTOM_MODEL, "", "") if has_module else None
 
-    def run(self, *, resume: bool, observer: Observer | None) -> RunResult:
-        """Load what is needed, then train."""
+    def warnings(self) -> list[str]:
+        """What was given and does nothing."""
         config = self.config
-        observer = observer or SilentObserver()
-        dataset = data.load(config.images, on_images=_decoding(observer))
         needs_patches = methods.METHODS[config.method].needs_patches
-        for note in dataset.notes:
-            observer.message(note)
-        if dataset.caveat:
-            observer.message(f"warning: {dataset.caveat}")
+        found = []
         if needs_patches and config.scales == (1,):
-            observer.message("warning: with scale 1 alone there are no patches: SDD and the cluster term add nothing")
+            found.append("warning: with scale 1 alone there are no patches: SDD and the cluster term add nothing")
         if self.scales_are_given and not needs_patches:
-            observer.message(f"warning: method `{config.method}` reads no patches, `--scales` is ignored")
+            found.append(f"warning: method `{config.method}` reads no patches, `--scales` is ignored")
         if self.teacher_is_ignored:
-            observer.message(f"warning: method `{config.method}` reads no teacher, `--teacher` is ignored")
-        return engine.run(
-            config,
-            dataset,
-            teacher=self._teacher(dataset, needs_patches),
-            teacher_origin=_origin_of(self.teacher_target),
-            student=self._own_student(dataset, needs_patches),
-            resume=resume,
-            observer=observer,
-        )
+            found.append(f"warning: method `{config.method}` reads no teacher, `--teacher` is ignored")
+        return found
 
-    def _teacher(self, dataset: Dataset, needs_patches: bool) -> Classifier | None:
+    def teacher(self, dataset: Dataset, needs_patches: bool) -> Classifier | None:
+        """The teacher's weights, or a module of one's own; None where the method reads none."""
         if self.teacher_target is not None:
             return self.teacher_target.load()
         return self._adapted(self.teacher_module, dataset, needs_patches)
 
-    def _own_student(self, dataset: Dataset, needs_patches: bool) -> Classifier | None:
-        return self._adapted(self.student_module, dataset, needs_patches)
+    def own_student(self, dataset: Dataset) -> Classifier | None:
+        """A module of one's own in place of a named student."""
+        return self._adapted(self.student_module, dataset, methods.METHODS[self.config.method].needs_patches)
 
     def _adapted(self, module: nn.Module | None, dataset: Dataset, needs_patches: bool) -> Classifier | None:
         if module is None:
@@ -508,4 +582,16 @@ def _facts(target: Target) -> dict[str, Any]:
     return facts
 
 
-__all__ = ["EvaluationResult", "RunResult", "distill", "evaluate", "export", "plan", "start", "train"]
+__all__ = [
+    "EvaluationResult",
+    "Failure",
+    "RunResult",
+    "distill",
+    "distill_many",
+    "evaluate",
+    "export",
+    "plan",
+    "plan_many",
+    "start",
+    "train",
+]

@@ -171,7 +171,7 @@ class RunConfig(BaseModel):
             val_split=self.val_split,
             split_seed=self.split_seed,
             room_to_crop=self.crop_scale is not None,
-            unlabeled=methods.METHODS[self.method].needs_teacher,
+            unlabeled=methods.METHODS[self.method].needs_teacher and self.dataset.startswith("imagefolder:"),
             **{key: getattr(self, key) for key in DATASET_SETTINGS},
         )
 

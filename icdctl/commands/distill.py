@@ -12,7 +12,8 @@ from icdctl.commands.training import run_training
 
 def distill(
     method: Annotated[
-        str | None, typer.Option(help="Loss to train with; `icdctl list methods`.", rich_help_panel="What")
+        str | None,
+        typer.Option(help="Loss to train with, or several: `kd,dkd`; `icdctl list methods`.", rich_help_panel="What"),
     ] = None,
     teacher: Annotated[
         str | None,
@@ -23,7 +24,8 @@ def distill(
         ),
     ] = None,
     student: Annotated[
-        str | None, typer.Option(help="Model to train; `icdctl list models`.", rich_help_panel="What")
+        str | None,
+        typer.Option(help="Model to train, or several: `mv2,shuv1`; `icdctl list models`.", rich_help_panel="What"),
     ] = None,
     dataset: options.Dataset = None,
     scales: options.Scales = None,
@@ -33,6 +35,8 @@ def distill(
     batch_size: options.BatchSize = None,
     lr: options.LearningRate = None,
     seed: options.Seed = None,
+    seeds: options.Seeds = None,
+    init_weights: options.InitWeights = None,
     optimizer: options.Optimizer = None,
     train_images: options.TrainImages = None,
     test_images: options.TestImages = None,
@@ -45,6 +49,7 @@ def distill(
     device: options.Device = None,
     precision: options.Precision = None,
     teacher_mode: options.TeacherMode = None,
+    teacher_precision: options.TeacherPrecision = None,
     deterministic: options.Deterministic = False,
     max_steps: options.MaxSteps = None,
     time_limit: options.TimeLimit = None,
@@ -70,6 +75,7 @@ def distill(
         batch_size=batch_size,
         lr=lr,
         seed=seed,
+        init_weights=init_weights,
         optimizer=optimizer,
         train_images=train_images,
         test_images=test_images,
@@ -82,9 +88,10 @@ def distill(
         device=device,
         precision=precision,
         teacher_mode=teacher_mode,
+        teacher_precision=teacher_precision,
         deterministic=deterministic,
         max_steps=max_steps,
         time_limit=time_limit,
         out=out,
     )
-    run_training("distill", given, config_file=config, resume=resume, dry_run=dry_run, as_json=as_json)
+    run_training("distill", given, config_file=config, resume=resume, dry_run=dry_run, as_json=as_json, seeds=seeds)

@@ -38,8 +38,8 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="A setting of the method (`gamma=8`; `icdctl list methods`) or of the recipe (`weight_decay=1e-4`, "
-        "`label_smoothing=0.1`, ...; `--dry-run` shows them); may be repeated.",
+        help="A setting of the method (`gamma=8`, or several: `gamma=1,2,4`; `icdctl list methods`) or of the recipe "
+        "(`weight_decay=1e-4`, `label_smoothing=0.1`, ...; `--dry-run` shows them); may be repeated.",
         rich_help_panel=_TRAINING,
     ),
 ]
@@ -52,6 +52,32 @@ Seed = Annotated[
         help="Of initial weights, order, crops and flips.",
         show_default="0",
         rich_help_panel=_TRAINING,
+    ),
+]
+Seeds = Annotated[
+    str | None,
+    typer.Option(
+        metavar="0-4",
+        help="Several seeds: a run folder each, trained together, on one teacher.",
+        show_default=False,
+        rich_help_panel=_TRAINING,
+    ),
+]
+InitWeights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Weights to start from.",
+        show_default="drawn from the seed",
+        rich_help_panel=_TRAINING,
+    ),
+]
+TeacherPrecision = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the teacher: `fp32`, `bf16` or `fp16`.",
+        show_default="auto: half where it saves seconds and its logits agree",
+        rich_help_panel=_WHERE,
     ),
 ]
 Optimizer = Annotated[
@@ -127,8 +153,9 @@ Precision = Annotated[
 TeacherMode = Annotated[
     str | None,
     typer.Option(
-        help="`inline`: the teacher runs on each batch; `cache`: once on each image (no crops, no flips).",
-        show_default="auto: cache where it fits",
+        help="`inline`: the teacher runs on each batch; `ahead`: on the batches of several steps at once; "
+        "`cache`: once on every crop and flip of every image.",
+        show_default="auto: cache where it is less work and fits, else ahead on CUDA, else inline",
         rich_help_panel=_WHERE,
     ),
 ]

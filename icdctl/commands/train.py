@@ -12,7 +12,8 @@ from icdctl.commands.training import run_training
 
 def train(
     model: Annotated[
-        str | None, typer.Option(help="Model to train; `icdctl list models`.", rich_help_panel="What")
+        str | None,
+        typer.Option(help="Model to train, or several: `res8,res20`; `icdctl list models`.", rich_help_panel="What"),
     ] = None,
     dataset: options.Dataset = None,
     recipe: options.Recipe = None,
@@ -21,6 +22,8 @@ def train(
     batch_size: options.BatchSize = None,
     lr: options.LearningRate = None,
     seed: options.Seed = None,
+    seeds: options.Seeds = None,
+    init_weights: options.InitWeights = None,
     optimizer: options.Optimizer = None,
     train_images: options.TrainImages = None,
     test_images: options.TestImages = None,
@@ -62,6 +65,7 @@ def train(
         batch_size=batch_size,
         lr=lr,
         seed=seed,
+        init_weights=init_weights,
         optimizer=optimizer,
         train_images=train_images,
         test_images=test_images,
@@ -85,5 +89,6 @@ def train(
         resume=resume,
         dry_run=dry_run,
         as_json=as_json,
+        seeds=seeds,
         as_teacher=as_teacher,
     )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from icdctl import console
+from icdctl.errors import IcdctlError, UsageError, combine
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from icdctl.engine.member import RunResult
+    from icdctl.engine.run import Failure
 
 
 class ProgressObserver:
@@ -59,20 +61,35 @@ def run_training(
     resume: bool,
     dry_run: bool,
     as_json: bool,
+    seeds: str | None = None,
     as_teacher: bool = False,
 ) -> None:
     """Train as the options say, register the outcome if it is wanted as a teacher, and print it.
+
+    Lists among the options make several runs, which share data and teacher.
 
     Raises:
         IcdctlError: with a message and a hint.
     """
     from icdctl import api
+    from icdctl.engine.run import Failure
+    from icdctl.lists import expand
 
+    several = expand(options, seeds=seeds)
+    if len(several) > 1 and as_teacher:
+        raise UsageError("`--as-teacher` registers one run, and several are asked for", hint="train that one by itself")
     if dry_run:
-        console.show_json(api.plan(command, options, config_file).model_dump(mode="json"))
+        planned = [config.model_dump(mode="json") for config in api.plan_many(command, several, config_file)]
+        console.show_json(planned[0] if len(planned) == 1 else {"runs": planned})
         return
     with observed() as observer:
-        result = api.start(command, options, config_file=config_file, resume=resume, observer=observer)
+        results = api.start(command, several, config_file=config_file, resume=resume, observer=observer)
+    if len(results) > 1:
+        _show_many(results, as_json)
+        return
+    (result,) = results
+    if isinstance(result, Failure):
+        raise result.error
     artifact = _registered(result) if as_teacher and result.finished else None
     if as_json:
         console.show_json({**result.as_json(), **({} if artifact is None else {"artifact": artifact})})
@@ -80,6 +97,31 @@ def run_training(
     _show(result)
     if artifact is not None:
         console.show_line(f"{'teacher':<11} {artifact}, found by `--teacher {result.config.student}`")
+
+
+def _show_many(results: Sequence[RunResult | Failure], as_json: bool) -> None:
+    """A line a run; then the failures, together.
+
+    Raises:
+        IcdctlError: some of them failed.
+    """
+    from icdctl.engine.run import Failure
+
+    failures = [result for result in results if isinstance(result, Failure)]
+    done = [result for result in results if not isinstance(result, Failure)]
+    if as_json and not failures:
+        console.show_json({"runs": [result.as_json() for result in done]})
+    elif not as_json:
+        rows = [
+            [str(result.out), f"{result.top1:.2f}" if result.finished else "", f"{result.metrics['seconds']:.0f} s"]
+            if result.finished
+            else [str(result.out), "", "stopped"]
+            for result in done
+        ]
+        console.show_table(["run folder", "top-1", "time"], rows)
+    if failures:
+        told = [IcdctlError(f"`{each.config.out}`: {each.error.message}", hint=each.error.hint) for each in failures]
+        raise combine(told)
 
 
 def _registered(result: RunResult) -> str:

@@ -21,34 +21,8 @@ from icdctl.errors import IcdctlError, UsageError
 from icdctl.methods import METHODS
 from icdctl.models import Classifier
 
-SHARED = (
-    "command",
-    "dataset",
-    "teacher",
-    "teacher_sha256",
-    "batch_size",
-    "drop_last",
-    "crop_padding",
-    "flip",
-    "crop_scale",
-    "crop_ratio",
-    "randaugment_ops",
-    "randaugment_magnitude",
-    "train_images",
-    "test_images",
-    "image_size",
-    "test_split",
-    "skip_broken",
-    "val_split",
-    "split_seed",
-    "data_dir",
-    "device",
-    "precision",
-    "teacher_mode",
-    "teacher_precision",
-    "deterministic",
-)
-"""What students that are trained together have in common."""
+_SHARED = ("command", "batch_size", "drop_last", "device", "precision", "deterministic", "time_limit_seconds")
+_SHARED_TEACHER = ("teacher", "teacher_sha256", "teacher_mode", "teacher_precision")
 
 
 @dataclass(frozen=True)
@@ -118,7 +92,7 @@ def run_together(
     once. One that fails is given up, and the others go on.
 
     Args:
-        configs: of the runs; they agree in `SHARED`.
+        configs: of the runs; `check_together` accepts them.
         dataset: the data that they name.
         teacher: the trained teacher, for methods that have one.
         teacher_origin: source and licence of its weights, for metrics.json.
@@ -132,7 +106,7 @@ def run_together(
     Raises:
         UsageError, ArtifactError: the configurations can't be trained together, or a run folder can't be had.
     """
-    _check_together(configs)
+    check_together(configs)
     device = resolve_device(configs[0].device)
     precision = resolve_precision(configs[0].precision, device)
     observer = observer or SilentObserver()
@@ -145,19 +119,33 @@ def run_together(
         return session.train(teacher_origin or {})
 
 
-def _check_together(configs: Sequence[RunConfig]) -> None:
-    first = configs[0]
+def check_together(configs: Sequence[RunConfig]) -> None:
+    """Whether runs can share a process: the same images, cut alike, one teacher, one device.
+
+    Raises:
+        UsageError: they can't, or two of them would write to one folder.
+    """
     for config in configs[1:]:
-        other = next((key for key in SHARED if getattr(config, key) != getattr(first, key)), None)
-        if other is not None:
-            raise UsageError(
-                f"runs with `{other}` {getattr(first, other)} and {getattr(config, other)} can't be trained together",
-                hint="start them one by one",
-            )
+        for key in _SHARED:
+            _check_same(key, configs[0], config)
+        if (config.images, config.augmentation) != (configs[0].images, configs[0].augmentation):
+            raise UsageError("runs that see different images can't be trained together", hint="start them one by one")
+    learning = [config for config in configs if config.teacher is not None]
+    for config in learning[1:]:
+        for key in _SHARED_TEACHER:
+            _check_same(key, learning[0], config)
     folders = [config.out for config in configs]
     twice = next((out for out in folders if folders.count(out) > 1), None)
     if twice is not None:
         raise UsageError(f"two runs would write to `{twice}`", hint="name each method, seed and value once")
+
+
+def _check_same(key: str, first: RunConfig, other: RunConfig) -> None:
+    if getattr(first, key) != getattr(other, key):
+        raise UsageError(
+            f"runs with `{key}` {getattr(first, key)} and {getattr(other, key)} can't be trained together",
+            hint="start them one by one",
+        )
 
 
 class _Session:
@@ -195,7 +183,7 @@ class _Session:
         return [
             self.failures[number]
             if number in self.failures
-            else member.finish(teacher_origin, num_students=len(self.members))
+            else member.finish(teacher_origin if member.config.teacher else {}, num_students=len(self.members))
             if member.progress.done
             else member.unfinished()
             for number, member in enumerate(self.members)
@@ -277,8 +265,8 @@ class _Session:
         waiting = [member for member in self._waiting() if METHODS[member.config.method].needs_teacher]
         if self.teacher_model is None or not waiting:
             return None
-        place, config = self.place, self.members[0].config
-        wanted = {key: self._decided(key) for key in ("teacher_precision", "teacher_mode")}
+        place, config = self.place, waiting[0].config
+        wanted = {key: _decided(key, waiting) for key in ("teacher_precision", "teacher_mode")}
         num_streams = len({member.config.seed for member in waiting})
         left = max(member.images_left for member in waiting)
         demand = Demand(
@@ -302,7 +290,7 @@ class _Session:
             place.store, demand, place.dataset, teacher_sha256=config.teacher_sha256 or "", precision=precision
         )
         mode = choose_mode(wanted["teacher_mode"], table, demand, place.device)
-        for member in self.members:
+        for member in waiting:
             update = {"teacher_mode": mode, "teacher_precision": precision}
             member.config = member.config.model_copy(update=update)
         inline = InlineTeacher(
@@ -318,28 +306,29 @@ class _Session:
             message=self.observer.message,
         )
 
-    def _decided(self, key: str) -> str:
-        """What was asked for, or what was decided when one of the runs began: it is kept to the end.
-
-        Raises:
-            UsageError: another value is asked for than the one that a run began with.
-        """
-        wanted = str(getattr(self.members[0].config, key))
-        begun = [member for member in self.members if member.progress.epoch and not member.progress.done]
-        held = {str(getattr(member.progress, key)) for member in begun} - {"auto"}
-        if not held:
-            return wanted
-        if len(held) > 1 or wanted not in ("auto", *held):
-            flag = f"--{key.replace('_', '-')}"
-            raise UsageError(
-                f"these runs began with `{flag} {' and '.join(sorted(held))}`, now `{wanted}` is asked for",
-                hint=f"leave `{flag}` out" if len(held) == 1 else "go on with them one by one",
-            )
-        return held.pop()
-
     def _interrupted(self, interrupt: KeyboardInterrupt) -> Interrupted:
         member = min(self.members, key=lambda member: member.progress.epoch)
         return interrupted(interrupt, member.progress.epoch, member.config, num_runs=len(self.members))
+
+
+def _decided(key: str, members: Sequence[Member]) -> str:
+    """What was asked for, or what was decided when one of the runs began: it is kept to the end.
+
+    Raises:
+        UsageError: another value is asked for than the one that a run began with.
+    """
+    wanted = str(getattr(members[0].config, key))
+    begun = [member for member in members if member.progress.epoch and not member.progress.done]
+    held = {str(getattr(member.progress, key)) for member in begun} - {"auto"}
+    if not held:
+        return wanted
+    if len(held) > 1 or wanted not in ("auto", *held):
+        flag = f"--{key.replace('_', '-')}"
+        raise UsageError(
+            f"these runs began with `{flag} {' and '.join(sorted(held))}`, now `{wanted}` is asked for",
+            hint=f"leave `{flag}` out" if len(held) == 1 else "go on with them one by one",
+        )
+    return held.pop()
 
 
 def _asked_again(answers: Answers | None, index: int, part: Any, place: Place) -> Any:
