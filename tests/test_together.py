@@ -109,6 +109,7 @@ def test_a_mode_that_a_run_began_with_is_kept(teacher: Path, tmp_path: Path) -> 
         library.distill(**given, teacher_mode="cache", resume=True)
     result = library.distill(**given, resume=True)
     assert result.finished
+    library.distill(**given, resume=True)
     assert json.loads((out / "config.json").read_text())["teacher_mode"] == "inline"
 
 

@@ -191,6 +191,9 @@ class Member:
 
     def begin(self) -> None:
         """Write what is known before the first step."""
+        if self.progress.done:  # nothing is decided any more: what was, is stated again
+            decided = {key: getattr(self.progress, key) for key in ("teacher_mode", "teacher_precision")}
+            self.config = self.config.model_copy(update=decided)
         files.write_json(self.out / "config.json", self.config.model_dump(mode="json"))
         environment = describe_environment(self.place.device, self.place.precision)
         files.write_json(self.out / "environment.json", environment)

@@ -37,45 +37,6 @@ class Interrupted(IcdctlError):
     """A person or the system stopped the run; its state is saved."""
 
 
-def run(
-    config: RunConfig,
-    dataset: Dataset,
-    *,
-    teacher: Classifier | None,
-    teacher_origin: Mapping[str, str | None] | None = None,
-    student: Classifier | None = None,
-    resume: bool = False,
-    observer: Observer | None = None,
-) -> RunResult:
-    """Train a student as `config` says; leave weights, history, metrics and configuration in the run folder.
-
-    Args:
-        config: of the run.
-        dataset: the data that it names.
-        teacher: the trained teacher, for methods that have one.
-        teacher_origin: source and licence of its weights, for metrics.json.
-        student: an own module in place of the one that the configuration names.
-        resume: start, go on, or finish at once, whatever the state is.
-        observer: told of the progress.
-
-    Raises:
-        UsageError, ArtifactError, IcdctlError: see the messages; a run that fails before its first epoch is over leaves
-            no run folder.
-    """
-    (result,) = run_together(
-        [config],
-        dataset,
-        teacher=teacher,
-        teacher_origin=teacher_origin,
-        students=[student],
-        resume=resume,
-        observer=observer,
-    )
-    if isinstance(result, Failure):
-        raise result.error
-    return result
-
-
 def run_together(
     configs: Sequence[RunConfig],
     dataset: Dataset,
@@ -97,11 +58,12 @@ def run_together(
         teacher: the trained teacher, for methods that have one.
         teacher_origin: source and licence of its weights, for metrics.json.
         students: own modules in place of those that the configurations name.
-        resume: as for `run`, for each of them.
+        resume: start, go on, or finish at once, whatever the state of each of them is.
         observer: told of the progress.
 
     Returns:
-        A result or a failure for each configuration, in order.
+        A result or a failure for each configuration, in order. One that fails before its first epoch is over leaves no
+        run folder.
 
     Raises:
         UsageError, ArtifactError: the configurations can't be trained together, or a run folder can't be had.
@@ -176,7 +138,8 @@ class _Session:
                 self.observer.begin("training", sum(member.images_left for member in waiting))
             is_in_time = self._train_all(teacher)
         except KeyboardInterrupt as interrupt:
-            raise self._interrupted(interrupt) from interrupt
+            member = min(self.members, key=lambda member: member.progress.epoch)
+            raise _interrupted(interrupt, member, num_runs=len(self.members)) from interrupt
         if not is_in_time:
             done = min(member.progress.epoch for member in self._waiting())
             self.observer.message(f"time limit: stopped after epoch {done}; `--resume` goes on")
@@ -306,10 +269,6 @@ class _Session:
             message=self.observer.message,
         )
 
-    def _interrupted(self, interrupt: KeyboardInterrupt) -> Interrupted:
-        member = min(self.members, key=lambda member: member.progress.epoch)
-        return interrupted(interrupt, member.progress.epoch, member.config, num_runs=len(self.members))
-
 
 def _decided(key: str, members: Sequence[Member]) -> str:
     """What was asked for, or what was decided when one of the runs began: it is kept to the end.
@@ -341,11 +300,11 @@ def _asked_again(answers: Answers | None, index: int, part: Any, place: Place) -
         return None
 
 
-def interrupted(interrupt: KeyboardInterrupt, epoch: int, config: RunConfig, *, num_runs: int = 1) -> Interrupted:
-    """What is said when a run is stopped from outside."""
-    exit_code = 143 if interrupt.args else 130
+def _interrupted(interrupt: KeyboardInterrupt, member: Member, *, num_runs: int) -> Interrupted:
+    """What is said when runs are stopped from outside, by the one that is the least far."""
+    epoch, config = member.progress.epoch, member.config
     state = f"the state after epoch {epoch} of {config.epochs} is saved" if epoch else "no epoch was finished"
     again = f"`--resume --out {config.out}`" if num_runs == 1 else "`--resume`"
     error = Interrupted(f"interrupted; {state}", hint=f"go on with the same command and {again}")
-    error.exit_code = exit_code
+    error.exit_code = 143 if interrupt.args else 130
     return error
