@@ -417,7 +417,7 @@ def test_a_resolved_configuration_can_be_run_and_changed(teacher: Path, tmp_path
     assert first.config == planned.model_copy(update=decided)
     assert first.config.fingerprint == planned.fingerprint
     second = library.distill(planned, seed=1, out=str(tmp_path / "other"))
-    assert second.config == planned.model_copy(update={"seed": 1, "out": str(tmp_path / "other")})
+    assert second.config == planned.model_copy(update={**decided, "seed": 1, "out": str(tmp_path / "other")})
 
 
 def test_a_teacher_of_another_data_set_is_refused(teacher: Path, tmp_path: Path) -> None:
