@@ -340,7 +340,9 @@ def _needs_teacher(options: Options) -> bool:
 def _missing_data(options: Options) -> list[IcdctlError]:
     """What is wrong with the data, to be reported together with a missing teacher."""
     try:
-        data.load(_requested(options))
+        wanted = _requested(options)
+        if not data.is_there(wanted.name, wanted.folder):  # to decode images that are there would take minutes
+            data.load(wanted)
     except IcdctlError as error:
         return [error]
     return []
@@ -568,6 +570,8 @@ def _facts(target: Target) -> dict[str, Any]:
     """What the run folder of a weights file says of how it came about, for the model card."""
     row = data.row_of(target.dataset)
     facts: dict[str, Any] = {} if row is None else {"data_source": row.source, "data_licence": row.licence}
+    if target.licence is not None:
+        facts |= {"weights_source": target.source, "weights_licence": target.licence}
     folder = target.path.parent
     hint = "point at the weights file itself"
     if (folder / "config.json").is_file() and (folder / "metrics.json").is_file():
@@ -578,7 +582,7 @@ def _facts(target: Target) -> dict[str, Any]:
                 raise ArtifactError(f"`{folder / name}` holds no JSON object", hint=hint)
         facts |= {key: config.get(key) for key in ("method", "teacher", "teacher_sha256", "scales", "settings", "seed")}
         told = ("final_top1", "best_top1", "best_epoch", "variant", "teacher_source", "teacher_licence")
-        facts |= {key: metrics.get(key) for key in told if key in metrics}
+        facts |= {key: metrics[key] for key in told if metrics.get(key) is not None}
     return facts
 
 

@@ -42,7 +42,7 @@ class Target:
     @property
     def source(self) -> str:
         """Where the weights come from."""
-        return str(self._published("source") or f"trained with icdctl on `{self.dataset}`")
+        return str(self._published("source") or self._published("url") or f"trained with icdctl on `{self.dataset}`")
 
     @property
     def licence(self) -> str | None:

@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from icdctl.data import cub200
 from icdctl.data.archive import Limits
 from icdctl.data.download import Patience, RemoteFile
 from icdctl.data.release import Release
@@ -179,4 +182,68 @@ def release_of(members: dict[str, bytes], archive: bytes, *urls: str, **limits: 
         folder="cifar-100-python",
         member_md5={name.partition("/")[2]: hashlib.md5(content).hexdigest() for name, content in members.items()},
         limits=Limits(**({"members": 16, "unpacked_bytes": 4_000_000} | limits)),
+    )
+
+
+def jpeg(*, seed: int, grey: bool = False) -> bytes:
+    """A small photograph of coloured blobs, of a size of its own."""
+    random = np.random.RandomState(seed)
+    coarse = Image.fromarray(random.randint(0, 256, (4, 5, 3)).astype(np.uint8))
+    image = coarse.resize((50 + seed % 23, 40 + seed % 17), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    (image.convert("L") if grey else image).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+CUB_TRAIN, CUB_TEST = 240, 40
+"""Images in the stand-in for CUB-200-2011."""
+
+
+def cub_members() -> dict[str, bytes]:
+    """The folder of CUB-200-2011, of generated images: one of each class for training, a second one of the first 40,
+    and one of every fifth class for testing. Every seventh image is grey, as a few of the real ones are."""
+    known = {Path(name).parts[1]: Path(name).name for name in cub200.RELEASE.member_md5}
+    top = cub200.FOLDER
+    members: dict[str, bytes] = {}
+    rows: list[tuple[str, int, int]] = []
+    for label, species in enumerate(cub200.CLASS_NAMES, start=1):
+        folder = f"{label:03d}.{species}"
+        names = [known.get(folder, f"{species}_0001_{label}.jpg"), f"{species}_0002_{label}.jpg"]
+        names = names[: 2 if label <= 40 else 1] + [f"{species}_test.jpg"] * (label % 5 == 0)
+        for name in names:
+            members[f"{top}/images/{folder}/{name}"] = jpeg(seed=len(rows), grey=len(rows) % 7 == 0)
+            rows.append((f"{folder}/{name}", label, 0 if name.endswith("_test.jpg") else 1))
+    numbered = list(enumerate(rows, start=1))
+    lists = {
+        "images.txt": [f"{number} {path}" for number, (path, _, _) in numbered],
+        "image_class_labels.txt": [f"{number} {label}" for number, (_, label, _) in numbered],
+        "train_test_split.txt": [f"{number} {side}" for number, (_, _, side) in numbered],
+        "classes.txt": [f"{label} {label:03d}.{name}" for label, name in enumerate(cub200.CLASS_NAMES, start=1)],
+    }
+    members |= {f"{top}/{name}": "\n".join([*lines, ""]).encode() for name, lines in lists.items()}
+    return members
+
+
+def cub_archive(members: dict[str, bytes]) -> bytes:
+    """What a Mac's tar makes of it: `./` before the names, its own files and `attributes.txt` beside the folder."""
+    beside = {"./._CUB_200_2011": b"Mac OS X", "./attributes.txt": b"1 has_bill_shape::curved_(up_or_down)\n"}
+
+    def add_root(tar: tarfile.TarFile) -> None:
+        root = tarfile.TarInfo("./")
+        root.type = tarfile.DIRTYPE
+        tar.addfile(root)
+
+    return tar_of({**beside, **{f"./{name}": content for name, content in members.items()}}, extra=add_root)
+
+
+def cub_release_of(members: dict[str, bytes], archive: bytes, *urls: str, **limits: int) -> Release:
+    """The description of an archive in CUB-200-2011's format, as exact as the real one's."""
+    real = cub200.RELEASE
+    return Release(
+        archive=remote(archive, *urls, name=real.archive.name),
+        folder=real.folder,
+        member_md5={name: hashlib.md5(members[f"{real.folder}/{name}"]).hexdigest() for name in real.member_md5},
+        limits=Limits(**({"members": 600, "unpacked_bytes": 4_000_000} | limits)),
+        also_needed=real.also_needed,
+        beside=real.beside,
     )

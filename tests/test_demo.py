@@ -32,7 +32,9 @@ def test_the_demo_reaches_its_gates_and_writes_under_its_folder_alone(icdctl: Co
     assert all(member["onnx_max_error"] <= member["onnx_tolerance"] for member in result["members"])
     assert sorted(Path.cwd().rglob("*")) == before
     assert (out / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "What these numbers do not say" in (out / "report.md").read_text()
+    report = (out / "report.md").read_text()
+    assert "What these numbers do not say" in report
+    assert "- Weights of the teacher: trained with icdctl on `digits100`." in report
     assert icdctl("registry", "verify", "--registry", out / "registry")[0] == 0
     again = json.loads(icdctl("demo", "--out", out, "--json")[1])
     assert [member["top1"] for member in again["members"]] == [member["top1"] for member in result["members"]]

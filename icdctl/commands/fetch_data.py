@@ -95,7 +95,7 @@ def _fetched(
         "state": "there" if found.source is None else "fetched",
         "path": str(found.path),
         "source": found.source,
-        "about": f"{about}, md5 of every file as published",
+        "about": f"{about}, as published",
     }
 
 

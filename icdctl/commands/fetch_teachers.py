@@ -103,7 +103,11 @@ def _watched(name: str) -> Iterator[Watcher]:
     from icdctl.teachers import Watcher
 
     with console.amounts() as begin:
-        yield Watcher(on_bytes=begin(name, "MB"), on_images=begin(f"{name}: accuracy", "images"))
+        yield Watcher(
+            on_bytes=begin(name, "MB"),
+            on_decoded=begin(f"{name}: decoding", "images"),
+            on_images=begin(f"{name}: accuracy", "images"),
+        )
 
 
 def _show_listing(as_json: bool) -> None:

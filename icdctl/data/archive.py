@@ -117,7 +117,7 @@ def _extract(archive: Path, folder: Path, *, top: str, limits: Limits, beside: C
             for count, member in enumerate(tar, start=1):
                 if count > limits.members:
                     raise _Refused(f"it holds more than {limits.members:,} members")
-                if member.isreg() and _is_passed_over(str(PurePosixPath(member.name)), beside):
+                if _is_passed_over(member, beside):
                     continue
                 _check_member(member, top)
                 tar.extract(member, folder, filter="data")
@@ -125,9 +125,12 @@ def _extract(archive: Path, folder: Path, *, top: str, limits: Limits, beside: C
         raise files.not_writable(folder.parent / top, error) from error
 
 
-def _is_passed_over(name: str, beside: Collection[str]) -> bool:
-    """Files that an archive may hold beside its folder: those that are named, and what macOS adds to them."""
-    return name in beside or ("/" not in name and name.startswith("._"))
+def _is_passed_over(member: tarfile.TarInfo, beside: Collection[str]) -> bool:
+    """What an archive may hold beside its folder: files that are named, what macOS adds to them, and its own root."""
+    name = str(PurePosixPath(member.name))
+    if member.isdir():
+        return name == "."
+    return member.isreg() and (name in beside or ("/" not in name and name.startswith("._")))
 
 
 def _check_member(member: tarfile.TarInfo, top: str) -> None:

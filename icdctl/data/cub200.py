@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from icdctl.data import release
 from icdctl.data.archive import Limits
 from icdctl.data.download import RemoteFile
 from icdctl.data.release import Release
@@ -42,7 +41,7 @@ RELEASE = Release(
     },
     also_needed=_LISTS,
     beside=("attributes.txt",),
-    limits=Limits(members=20_000, unpacked_bytes=3_000_000_000),
+    limits=Limits(members=50_000, unpacked_bytes=3_000_000_000),
 )
 _CLASS_NAMES = """
 Black_footed_Albatross Laysan_Albatross Sooty_Albatross Groove_billed_Ani Crested_Auklet Least_Auklet Parakeet_Auklet
@@ -100,37 +99,34 @@ def read_lists(folder: Path) -> tuple[Split, Split]:
     Raises:
         ArtifactError: a list is missing, malformed, or contradicts another.
     """
-    paths = _read_list(folder, "images.txt")
-    labels = _read_list(folder, "image_class_labels.txt")
-    sides = _read_list(folder, "train_test_split.txt")
-    names = _read_list(folder, "classes.txt")
-    if tuple(name.partition(".")[2] for name in names.values()) != CLASS_NAMES:
-        raise _not_cub(folder / FOLDER / "classes.txt", "its classes are not the 200 species")
-    if not (paths.keys() == labels.keys() == sides.keys()):
-        raise _not_cub(folder / FOLDER / "images.txt", "the lists name different images")
-    allowed = {str(number) for number in range(1, len(CLASS_NAMES) + 1)}
-    if not set(labels.values()) <= allowed or not set(sides.values()) <= {"0", "1"}:
-        raise _not_cub(folder / FOLDER / "image_class_labels.txt", "a label or a side is out of range")
-    for path in paths.values():
-        if path.startswith("/") or ".." in path.split("/"):
-            raise _not_cub(folder / FOLDER / "images.txt", f"`{path}` lies outside `images`")
+    paths, labels, sides, classes = (_read_list(folder, name) for name in _LISTS)
+    home = folder / FOLDER
+    if classes != {str(number): f"{number:03d}.{name}" for number, name in enumerate(CLASS_NAMES, start=1)}:
+        raise _not_cub(home / "classes.txt", "its classes are not the 200 species")
+    for name, rows in zip(_LISTS[1:3], (labels, sides), strict=True):
+        if rows.keys() != paths.keys():
+            first = min(rows.keys() ^ paths.keys())
+            raise _not_cub(home / name, f"image `{first}` is in it or in `images.txt`, but not in both")
+    if len(set(paths.values())) < len(paths):
+        raise _not_cub(home / "images.txt", "it names an image twice")
+    for number, path in paths.items():
+        if path.startswith("/") or ".." in path.split("/") or not path.isprintable():
+            raise _not_cub(home / "images.txt", f"`{path}` is no path below `images`")
+        if sides[number] not in ("0", "1"):
+            raise _not_cub(home / "train_test_split.txt", f"image `{number}` is on side `{sides[number]}`, not 0 or 1")
+        if classes.get(labels[number]) != path.partition("/")[0]:
+            raise _not_cub(home / "image_class_labels.txt", f"`{path}` has the label `{labels[number]}`")
     train, test = (_split(paths, labels, [number for number in paths if sides[number] == side]) for side in "10")
     if not (train.names and test.names):
-        raise _not_cub(folder / FOLDER / "train_test_split.txt", "one side has no image")
+        raise _not_cub(home / "train_test_split.txt", "one side has no image")
     return train, test
-
-
-def is_published(folder: Path, train: Split, test: Split) -> bool:
-    """Whether the numbers of images, and the images whose md5 is known, are those that were published."""
-    counts = (len(train.names), len(test.names))
-    return counts == (NUM_TRAIN, NUM_TEST) and release.look(RELEASE, folder)[0] == "right"
 
 
 def how_to_get(folder: Path) -> str:
     """What a person does to have the data in place."""
     return (
-        f"`icdctl fetch-data cub200` brings it (1.2 GB, md5 {RELEASE.archive.md5}); if it is elsewhere already, pass "
-        f"the folder that holds `{FOLDER}` (here `{folder}`) with `--data-dir`"
+        f"`icdctl fetch-data cub200` brings it ({RELEASE.archive.facts}); if it is elsewhere already, pass the folder "
+        f"that holds `{FOLDER}` (here `{folder}`) with `--data-dir`"
     )
 
 
@@ -151,14 +147,18 @@ def _read_list(folder: Path, name: str) -> dict[str, str]:
     rows: dict[str, str] = {}
     for line in lines:
         number, space, value = line.strip().partition(" ")
-        if not (number.isdigit() and space and value):
+        if not (number.isdecimal() and space and value):
             raise _not_cub(path, f"line `{line[:60]}` is no number and value")
+        if number in rows:
+            raise _not_cub(path, f"number `{number}` stands in it twice")
         rows[number] = value
     return rows
 
 
+def how_to_mend(folder: Path) -> str:
+    """What a person does where a file of it is missing or damaged."""
+    return f"move `{folder / FOLDER}` away; `icdctl fetch-data cub200` then brings it again"
+
+
 def _not_cub(path: Path, cause: str) -> ArtifactError:
-    return ArtifactError(
-        f"`{path}` is not a file of CUB-200-2011: {cause}",
-        hint="move the folder away; `icdctl fetch-data cub200` then brings it again",
-    )
+    return ArtifactError(f"`{path}` is not a file of CUB-200-2011: {cause}", hint=how_to_mend(path.parents[1]))

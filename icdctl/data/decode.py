@@ -133,6 +133,7 @@ def decode_files(
     content_key: str | None,
     label: str,
     skip_broken: bool,
+    remedy: str | None = None,
     on_images: OnImages = lambda done, total: None,
 ) -> Decoded:
     """Many image files as one array, from the cache or decoded into it; two processes decode them once.
@@ -146,6 +147,7 @@ def decode_files(
             the folder, and size and time of change of each file.
         label: starts the name of the cache's files, for a person who looks at them.
         skip_broken: leave out what can't be decoded.
+        remedy: what a person does about files that are missing or broken, where these are not their own.
         on_images: told of the progress, by the calling thread; not called where the cache has them.
 
     Raises:
@@ -157,7 +159,7 @@ def decode_files(
     if not names:
         raise ArtifactError(f"there is no image to decode in `{folder}`", hint="name a folder of images")
     height, width = crop or resize
-    content = content_key if content_key is not None else _states(folder, names)
+    content = content_key if content_key is not None else _states(folder, names, remedy)
     cache = _Cache(_stem(label, names, resize, crop, content), folder, names, (height, width))
     decoded = cache.read()
     if decoded is None:
@@ -166,11 +168,13 @@ def decode_files(
             if decoded is None:
                 _clear_remains(cache.home, cache.stem)
                 cache.delete()
-                _states(folder, names)  # a missing file is told now, not when its turn comes
+                _states(folder, names, remedy)  # a missing file is told now, not when its turn comes
                 with closing(_decode_in_order(folder, names, resize, crop)) as results:
                     decoded = cache.fill(results, on_images)
+                if decoded.broken and content_key is not None:
+                    cache.delete()  # a mended file would not make another key
     if decoded.broken and not skip_broken:
-        raise _broken_files(decoded.broken, folder, len(names))
+        raise _broken_files(decoded.broken, folder, len(names), remedy)
     return decoded
 
 
@@ -227,9 +231,10 @@ def _check_state(path: Path, state: os.stat_result) -> None:
         raise ArtifactError(f"image `{path}` is refused: it is larger than 2 GiB", hint="leave it out")
 
 
-def _unreadable(path: Path, error: OSError) -> ArtifactError:
+def _unreadable(path: Path, error: OSError, remedy: str | None = None) -> ArtifactError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return ArtifactError(f"image `{path}` does not exist", hint="put it back, or get the data set again")
+        hint = remedy or "put it back, or get the data set again"
+        return ArtifactError(f"image `{path}` does not exist", hint=hint)
     return ArtifactError(
         f"image `{path}` can't be read: {error.strerror or error}", hint="check its permissions and the disk"
     )
@@ -325,7 +330,7 @@ def _decode_in_order(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _states(folder: Path, names: Sequence[str]) -> list[Any]:
+def _states(folder: Path, names: Sequence[str], remedy: str | None) -> list[Any]:
     """What stands for the content of files without reading them: the folder, and size and time of change of each.
 
     Raises:
@@ -337,7 +342,7 @@ def _states(folder: Path, names: Sequence[str]) -> list[Any]:
         try:
             state = path.stat()
         except OSError as error:
-            raise _unreadable(path, error) from error
+            raise _unreadable(path, error, remedy) from error
         _check_state(path, state)
         facts.append([state.st_size, state.st_mtime_ns])
     return facts
@@ -525,11 +530,11 @@ def _clear_remains(home: Path, own: str) -> None:
             continue  # in use, or another user's
 
 
-def _broken_files(broken: Sequence[BrokenImage], folder: Path, total: int) -> ArtifactError:
+def _broken_files(broken: Sequence[BrokenImage], folder: Path, total: int, remedy: str | None = None) -> ArtifactError:
     named = [f"`{image.path.relative_to(folder).as_posix()}`: {image.reason}" for image in broken[:_NAMED_FILES]]
     more = ["..."] if len(broken) > _NAMED_FILES else []
-    hint = "mend or delete them, or leave them out with `--skip-broken`"
+    own = "mend or delete them, or leave them out with `--skip-broken`"
     return ArtifactError(
         f"{len(broken)} of {total} images can't be decoded: {'; '.join(named + more)}",
-        hint=hint if len(broken) < total else "name a folder of images that can be decoded",
+        hint=remedy or (own if len(broken) < total else "name a folder of images that can be decoded"),
     )

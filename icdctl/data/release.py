@@ -145,7 +145,9 @@ def _unpack(release: Release, source: Path, target: Path) -> None:
             if not target.exists():
                 unpacked.rename(target)
                 return
-            for path in unpacked.rglob("*"):  # some of them are there, and right
+            # Some of them are there, and right. By the needed ones one sees that all are, so they come last.
+            last = {unpacked / name for name in release.needed}
+            for path in sorted(unpacked.rglob("*"), key=last.__contains__):
                 place = target / path.relative_to(unpacked)
                 if path.is_file() and not place.exists():
                     place.parent.mkdir(parents=True, exist_ok=True)

@@ -112,11 +112,13 @@ def _verification(description: Description, report: Report) -> str:
 
 def _limits(description: Description) -> str:
     height, width = description.preprocessing.size
+    resized = description.preprocessing.resize
+    how = "" if resized is None else f", their centre once resized to {resized[0]} x {resized[1]},"
     return (
         "## Limits\n\n"
         f"- It knows the {description.num_classes} classes of `{_text(description.dataset)}` and answers with one of "
         "them whatever the image shows.\n"
-        f"- Images must be brought to {height} x {width} by the caller; how they are resized changes the result "
+        f"- Images must be brought to {height} x {width}{how} by the caller; how they are resized changes the result "
         "slightly.\n"
         "- The scores are not calibrated probabilities.\n"
         "- Values were compared on a CPU; other runtimes and half precision round differently."

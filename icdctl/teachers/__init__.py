@@ -58,7 +58,7 @@ def model_of(teacher: str) -> str | None:
 def _check_fit(teacher: str, target: Target, dataset: Description) -> None:
     """Refuse a teacher that learnt other classes, or from images of another size."""
     kinds = [name.partition(":")[0] for name in (target.dataset, dataset.name)]
-    train = f"train one with `icdctl train --model {target.model} --dataset {_shown_name(dataset)}`"
+    train = f"train one with `icdctl train --model {target.model} --dataset {_shown_name(dataset)} --as-teacher`"
     if kinds[0] != kinds[1]:
         raise ArtifactError(
             f"teacher `{teacher}` was trained on `{target.dataset}`, the run is on `{dataset.name}`",
@@ -81,7 +81,7 @@ def _check_fit(teacher: str, target: Target, dataset: Description) -> None:
         raise ArtifactError(
             f"teacher `{teacher}` reads images of {height} x {width}, the run has {our_height} x {our_width}"
             if (height, width) != (our_height, our_width)
-            else f"teacher `{teacher}` expects other means or deviations of pixels than `{dataset.name}` has",
+            else f"teacher `{teacher}` prepares pixels otherwise (mean, deviation, crop) than `{dataset.name}` asks",
             hint=f"`--image-size {height}`, or {train}" if kinds[0] == "imagefolder" else train,
         )
 
@@ -101,11 +101,20 @@ def _by_model(model: str, dataset: Description) -> Target:
     fetched = None if published is None else find_fetched(published)
     if fetched is not None:
         return targets.resolve(str(fetched))
-    fetching = "" if published is None else f"`icdctl fetch-teachers {model}` brings the published one; or "
+    fetching = "" if published is None else f"{_how_to_fetch(published)}; or "
     raise ArtifactError(
         f"teacher `{model}` for `{name}` is not there: no such artifact in `{registry.default_folder()}`"
         + (", and the published one is not fetched" if published is not None else ""),
         hint=f"{fetching}`icdctl train --model {model} --dataset {_shown_name(dataset)} --as-teacher` trains one",
+    )
+
+
+def _how_to_fetch(teacher: Published) -> str:
+    if teacher.urls:
+        return f"`icdctl fetch-teachers {teacher.short_name}` brings the published one"
+    return (
+        f"`icdctl fetch-teachers {teacher.short_name} --from FILE` takes the published one, which lies on "
+        f"{teacher.page} and no program can download"
     )
 
 

@@ -44,6 +44,8 @@ class Watcher:
     on_bytes: OnBytes = lambda here, total: None
     on_images: OnBytes = lambda here, total: None
     """The same of images that are classified."""
+    on_decoded: OnBytes = lambda here, total: None
+    """The same of images that are decoded before that, the first time."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,15 @@ def _loaded(teacher: Published, path: Path) -> tuple[Classifier, str]:
     """The model with the weights of a file, and the sha256 of what was read."""
     known = _trained_on(teacher)
     model = models.create(teacher.model, known.num_classes, image_size=known.preprocessing.size)
-    return model, models.load_weights(model, path).sha256
+    try:
+        return model, models.load_weights(model, path).sha256
+    except ArtifactError as error:
+        if not path.is_file():
+            raise
+        # Its hint is for a person who may choose model and data set.
+        file = teacher.page_file or teacher.remote(None).name
+        hint = f"it is not `{file}` as published; get that again from {teacher.page or teacher.source}"
+        raise ArtifactError(error.message, hint=hint) from error
 
 
 def _take(
@@ -273,7 +283,7 @@ def _measured(
     folder = wishes.data_folder or files.data_folder()
     if entry.measured_top1 is not None or not data.is_there(teacher.dataset, folder):
         return entry, None
-    held = data.load(data.request(teacher.dataset, folder=folder))
+    held = data.load(data.request(teacher.dataset, folder=folder), on_images=watcher.on_decoded)
     device = torch.device(wishes.device)
     predict = evaluation.module_predictor(model.eval().to(device), held.preprocessing, device)
     total, here = held.test_images.shape[0], 0

@@ -17,6 +17,8 @@ from icdctl.errors import ArtifactError, UsageError, unknown_name
 
 LOCK_FILE = "teachers.lock"
 FIRST_USE = "first-use"
+_USUAL_DATASET = "cifar100"
+"""Of a teacher that is named without one."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -74,6 +76,11 @@ class Published(_Frozen):
     def name(self) -> str:
         """As `fetch-teachers` takes it."""
         return f"{self.dataset}/{self.model}"
+
+    @property
+    def short_name(self) -> str:
+        """The same, without the data set where that goes without saying."""
+        return self.model if self.dataset == _USUAL_DATASET else self.name
 
     def remote(self, recorded: Recorded | None) -> RemoteFile:
         """The file to download, pinned to the published hash or to the one recorded at its first use."""
@@ -155,7 +162,7 @@ def find_published(name: str) -> Published:
         UsageError: none is published under that name.
     """
     dataset, slash, model = name.rpartition("/")
-    dataset = dataset.lower().replace("-", "") if slash else "cifar100"
+    dataset = dataset.lower().replace("-", "").replace("_", "") if slash else _USUAL_DATASET
     published = load_list()
     if dataset not in {row.dataset for row in published}:
         known = [row.name for row in published]
@@ -164,10 +171,10 @@ def find_published(name: str) -> Published:
     for row in published:
         if (row.dataset, row.model) == (dataset, wanted):
             return row
-    advice = f"train one with `icdctl train --model {wanted} --dataset {dataset}`; " if dataset in data.DATASETS else ""
     raise UsageError(
         f"no teacher `{wanted}` for `{dataset}` is published",
-        hint=f"{advice}`icdctl fetch-teachers --list` shows those that are",
+        hint=f"train one with `icdctl train --model {wanted} --dataset {dataset} --as-teacher`; `icdctl fetch-teachers "
+        "--list` shows those that are",
     )
 
 
