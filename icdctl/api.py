@@ -338,7 +338,10 @@ def _needs_teacher(options: Options) -> bool:
 
 
 def _missing_data(options: Options) -> list[IcdctlError]:
-    """What is wrong with the data, to be reported together with a missing teacher."""
+    """What is wrong with the data, to be reported together with a missing teacher.
+
+    A folder of images is not decoded for that: it was looked at before the teacher was.
+    """
     try:
         wanted = _requested(options)
         if not data.is_there(wanted.name, wanted.folder):  # to decode images that are there would take minutes
@@ -375,6 +378,7 @@ def evaluate(
     teacher: Model | None = None,
     data_dir: str | None = None,
     test_images: int | None = None,
+    image_size: int | None = None,
     device: str = "auto",
     observer: Observer | None = None,
 ) -> EvaluationResult:
@@ -386,6 +390,7 @@ def evaluate(
         teacher: another such thing to compare with.
         data_dir: what holds the data sets.
         test_images: how many test images digits100 makes.
+        image_size: what an nn.Module reads, in pixels, where `dataset` is an `imagefolder`; all else says it itself.
         device: for torch models; ONNX files run on the CPU.
         observer: told of the progress.
 
@@ -394,15 +399,20 @@ def evaluate(
     """
     place = resolve_device(device)
     seen = observer or SilentObserver()
-    named = None if dataset is None else data.describe(data.request(dataset))
+    named = None if dataset is None else data.describe(data.request(dataset, image_size=image_size))
+    is_folder = named is not None and named.name.startswith("imagefolder:")
+    if is_folder and image_size is None and isinstance(target, nn.Module):
+        raise UsageError("nothing says what size of images the module reads", hint="pass `image_size`, e.g. 224")
     known, predict = _ready(target, named, place)
     wanted = _own_images(known, dataset, data_dir=data_dir, test_images=test_images)
-    other = None if teacher is None else _ready(teacher, named or data.describe(wanted), place)
+    other = None if teacher is None else _ready(teacher, data.describe(wanted), place)
     if other is not None and dataset is None and other[0].dataset not in (None, known.dataset):
         raise UsageError(
             f"`{other[0].label}` was trained on `{other[0].dataset}`, `{known.label}` on `{known.dataset}`",
             hint="compare models of one data set, or name the one to test on with `--dataset`",
         )
+    for classifier in (known,) if other is None else (known, other[0]):
+        _check_size(classifier, data.describe(wanted))
     held = data.load(wanted, on_images=_decoding(seen))
     others = None
     if other is not None:
@@ -491,16 +501,29 @@ def _own_images(known: _Known, dataset: str | None, *, data_dir: str | None, tes
     name = data.resolve(name)
     kind = name.partition(":")[0]
     settings: dict[str, Any] = {}
-    split_seed = 0
     if run is not None and run.dataset.partition(":")[0] == kind:
-        settings = {key: getattr(run, key) for key in configuration.DATASET_SETTINGS}
-        split_seed = run.split_seed
+        settings = {key: getattr(run, key) for key in (*configuration.DATASET_SETTINGS, "split_seed")}
+        if kind == "imagefolder" and run.dataset == name:  # what the run decoded is then found again
+            held = run.images
+            settings |= {key: getattr(held, key) for key in ("val_split", "room_to_crop", "unlabeled")}
     if test_images is not None:
         settings["test_images"] = test_images
     if kind == "imagefolder":
         settings["image_size"] = known.preprocessing.size[0]
     folder = None if data_dir is None else files.user_path(data_dir)
-    return data.request(name, folder=folder, split_seed=split_seed, **settings)
+    return data.request(name, folder=folder, **settings)
+
+
+def _check_size(known: _Known, dataset: Description) -> None:
+    """Refuse images of a size that the classifier was not trained on."""
+    height, width = known.preprocessing.size
+    if (height, width) != dataset.preprocessing.size:
+        our_height, our_width = dataset.preprocessing.size
+        raise ArtifactError(
+            f"`{known.label}` reads images of {height} x {width}, those of `{dataset.name}` are "
+            f"{our_height} x {our_width}",
+            hint="name the data set that it was trained on with `--dataset`, and compare models for images of one size",
+        )
 
 
 def _check_classes(known: _Known, logits: torch.Tensor, dataset: Dataset) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -19,10 +19,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from icdctl import data, files, methods, models, recipes
 from icdctl.data import Augmentation, Request
-from icdctl.errors import ArtifactError, IcdctlError, UsageError, combine
+from icdctl.errors import ArtifactError, IcdctlError, UsageError, combine, unknown_name
 from icdctl.methods import SCALES
 from icdctl.recipes import RECIPES, ClassWeights, Recipe, Schedule
-from icdctl.sources import Options, from_validation
+from icdctl.sources import NONE, WITHOUT_FLAG, Options, flag_of, from_validation
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 TeacherMode = Literal["auto", "inline", "ahead", "cache"]
@@ -42,7 +42,20 @@ def _listed(value: Any) -> Any:
     return value.strip("[]() ").split(",") if isinstance(value, str) else value
 
 
-Pair = Annotated[tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], BeforeValidator(_listed)]
+def _paired(value: Any) -> Any:
+    """The same, of exactly two."""
+    listed = _listed(value)
+    if not isinstance(listed, list | tuple) or len(listed) != 2:
+        raise ValueError("expected two numbers, as in `0.35,1`")
+    return listed
+
+
+def _none_by_name(value: Any) -> Any:
+    """`none` as None, for a setting of the recipe that can be switched off."""
+    return None if value == NONE else value
+
+
+Pair = Annotated[tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], BeforeValidator(_paired)]
 Epochs = Annotated[tuple[int, ...], BeforeValidator(_listed)]
 
 CUSTOM_MODEL = "custom"
@@ -96,7 +109,7 @@ class RunConfig(BaseModel):
     lr_warmup_share: float = Field(ge=0, lt=1)
     crop_padding: int = Field(ge=0, le=64)
     flip: bool
-    crop_scale: Pair | None
+    crop_scale: Annotated[Pair | None, BeforeValidator(_none_by_name)]
     crop_ratio: Pair
     randaugment_ops: int = Field(ge=0, le=10)
     randaugment_magnitude: int = Field(ge=0, le=30)
@@ -147,7 +160,10 @@ class RunConfig(BaseModel):
         if self.crop_scale is not None and self.crop_scale[1] > 1:
             raise ValueError(f"`crop_scale` is up to {self.crop_scale[1]}: no cut has more than the whole image")
         if self.crop_scale is not None and self.crop_padding:
-            raise ValueError("`crop_scale` and `crop_padding` are two ways to crop: choose one")
+            raise ValueError(
+                "`crop_scale` and `crop_padding` are two ways to crop: switch one off by `--set crop_scale=none` or "
+                "`--set crop_padding=0`"
+            )
         return self
 
     @property
@@ -219,7 +235,7 @@ def build(
     scales = _attempt(found, _scales, options.scales) or SCALES
     settings: dict[str, float | str] = {}
     if not found:  # a wrong method would make every setting wrong
-        settings = _attempt(found, partial(methods.check_settings, method), options.settings or {}) or {}
+        settings = _attempt(found, partial(_method_settings, method), options.settings or {}) or {}
     name, weights, sha256 = teacher or (None, None, None)
     values = {
         **_values(options, RECIPES[recipe], student),
@@ -285,6 +301,21 @@ def _first_weights(options: Options) -> dict[str, str]:
             hint="name the file with `--init-weights` to use it as it is now",
         )
     return {"init_weights": str(path), "init_sha256": sha256}
+
+
+def _method_settings(method: str, given: Mapping[str, Any]) -> dict[str, float | str]:
+    """As `methods.check_settings` gives them; what is no setting of the method may be meant for the recipe."""
+    known = methods.check_settings(method, {})
+    for key in given:
+        if key in known:
+            continue
+        if key in Options.model_fields:
+            hint = f"it is an option of its own: {flag_of(key)}"
+            raise UsageError(f"unknown setting of `{method}` `{key}`", hint=hint)
+        raise unknown_name(
+            f"setting of `{method}`", key, [*known, *sorted(WITHOUT_FLAG)], listing="icdctl list methods"
+        )
+    return methods.check_settings(method, given)
 
 
 def check_device(name: str) -> str:

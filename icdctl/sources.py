@@ -43,6 +43,8 @@ WITHOUT_FLAG = frozenset(
     }
 )
 """The recipe's fields that have no flag of their own: `--set KEY=VALUE`, files, variables and keywords give them."""
+NONE = "none"
+"""What a person writes to switch off a setting of the recipe."""
 _LONGEST_SHOWN = 80
 _MOST_TOLD = 10
 
@@ -127,7 +129,7 @@ def gather(given: Mapping[str, Any], *, config_file: Path | None = None, command
     _refuse_unknown(keywords, "option")
     for key in ("out", "data_dir"):
         if keywords.get(key) == "":
-            raise UsageError(f"{_flag(key)} is empty", hint="name a folder, or leave it out")
+            raise UsageError(f"{flag_of(key)} is empty", hint="name a folder, or leave it out")
     stated = _from_config_file(config_file, command) if config_file is not None else {}
     for key, pinned in (("teacher", "teacher_sha256"), ("init_weights", "init_sha256")):
         if key in keywords:
@@ -139,7 +141,7 @@ def gather(given: Mapping[str, Any], *, config_file: Path | None = None, command
     origins = {key: f"`{key}` in `params.yaml`" for key in tracked}
     origins |= {key: f"the variable `{_VARIABLE_PREFIX}{key.upper()}`" for key in variables}
     origins |= {key: f"`{key}` in `{config_file}`" for key in stated}
-    origins |= {key: _flag(key) for key in keywords}
+    origins |= {key: flag_of(key) for key in keywords}
     values = {**{key: value for key, value in tracked.items() if key not in variables}, **stated, **keywords}
     try:
         options = Options(**values)
@@ -151,7 +153,7 @@ def gather(given: Mapping[str, Any], *, config_file: Path | None = None, command
     return options
 
 
-def _flag(key: str) -> str:
+def flag_of(key: str) -> str:
     """How a keyword is written: as a flag where there is one."""
     if key in WITHOUT_FLAG:
         return f"`--set {key}`"
@@ -215,6 +217,8 @@ def options_of(stated: Mapping[str, Any]) -> dict[str, Any]:
         options["teacher"] = weights
     if (seconds := options.pop("time_limit_seconds", None)) is not None:
         options["time_limit"] = seconds
+    if "crop_scale" in stated and stated["crop_scale"] is None:  # said, for the recipe may have one
+        options["crop_scale"] = NONE
     return options
 
 
@@ -231,15 +235,16 @@ def from_validation(error: ValidationError, origin: Callable[[str], str] = lambd
         if key in problems:
             continue
         if not item["loc"]:  # of several keys together
-            problems[key] = UsageError(str(item["ctx"]["error"]), hint="`--dry-run` shows what the settings add up to")
+            problems[key] = UsageError(str(item["ctx"]["error"]), hint="`icdctl list recipes` shows the usual")
         elif item["type"] == "extra_forbidden":
             problems[key] = unknown_name("key", key, Options.model_fields, listing="icdctl distill --dry-run")
-        elif item["type"] == "missing":
+        elif item["type"] == "missing" and len(item["loc"]) == 1:
             problems[key] = UsageError(f"`{key}` is missing", hint=f"give {origin(key)}")
         else:
             value = str(item["input"])
             shown = value if len(value) <= _LONGEST_SHOWN else f"{value[:_LONGEST_SHOWN]}..."
-            message = item["msg"][0].lower() + item["msg"][1:]
+            message = item["msg"].removeprefix("Value error, ")
+            message = message[0].lower() + message[1:]
             problems[key] = UsageError(f"`{key}` is `{shown}`: {message}", hint=f"change {origin(key)}")
     told = combine(list(problems.values())[:_MOST_TOLD])
     return UsageError(told.message, hint=told.hint)

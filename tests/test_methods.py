@@ -248,3 +248,68 @@ def test_a_wrong_setting_is_named(settings: dict[str, Any], words: tuple[str, st
 def test_patches_that_do_not_fit_the_scales_are_refused() -> None:
     with pytest.raises(UsageError, match="expected \\[B, K, 5\\]"):
         distillation_terms("sdd_kd", **{**inputs((1, 2, 4)), "scales": (1, 2)})
+
+
+MIXED = torch.tensor([0, -1, 2, -1, 4, 5])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("variant", methods.VARIANTS)
+def test_an_image_without_a_label_has_the_teachers_class_in_the_distillation_terms_and_no_part_in_ce(
+    method: str, variant: str
+) -> None:
+    given = inputs()
+    settings = {"variant": variant}
+    found = distillation_terms(method, **{**given, "labels": MIXED}, settings=settings, has_unlabeled=True)
+    filled = torch.where(MIXED == -1, given["teacher_logits"].argmax(dim=1), MIXED)
+    expected = distillation_terms(method, **{**given, "labels": filled}, settings=settings)
+    labelled = MIXED != -1
+    ce = F.cross_entropy(given["student_logits"][labelled], MIXED[labelled])
+    expected["ce"] = float(check_settings(method, {})["ce_weight"]) * ce
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_without_any_label_gives_no_cross_entropy_and_a_finite_gradient(method: str) -> None:
+    given = {**inputs(), "labels": torch.full((6,), -1)}
+    given["student_logits"].requires_grad_()
+    weights = torch.linspace(0.5, 2, 7)
+    terms = distillation_terms(method, **given, label_smoothing=0.1, class_weights=weights, has_unlabeled=True)
+    assert terms["ce"].item() == 0
+    torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    gradient = given["student_logits"].grad
+    assert torch.isfinite(gradient).all()
+    assert gradient.any() == (METHODS[method].needs_teacher and not METHODS[method].needs_patches)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_with_images_without_labels_counts_the_others_as_ever(method: str) -> None:
+    given = inputs()
+    assert_close(distillation_terms(method, **given, has_unlabeled=True), distillation_terms(method, **given))
+
+
+@pytest.mark.parametrize("labels", [MIXED, torch.arange(6)], ids=["some unlabelled", "all labelled"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_smoothing_and_class_weights_are_those_of_torch(labels: Tensor, smoothing: float, weighted: bool) -> None:
+    logits = inputs()["student_logits"]
+    weights = torch.linspace(0.5, 2, 7) if weighted else None
+    found = distillation_terms(
+        "ce",
+        student_logits=logits,
+        labels=labels,
+        label_smoothing=smoothing,
+        class_weights=weights,
+        has_unlabeled=bool((labels == -1).any()),
+    )
+    expected = F.cross_entropy(logits, labels, weight=weights, ignore_index=-1, label_smoothing=smoothing)
+    assert_close(found, {"ce": expected})
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].needs_teacher])
+def test_smoothing_and_class_weights_change_the_cross_entropy_alone(method: str) -> None:
+    given = inputs()
+    plain = distillation_terms(method, **given)
+    changed = distillation_terms(method, **given, label_smoothing=0.2, class_weights=torch.linspace(0.5, 2, 7))
+    assert changed.pop("ce") != plain.pop("ce")
+    assert_close(changed, plain, rtol=0, atol=0)

@@ -14,9 +14,11 @@ from icdctl.methods import METHODS, check_settings
 META = torch.device("meta")
 
 
+@pytest.mark.parametrize("has_unlabeled", [False, True], ids=["labelled", "unlabelled"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("variant", ["published", "corrected"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_looks_at_no_value(method: str, variant: str) -> None:
+def test_a_step_looks_at_no_value(method: str, variant: str, weighted: bool, has_unlabeled: bool) -> None:
     # On `meta` anything that needs a value (`.item()`, a branch on a tensor, a boolean mask) raises. On CUDA the same
     # would stall the step until the device is done.
     with META:
@@ -24,10 +26,19 @@ def test_a_step_looks_at_no_value(method: str, variant: str) -> None:
         pixels = torch.empty((20, 32, 32, 3), dtype=torch.uint8)
         labels = torch.empty(20, dtype=torch.int64)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, foreach=True)
-    rule = StepRule(method, check_settings(method, {"variant": variant}), (1, 2, 4), clip_norm=40.0)
+    rule = StepRule(
+        method,
+        check_settings(method, {"variant": variant}),
+        (1, 2, 4),
+        clip_norm=40.0,
+        label_smoothing=0.1 if weighted else 0.0,
+        class_weights=torch.empty(100, device=META) if weighted else None,
+        has_unlabeled=has_unlabeled,
+    )
     step = TrainingStep(student, optimizer, rule, steps_per_epoch=2, device=META)
     preprocessing = data.describe(data.request("cifar100")).preprocessing
-    store = ImageStore(pixels, preprocessing, Augmentation(crop_padding=4, flip=True), device=META)
+    cut = Augmentation(crop_scale=(0.35, 1.0), flip=True) if weighted else Augmentation(crop_padding=4, flip=True)
+    store = ImageStore(pixels, preprocessing, cut, device=META)
     ask = InlineTeacher(teacher, needs_cells=True, device=META)
     views = store.epoch(seed=0, epoch=1).to(META)
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -97,7 +99,9 @@ def resolve(name: str) -> str:
         return folded
     if not folder:
         raise UsageError(f"`{name}` names no folder", hint=_DIR_EXAMPLE)
-    return imagefolder.PREFIX + str(files.user_path(folder).absolute())
+    path = files.user_path(folder)
+    # A link keeps its own name, which stands in reports; `..` has none.
+    return imagefolder.PREFIX + str(path.resolve() if ".." in path.parts else path.absolute())
 
 
 def row_of(name: str) -> DatasetRow | None:
@@ -116,10 +120,11 @@ def check_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         name: resolved.
-        given: of `train_images`, `test_images`, `image_size`, `test_split` and `skip_broken`; None is not given.
+        given: of `train_images`, `test_images`, `image_size`, `test_split` and `skip_broken`; None is not given. Text,
+            as from a variable of the environment, is read as what it says.
 
     Returns:
-        All of them, None where the data set has no such setting.
+        All of them, as numbers and bools; None where the data set has no such setting.
 
     Raises:
         UsageError: one that it does not have, or a value out of range.
@@ -134,40 +139,47 @@ def check_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
                 f"`--{key.replace('_', '-')}` is given, but `{name}` has no such setting",
                 hint=f"leave it out; it is for `--dataset {owners[0]}{':DIR' if owners[0] == 'imagefolder' else ''}`",
             )
-    for key in ("train_images", "test_images"):
-        _check_range(key, chosen[key], 1, _MOST_IMAGES)
-    _check_range("image_size", chosen["image_size"], _SMALLEST_SIDE, _LARGEST_SIDE)
-    if chosen["test_split"] is not None:
-        check_share("test_split", chosen["test_split"])
-    return chosen
+    checks: dict[str, Callable[[str, Any], Any]] = {
+        "train_images": partial(_whole_number, lowest=1, highest=_MOST_IMAGES),
+        "test_images": partial(_whole_number, lowest=1, highest=_MOST_IMAGES),
+        "image_size": partial(_whole_number, lowest=_SMALLEST_SIDE, highest=_LARGEST_SIDE),
+        "test_split": _share,
+        "skip_broken": _truth,
+    }
+    return {key: None if value is None else checks[key](key, value) for key, value in chosen.items()}
 
 
-def _check_range(key: str, value: Any, lowest: int, highest: int) -> None:
+def _whole_number(key: str, value: Any, *, lowest: int, highest: int) -> int:
     try:
-        wrong = value is not None and not lowest <= int(value) <= highest
-    except (TypeError, ValueError):
-        wrong = True
-    if wrong:
+        number = TypeAdapter(int).validate_python(value)
+    except ValidationError:
+        number = lowest - 1
+    if isinstance(value, bool) or not lowest <= number <= highest:
         raise UsageError(
             f"`{key}` is {value}, expected a whole number from {lowest} to {highest:,}",
             hint=f"e.g. `--{key.replace('_', '-')} {max(lowest, 32)}`",
         )
+    return number
 
 
-def check_share(key: str, value: Any) -> None:
-    """A share of images to hold out, which must leave some.
-
-    Raises:
-        UsageError: it is no number above 0 and below 1.
-    """
+def _share(key: str, value: Any) -> float:
+    """A share of images to hold out, which must leave some."""
     try:
-        wrong = not 0 < float(value) < 1
-    except (TypeError, ValueError):
-        wrong = True
-    if wrong:
+        share = TypeAdapter(float).validate_python(value)
+    except ValidationError:
+        share = 0.0
+    if not 0 < share < 1:
         raise UsageError(
             f"`{key}` is {value}, expected a share above 0 and below 1", hint=f"e.g. `--{key.replace('_', '-')} 0.1`"
         )
+    return share
+
+
+def _truth(key: str, value: Any) -> bool:
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError as error:
+        raise UsageError(f"`{key}` is {value}, expected true or false", hint=f"e.g. `{key}=true`") from error
 
 
 def request(
@@ -195,12 +207,10 @@ def request(
         UsageError: no such data set, or a setting that it does not have.
     """
     resolved = resolve(name)
-    if val_split:
-        check_share("val_split", val_split)
     return Request(
         name=resolved,
         folder=folder or files.data_folder(),
-        val_split=val_split,
+        val_split=_share("val_split", val_split) if val_split else 0.0,
         split_seed=split_seed,
         room_to_crop=room_to_crop,
         unlabeled=unlabeled,

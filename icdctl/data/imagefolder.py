@@ -30,6 +30,8 @@ DEFAULT_TEST_SPLIT = 0.2
 _TRAIN, _TEST = "train", "test"
 _VAL = ("val", "valid", "validation")
 _UNLABELED = ("unlabeled", "unlabelled")
+_PARTS = frozenset({_TRAIN, _TEST, *_VAL, "training", "testing"})
+"""Never classes, in capitals or not: a model that tells `Train` from `Val` is nobody's wish."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,13 @@ def class_names(folder: Path) -> tuple[str, ...]:
     """The names of the classes, sorted: those of the folders that training images lie in.
 
     Raises:
-        ArtifactError: the folder is not there, or has fewer than two classes.
+        ArtifactError: the folder is not there, has fewer than two classes, or a class has a name that is no text.
     """
     base = folder / _TRAIN if (folder / _TRAIN).is_dir() else folder
-    try:
-        found = sorted(path.name for path in base.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError as error:
-        raise ArtifactError(
-            f"image folder `{base}` can't be read: {error.strerror or error}",
-            hint="name a folder with `train/` and `val/`, or with a folder for each class: `--dataset imagefolder:DIR`",
-        ) from error
+    found = _folders_in(base)
     if base == folder:
-        found = [name for name in found if name not in _UNLABELED]
-        misplaced = [name for name in found if name in (*_VAL, _TEST)]
+        found = [name for name in found if name.lower() not in _UNLABELED]
+        misplaced = [name for name in found if name.lower() in _PARTS]
         if misplaced:
             raise ArtifactError(
                 f"`{folder}` has a folder `{misplaced[0]}` but no folder `{_TRAIN}`",
@@ -89,7 +85,23 @@ def class_names(folder: Path) -> tuple[str, ...]:
             f"`{base}` has {len(found)} folders of images, a classifier needs 2 classes or more",
             hint="put the images of each class into a folder of their own, named like the class",
         )
+    unreadable = [name for name in found if not name.isprintable()]
+    if unreadable:
+        raise ArtifactError(
+            f"`{base}` has a class whose name can't be printed: {unreadable[0]!a}", hint="rename its folder"
+        )
     return tuple(found)
+
+
+def _folders_in(base: Path) -> list[str]:
+    """Names of the folders in `base`, sorted, without hidden ones."""
+    try:
+        return sorted(path.name for path in base.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise ArtifactError(
+            f"image folder `{base}` can't be read: {error.strerror or error}",
+            hint="name a folder with `train/` and `val/`, or with a folder for each class: `--dataset imagefolder:DIR`",
+        ) from error
 
 
 def divide(folder: Path, *, test_split: float, val_split: float, seed: int) -> Division:
@@ -108,7 +120,7 @@ def divide(folder: Path, *, test_split: float, val_split: float, seed: int) -> D
     has_train = (folder / _TRAIN).is_dir()
     train = _part(folder, folder / _TRAIN if has_train else folder, classes)
     _check_filled(folder, train, classes)
-    own_val = next((folder / name for name in _VAL if (folder / name).is_dir()), None) if has_train else None
+    own_val = _own_val(folder) if has_train else None
     own_test = folder / _TEST if has_train and (folder / _TEST).is_dir() else None
     if own_test is None:
         own_test, own_val = own_val, None
@@ -146,9 +158,18 @@ def divide(folder: Path, *, test_split: float, val_split: float, seed: int) -> D
     return Division(train, test, val, _unlabeled(folder), has_own_test=own_test is not None)
 
 
+def _own_val(folder: Path) -> Path | None:
+    found = [folder / name for name in _VAL if (folder / name).is_dir()]
+    if len(found) > 1:
+        raise ArtifactError(
+            f"`{folder}` has both `{found[0].name}/` and `{found[1].name}/`", hint="put the images into one of them"
+        )
+    return found[0] if found else None
+
+
 def _part(folder: Path, base: Path, classes: Sequence[str]) -> Part:
     """All images below the classes' folders of `base`."""
-    others = {path.name for path in base.iterdir() if path.is_dir() and not path.name.startswith(".")} - set(classes)
+    others = set(_folders_in(base)) - set(classes)
     if base != folder and others:
         raise ArtifactError(
             f"`{base}` has classes that the training images do not have: {', '.join(sorted(others)[:5])}",
@@ -175,13 +196,19 @@ def _check_filled(folder: Path, train: Part, classes: Sequence[str]) -> None:
 
 
 def _unlabeled(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(name for kind in _UNLABELED for name in _images_below(folder, folder / kind)))
+    kinds = [name for name in _folders_in(folder) if name.lower() in _UNLABELED]
+    return tuple(sorted(name for kind in kinds for name in _images_below(folder, folder / kind)))
 
 
 def _images_below(folder: Path, base: Path) -> Iterator[str]:
-    """Paths below `folder`, of the images at any depth below `base`; links are followed, but never in circles."""
-    seen = set()
-    for place, folders, names in os.walk(base, followlinks=True):
+    """Paths below `folder`, of the images at any depth below `base`; links are followed, but never in circles.
+
+    A link upwards would bring in the images of other classes, so what `base` lies in counts as seen.
+    """
+    if not base.is_dir():
+        return
+    seen = {os.path.realpath(above) for above in (*base.parents, *base.resolve().parents)}
+    for place, folders, names in os.walk(base, followlinks=True, onerror=_refuse_unreadable):
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()
@@ -191,3 +218,10 @@ def _images_below(folder: Path, base: Path) -> Iterator[str]:
         for name in names:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
                 yield Path(place, name).relative_to(folder).as_posix()
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    """A folder that is left out in silence would be a data set of another size."""
+    raise ArtifactError(
+        f"image folder `{error.filename}` can't be read: {error.strerror or error}", hint="check its permissions"
+    ) from error

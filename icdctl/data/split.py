@@ -33,6 +33,11 @@ def stratified(labels: Tensor, share: float, *, seed: int, names: Sequence[str] 
     for rows in by_class.values():
         if len(rows) > 1:
             count = min(max(1, round(share * len(rows))), len(rows) - 1)
-            ranked = sorted(rows, key=lambda row: hashlib.sha256(f"icdctl split {seed} {shown[row]}".encode()).digest())
+            ranked = sorted(rows, key=lambda row: _rank(seed, shown[row]))
             held[ranked[:count]] = True
     return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
+
+
+def _rank(seed: int, name: str) -> bytes:
+    """The place of an image among its class; file names need not be UTF-8."""
+    return hashlib.sha256(f"icdctl split {seed} {name}".encode("utf-8", "surrogateescape")).digest()

@@ -177,7 +177,14 @@ class Member:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             size = self.place.dataset.preprocessing.size
-            return models.create(self.config.student, self.place.dataset.num_classes, image_size=size)
+            student = models.create(self.config.student, self.place.dataset.num_classes, image_size=size)
+        if min(size) < student.smallest_image:
+            raise UsageError(
+                f"images of {size[0]} x {size[1]} are too small for `{self.config.student}`, which needs "
+                f"{student.smallest_image} x {student.smallest_image}",
+                hint=f"`--image-size {student.smallest_image}` or more, or another model",
+            )
+        return student
 
     @property
     def images_left(self) -> int:
