@@ -18,6 +18,7 @@ import typer
 
 from icdctl import console
 from icdctl.commands import (
+    bench,
     demo,
     distill,
     doctor,
@@ -58,6 +59,7 @@ app.add_typer(registry.app, name="registry")
 app.command("list")(list_.list_)
 app.command("validate")(validate.validate)
 app.command("doctor")(doctor.doctor)
+app.command("bench")(bench.bench)
 
 
 def _show_version(wanted: bool) -> None:

@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
         *BASE,
         "__init__",
         "api",
+        "benchmark",
         "console",
         "data",
         "demo",
@@ -37,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
         "targets",
         "teachers",
     },
+    "benchmark": {*BASE, "config", "data", "engine", "evaluation", "installed", "methods", "models", "sources"},
     "demo": {*BASE, "api", "data", "engine", "exporting", "figures", "registry"},
     "api": {
         *BASE,

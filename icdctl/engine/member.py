@@ -280,7 +280,7 @@ class Member:
                 hint="lower `--lr`, or the weights of the method by `--set`; check the teacher with `icdctl eval`",
             )
         means = finite.double().mean(dim=0).tolist()
-        numbers = self._evaluated(self.place.watched_images, self.place.watched_labels)
+        numbers = self.evaluate(self.place.watched_images, self.place.watched_labels)
         rate = self.step.optimizer.param_groups[0]["lr"]
         row: dict[str, float] = {"epoch": self.progress.epoch + 1, "lr": float(rate)}
         row |= dict(zip(self.step.rule.term_names, means[:-1], strict=True))
@@ -293,7 +293,8 @@ class Member:
         """What is evaluated and kept: the student, or the moving average of its weights."""
         return self.student if self.step.average is None else self.step.average
 
-    def _evaluated(self, images: Tensor, labels: Tensor) -> Evaluation:
+    def evaluate(self, images: Tensor, labels: Tensor) -> Evaluation:
+        """What is kept of it, on images [N, H, W, 3] uint8 and their labels [N]."""
         model = self.result_model.eval()
         predict = module_predictor(model, self.place.dataset.preprocessing, self.place.device)
         return evaluate_logits(predict_all(predict, images), labels)
@@ -387,7 +388,7 @@ class Member:
         if watched == "test":
             final = {f"final_{key}": last[f"test_{key}"] for key in ("top1", "top5", "loss")}
             return {**final, "best_top1": best["test_top1"], "best_epoch": int(best["epoch"])}
-        numbers = self._evaluated(self.place.dataset.test_images, self.place.dataset.test_labels)
+        numbers = self.evaluate(self.place.dataset.test_images, self.place.dataset.test_labels)
         return {
             "final_top1": numbers.top1,
             "final_top5": numbers.top5,

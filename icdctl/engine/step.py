@@ -7,6 +7,7 @@ float64 and shareable by many students. Shapes: B images.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -98,18 +99,59 @@ class TrainingStep:
         for kept, buffer in zip(self._kept_buffers, self._buffers, strict=True):
             kept.copy_(buffer)
         self.optimizer.zero_grad(set_to_none=True)
-        terms, logits = self._terms(images, labels, answer)
-        total = torch.stack(list(terms.values())).sum()
-        total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        gradient_norm = nn.utils.clip_grad_norm_(self._parameters, self.rule.clip_norm)
-        if self.rule.skip_nonfinite:
-            self._guard(total, gradient_norm)
-        self.optimizer.step()
+        logits, patches = self.forward(images)
+        terms = self.losses(logits, patches, labels, answer)
+        total = self.backward(terms)
+        gradient_norm = self.update(total)
         with torch.no_grad():
             self.log[index] = torch.stack([*terms.values(), gradient_norm]).detach()
             self.num_right += (logits.argmax(dim=1) == labels).sum()
             if self.average is not None:
                 self._update_average(self.average)
+
+    # The phases of a step are methods of their own so that `bench` can time each.
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The student's logits [B, K] and, for methods that read them, patch logits [B, K, P]."""
+        with torch.autocast(self._device.type, dtype=torch.bfloat16) if self.rule.autocast else nullcontext():
+            outputs = self.student.outputs(images)
+            patches = None
+            if self._needs_patches:
+                patches = methods.patch_logits(outputs.feature_map, self.student.head, self.rule.scales)
+        return _at_least_float32(outputs.logits), None if patches is None else _at_least_float32(patches)
+
+    def losses(
+        self, logits: Tensor, patches: Tensor | None, labels: Tensor, answer: Answer | None
+    ) -> dict[str, Tensor]:
+        """The weighted loss terms, scalars."""
+        return methods.distillation_terms(
+            self.rule.method,
+            student_logits=logits,
+            student_patches=patches,
+            teacher_logits=None if answer is None else answer.logits,
+            teacher_patches=self._teacher_patches(answer),
+            labels=labels,
+            scales=self.rule.scales,
+            epoch=self._epoch,
+            settings=self.rule.settings,
+            label_smoothing=self.rule.label_smoothing,
+            class_weights=self.rule.class_weights,
+            has_unlabeled=self.rule.has_unlabeled,
+        )
+
+    def backward(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Gradients of the sum of the terms, which is returned."""
+        total = torch.stack(list(terms.values())).sum()
+        total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return total
+
+    def update(self, total: Tensor) -> Tensor:
+        """Clip the gradient and move the weights; the gradient's norm before clipping, a scalar."""
+        gradient_norm: Tensor = nn.utils.clip_grad_norm_(self._parameters, self.rule.clip_norm)
+        if self.rule.skip_nonfinite:
+            self._guard(total, gradient_norm)
+        self.optimizer.step()
+        return gradient_norm
 
     @torch.no_grad()
     def _guard(self, total: Tensor, gradient_norm: Tensor) -> None:
@@ -129,30 +171,6 @@ class TrainingStep:
             else:
                 old.copy_(new)
         steps += 1
-
-    def _terms(self, images: Tensor, labels: Tensor, answer: Answer | None) -> tuple[dict[str, Tensor], Tensor]:
-        """The weighted loss terms and the logits [B, K]."""
-        with torch.autocast(self._device.type, dtype=torch.bfloat16) if self.rule.autocast else nullcontext():
-            outputs = self.student.outputs(images)
-            patches = None
-            if self._needs_patches:
-                patches = methods.patch_logits(outputs.feature_map, self.student.head, self.rule.scales)
-        logits = _at_least_float32(outputs.logits)
-        terms = methods.distillation_terms(
-            self.rule.method,
-            student_logits=logits,
-            student_patches=None if patches is None else _at_least_float32(patches),
-            teacher_logits=None if answer is None else answer.logits,
-            teacher_patches=self._teacher_patches(answer),
-            labels=labels,
-            scales=self.rule.scales,
-            epoch=self._epoch,
-            settings=self.rule.settings,
-            label_smoothing=self.rule.label_smoothing,
-            class_weights=self.rule.class_weights,
-            has_unlabeled=self.rule.has_unlabeled,
-        )
-        return terms, logits
 
     def _teacher_patches(self, answer: Answer | None) -> Tensor | None:
         """[B, K, P] of this student's scales."""

@@ -1,0 +1,416 @@
+"""The same training step by icdctl and by a checkout of the reference code, one beside the other on one machine.
+
+The reference runs in a process of its own (`reference.py`). Both sides hold the same weights, images and constants.
+First both take the same steps, and their losses and gradients must agree; only then is either timed. Blocks of steps
+alternate, A B B A, with both processes alive and one waiting on a pipe, so that a change of the machine's speed meets
+both.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icdctl import files, methods, models
+from icdctl.benchmark import measure
+from icdctl.benchmark.child import Ask, reference_process
+from icdctl.benchmark.workload import (
+    EPOCH,
+    Pair,
+    Plan,
+    Session,
+    Stepper,
+    build_config,
+    fresh_model,
+    random_dataset,
+)
+from icdctl.config import RunConfig
+from icdctl.data import Dataset
+from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
+from icdctl.engine.environment import git_state
+from icdctl.errors import ArtifactError, IcdctlError
+from icdctl.models import Classifier
+
+PREFERRED = ("cd_sdd_dkd", "sdd_dkd", "dkd")
+"""Methods to compare by where none is named: the first that the checkout has."""
+
+_NUM_BATCHES, _NUM_TEST = 80, 64
+_GATE_EPOCHS = (1, EPOCH, 30)
+"""First, inside and after the distillation warm-up."""
+_RIGHT_SHARE = 0.7
+"""Of the gate's labels that the teacher gets right, as on training images."""
+_TOLERANCES = {"float32": {"loss": 1e-4, "gradient": 1e-2}, "float64": {"loss": 1e-6, "gradient": 1e-6}}
+"""Of relative differences."""
+_DOUBLE_IMAGES = 16
+_GRADIENT = "gradient norm"
+_DKD_KEYS = {"temperature": "T", "alpha": "ALPHA", "beta": "BETA", "ce_weight": "CE_WEIGHT", "warmup_epochs": "WARMUP"}
+_LONGEST_BLOCK_SECONDS = 12.0
+_BUDGET_FOR_BLOCKS = 0.9
+_WORKERS_ON_CUDA = 2
+_SHORTEST_PATIENCE_SECONDS = 120.0
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long to measure."""
+
+    rounds: int
+    """Pairs of blocks for each pair of models."""
+    budget: float
+    """Seconds for everything; fewer rounds are taken where it runs out."""
+
+
+def compare(plan: Plan, pairs: Sequence[Pair], checkout: Path, pace: Pace, *, tell: Tell) -> dict[str, Any]:
+    """Time both sides on each pair of models.
+
+    Args:
+        plan: what all pairs share; its method None takes the first of `PREFERRED` that the checkout has.
+        pairs: teachers and students.
+        checkout: folder that holds `mdistiller`.
+        pace: rounds and seconds.
+        tell: told what is under way.
+
+    Returns:
+        `device`, `versions`, `reference` and, under `pairs`, by label: `ratio` (reference time by icdctl time, the
+        median over rounds), `ratio_min`, `ratio_max`, milliseconds a step and images per second of both, and the
+        gate's largest differences.
+
+    Raises:
+        UsageError: a wrong option.
+        ArtifactError: there is no such checkout, or it lacks the method or a model.
+        IcdctlError: the two sides don't compute the same, so no speed is told.
+    """
+    check_checkout(checkout)
+    started = time.perf_counter()
+    device = resolve_device(plan.device)
+    precision = resolve_precision(build_config(_with_method(plan, PREFERRED[0]), pairs[0]).precision, device)
+    found: dict[str, Any] = {}
+    with measure.threads(plan.threads):
+        described = {**measure.describe(device, precision), "threads": plan.threads}
+        stand_ins: list[str] = []
+        for done, pair in enumerate(pairs):
+            share = (pace.budget - (time.perf_counter() - started)) / (len(pairs) - done)
+            comparison = _Comparison(plan, pair, checkout, device, precision, tell)
+            found[pair.label], stand_ins = comparison.run(pace.rounds, share)
+    described["load_after"] = measure.load()
+    state = git_state(checkout) if (checkout / ".git").exists() else None
+    return {
+        "device": described,
+        "versions": measure.versions(),
+        "reference": {"git": state, "sha256": _sha256(checkout / "mdistiller"), "stand_ins": stand_ins},
+        "pairs": found,
+    }
+
+
+def check_checkout(checkout: Path) -> None:
+    """
+    Raises:
+        ArtifactError: the folder is not there, or holds no `mdistiller`.
+    """
+    hint = "pass a checkout of iCD, SDD-CVPR2024 or mdistiller: the folder that holds `mdistiller`"
+    if not checkout.is_dir():
+        raise ArtifactError(f"`{checkout}` is no folder", hint=hint)
+    if not (checkout / "mdistiller" / "__init__.py").is_file():
+        raise ArtifactError(f"`{checkout}` holds no package `mdistiller`", hint=hint)
+
+
+def _sha256(package: Path) -> str:
+    """Of the package's Python files, names and contents, in order."""
+    paths = sorted(package.rglob("*.py"))
+    told = [f"{path.relative_to(package).as_posix()} {files.sha256_file(path)}\n" for path in paths]
+    return files.sha256_bytes("".join(told).encode())
+
+
+def _with_method(plan: Plan, method: str) -> Plan:
+    return replace(plan, method=plan.method or method)
+
+
+class _Comparison:
+    """One pair of models, both sides."""
+
+    def __init__(
+        self, plan: Plan, pair: Pair, checkout: Path, device: torch.device, precision: str, tell: Tell
+    ) -> None:
+        self.plan, self.pair, self.checkout = plan, pair, checkout
+        self.device, self.precision = device, precision
+        self._tell = tell
+
+    def run(self, rounds: int, budget: float) -> tuple[dict[str, Any], list[str]]:
+        """Gate, then blocks: the numbers, and the packages that had stand-ins."""
+        started = time.perf_counter()
+        patience = max(_SHORTEST_PATIENCE_SECONDS, budget)
+        with (
+            tempfile.TemporaryDirectory(prefix="icdctl-bench-") as folder,
+            reference_process(
+                Path(folder), self.checkout, self.device, num_threads=self.plan.threads, patience=patience
+            ) as ask,
+        ):
+            self._say("making images and models")
+            batch_size = build_config(_with_method(self.plan, PREFERRED[0]), self.pair).batch_size
+            dataset = random_dataset(_NUM_BATCHES * batch_size, _NUM_TEST, seed=self.plan.seed)
+            keys = ("train_images", "train_labels", "test_images", "test_labels")
+            torch.save({key: getattr(dataset, key) for key in keys}, Path(folder) / "images.pt")
+            opened = ask(
+                "open",
+                checkout=str(self.checkout.resolve()),
+                scratch=folder,
+                device=self.device.type,
+                threads=self.plan.threads,
+                seed=self.plan.seed,
+            )
+            method = _choose_method(self.plan.method, opened["methods"], self.checkout)
+            config = build_config(replace(self.plan, method=method), self.pair)
+            teacher = fresh_model(self.pair.teacher, dataset, seed=self.plan.seed, is_teacher=True)
+            student = fresh_model(self.pair.student, dataset, seed=self.plan.seed + 1, is_teacher=False)
+            for name, model in (("teacher", teacher), ("student", student)):
+                torch.save(model.state_dict(), Path(folder) / f"{name}.pt")
+            prepared = ask("prepare", **self._request(config))
+            differences = self._gate(ask, Path(folder), config, dataset, teacher, student)
+            with backend_settings(self.device, self.precision, deterministic=False):
+                session = self._session(config, dataset, teacher, student, self.precision)
+                blocks = self._blocks(ask, Stepper(session), rounds, budget - (time.perf_counter() - started))
+        numbers = {
+            "method": method,
+            "precision": self.precision,
+            "batch_size": config.batch_size,
+            "reference_workers": prepared["workers"],
+            "gate_differences": differences,
+            **_summary(blocks, config.batch_size, on_cpu=self.device.type == "cpu"),
+        }
+        return numbers, opened["stand_ins"]
+
+    def _say(self, what: str) -> None:
+        self._tell(f"{self.pair.label}: {what}")
+
+    def _session(
+        self, config: RunConfig, dataset: Dataset, teacher: Classifier, student: Classifier, precision: str
+    ) -> Session:
+        return Session(config, dataset, teacher, student, device=self.device, precision=precision)
+
+    def _request(self, config: RunConfig) -> dict[str, Any]:
+        """Constants and names of this configuration as the reference spells them."""
+        settings = config.settings
+        needs_patches = methods.METHODS[config.method].needs_patches
+        values: dict[str, Any] = {
+            "DATASET.TYPE": "cifar100",
+            "DATASET.NUM_WORKERS": 0 if self.device.type == "cpu" else _WORKERS_ON_CUDA,
+            "DISTILLER.TYPE": config.method.upper(),
+            "SOLVER.TYPE": "SGD",
+            "SOLVER.BATCH_SIZE": config.batch_size,
+            "SOLVER.LR": config.lr,
+            "SOLVER.MOMENTUM": config.momentum,
+            "SOLVER.WEIGHT_DECAY": config.weight_decay,
+            "LOG.WANDB": False,
+            "LOG.PREFIX": "output",
+            "distributation": False,
+            "M": f"[{','.join(map(str, config.scales or methods.SCALES))}]",
+            "warmup": settings.get("warmup_epochs", 0.0),
+        }
+        values |= {f"DKD.{theirs}": settings[ours] for ours, theirs in _DKD_KEYS.items() if ours in settings}
+        if "gamma" in settings:
+            values["CD.GAMMA"] = settings["gamma"]
+        if methods.METHODS[config.method].loss == "kd":
+            values["KD.TEMPERATURE"] = settings["temperature"]
+            values["KD.LOSS.CE_WEIGHT"], values["KD.LOSS.KD_WEIGHT"] = settings["ce_weight"], settings["kd_weight"]
+        return {
+            "method": config.method.upper(),
+            "teacher": _their_names(self.pair.teacher, needs_patches),
+            "student": _their_names(self.pair.student, needs_patches),
+            "scales_text": values["M"],
+            "config": values,
+            "epoch": EPOCH,
+        }
+
+    def _gate(
+        self, ask: Ask, folder: Path, config: RunConfig, dataset: Dataset, teacher: Classifier, student: Classifier
+    ) -> dict[str, float]:
+        """The same steps by both sides: the largest relative difference of a loss term and of the gradient's norm.
+
+        In float32 as it will be timed, and in float64 on fewer images, where nothing but another formula can differ: at
+        random weights, batch norms amplify float32 rounding to 1e-2 of the gradient on both sides.
+
+        Raises:
+            IcdctlError: a difference is above its tolerance.
+        """
+        self._say("comparing losses and gradients")
+        worst: dict[str, float] = {}
+        for dtype, tolerance in _TOLERANCES.items():
+            double = dtype == "float64"
+            own_student, own_teacher = copy.deepcopy(student), copy.deepcopy(teacher)
+            if double:
+                own_student, own_teacher = own_student.double(), own_teacher.double()
+            with backend_settings(self.device, "fp32", deterministic=False):
+                session = self._session(config, dataset, own_teacher, own_student, "fp32")
+                batch = min(_DOUBLE_IMAGES, config.batch_size) if double else config.batch_size
+                ours = _gate_steps(Stepper(session), batch, folder / f"{dtype}.pt")
+            theirs = ask("gate", double=double, batches=f"{dtype}.pt")
+            clips = theirs["clip_norm"] is not None
+            for own, other in zip(ours, theirs["batches"], strict=True):
+                gaps = self._gaps(own, other, clips)
+                for name, (here, there, gap) in gaps.items():
+                    kind = "gradient" if _GRADIENT in name else "loss"
+                    key = f"{dtype}_{kind}"
+                    worst[key] = max(worst.get(key, 0.0), gap)
+                    if not gap <= tolerance[kind]:
+                        told = f"`{name}` in epoch {own['epoch']}, {dtype}, is {there:.9g} there and {here:.9g} here"
+                        raise _disagreement(self.pair, told)
+        if not clips:
+            self._say("note: the checkout does not clip gradients; icdctl does")
+        return worst
+
+    def _gaps(
+        self, own: Mapping[str, Any], other: Mapping[str, Any], clips: bool
+    ) -> dict[str, tuple[float, float, float]]:
+        """By name of a number: ours, theirs, the relative difference."""
+        here, there = (
+            {
+                **side["terms"],
+                _GRADIENT: side["before_clipping"],
+                f"clipped {_GRADIENT}": side["gradient" if clips else "before_clipping"],
+                "sum of the inputs": side["inputs"],
+            }
+            for side in (own, other)
+        )
+        if set(here) != set(there):
+            raise _disagreement(self.pair, f"its terms are {sorted(other['terms'])}, ours {sorted(own['terms'])}")
+        return {name: (here[name], there[name], _relative_difference(here[name], there[name])) for name in here}
+
+    def _blocks(
+        self, ask: Ask, step: Stepper, rounds: int, budget: float
+    ) -> list[tuple[dict[str, float], dict[str, float]]]:
+        """Blocks of both sides, a pair each round: (reference, icdctl), seconds per step."""
+        deadline = time.perf_counter() + budget
+
+        def theirs(count: int) -> dict[str, float]:
+            spent = ask("steps", count=count)
+            return {key: float(value) / count for key, value in spent.items()}
+
+        def ours(count: int) -> dict[str, float]:
+            wall, own = time.perf_counter(), time.process_time()
+            for _ in range(count):
+                step()
+            measure.synchronize(self.device)
+            return {
+                "cpu_seconds": (time.process_time() - own) / count,
+                "wall_seconds": (time.perf_counter() - wall) / count,
+            }
+
+        self._say("warming up")
+        for side in (theirs, ours):
+            side(1)  # first calls choose and compile
+        slower = max(side(2)["wall_seconds"] for side in (theirs, ours))
+        room = _BUDGET_FOR_BLOCKS * (deadline - time.perf_counter()) / (2 * rounds)
+        count = max(1, int(min(_LONGEST_BLOCK_SECONDS, room) / slower))
+        found = []
+        for number in range(rounds):
+            self._say(f"round {number + 1} of {rounds}, {count} steps a block")
+            if number % 2 == 0:
+                first = theirs(count)
+                found.append((first, ours(count)))
+            else:
+                second = ours(count)
+                found.append((theirs(count), second))
+            if time.perf_counter() + 2 * count * slower > deadline and number + 1 < rounds:
+                self._say(f"the budget is spent after {number + 1} of {rounds} rounds")
+                break
+        return found
+
+
+def _gate_steps(step: Stepper, batch: int, path: Path) -> list[dict[str, Any]]:
+    """Our side of the gate, every step from the same weights; its batches are left for the other at `path`."""
+    session, member = step.session, step.session.member
+    state = {key: tensor.clone() for key, tensor in member.student.state_dict().items()}
+    dtype = next(member.student.parameters()).dtype
+    views, _ = session.start_epoch(EPOCH)
+    held, found = [], []
+    for number, epoch in enumerate(_GATE_EPOCHS):
+        part = views[number * batch : (number + 1) * batch]
+        images = session.place.store.inputs(part).to(dtype)
+        answer = session.inline(images)
+        is_right = torch.arange(batch, device=session.place.device) < _RIGHT_SHARE * batch
+        labels = torch.where(is_right, answer.logits.argmax(dim=1), session.place.labels[part.index])
+        member.student.load_state_dict(state)
+        member.step.optimizer.state.clear()
+        member.student.train()
+        member.step.start_epoch(epoch)
+        member.step(0, images, labels, answer)
+        *terms, norm = member.step.log[0].tolist()
+        gradients = [parameter.grad for parameter in member.student.parameters() if parameter.grad is not None]
+        found.append(
+            {
+                "epoch": epoch,
+                "inputs": float(images.double().abs().sum()),
+                "terms": dict(zip(member.step.rule.term_names, terms, strict=True)),
+                "gradient": math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients)),
+                "before_clipping": norm,
+            }
+        )
+        held.append({"pixels": session.place.store.pixels(part).cpu(), "labels": labels.cpu(), "epoch": epoch})
+    torch.save(held, path)
+    return found
+
+
+def _relative_difference(one: float, other: float) -> float:
+    largest = max(abs(one), abs(other))
+    return abs(one - other) / largest if largest else 0.0
+
+
+def _disagreement(pair: Pair, what: str) -> IcdctlError:
+    return IcdctlError(
+        f"{pair.label}: the checkout and icdctl don't compute the same, so no speed is told: {what}",
+        hint="compare with an unchanged checkout, or name the `--method` that it has",
+    )
+
+
+def _summary(
+    blocks: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], batch_size: int, *, on_cpu: bool
+) -> dict[str, Any]:
+    """Medians and ratios over the rounds."""
+    key = "cpu_seconds" if on_cpu else "wall_seconds"
+    ratios = [theirs[key] / ours[key] for theirs, ours in blocks]
+    wall_ratios = [theirs["wall_seconds"] / ours["wall_seconds"] for theirs, ours in blocks]
+    theirs_ms = 1e3 * statistics.median(theirs[key] for theirs, _ in blocks)
+    ours_ms = 1e3 * statistics.median(ours[key] for _, ours in blocks)
+    return {
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "reference_ms": theirs_ms,
+        "icdctl_ms": ours_ms,
+        "reference_images_per_second": 1e3 * batch_size / theirs_ms,
+        "icdctl_images_per_second": 1e3 * batch_size / ours_ms,
+        "rounds": len(blocks),
+        "wall_ratio": statistics.median(wall_ratios),
+        "reference_wall_ms": 1e3 * statistics.median(theirs["wall_seconds"] for theirs, _ in blocks),
+        "icdctl_wall_ms": 1e3 * statistics.median(ours["wall_seconds"] for _, ours in blocks),
+    }
+
+
+def _their_names(model: str, needs_patches: bool) -> list[str]:
+    """How the reference may spell a model, the likeliest first: `_sdd` gives patch logits."""
+    plain = list(models.MODELS[model].aliases)
+    with_patches = [f"{name}_sdd" for name in plain]
+    return [*with_patches, *plain] if needs_patches else [*plain, *with_patches]
+
+
+def _choose_method(wanted: str | None, available: Sequence[str], checkout: Path) -> str:
+    candidates = PREFERRED if wanted is None else (methods.resolve(wanted),)
+    for method in candidates:
+        if method.upper() in available:
+            return method
+    known = [name for name in methods.METHODS if name.upper() in available]
+    raise ArtifactError(
+        f"`{checkout}` has no method {' or '.join(f'`{name}`' for name in candidates)}",
+        hint=f"choose `--method` from what it has: {', '.join(known) or 'none that icdctl knows'}",
+    )

@@ -1,0 +1,207 @@
+"""`icdctl bench`: how fast training is, by itself or beside the reference code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from icdctl import console
+from icdctl.commands import options
+from icdctl.errors import IcdctlError, UsageError
+
+_WHAT, _HOW = "What", "How long"
+_GATES = ("float32_loss", "float32_gradient", "float64_loss", "float64_gradient")
+_TEACHER, _STUDENT = "res32x4", "mv2"
+
+
+def bench(
+    teacher: Annotated[
+        str | None, typer.Option(help="Architecture of the teacher.", show_default=_TEACHER, rich_help_panel=_WHAT)
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option(help="Architecture of the student.", show_default=_STUDENT, rich_help_panel=_WHAT)
+    ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T:S,...",
+            help="Several teachers and students, e.g. `res32x4:mv2,wrn40_2:res8x4`.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Loss to train with; `icdctl list methods`.",
+            show_default="cd_sdd_dkd; with --against the first that it has of cd_sdd_dkd, sdd_dkd, dkd",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    scales: options.Scales = None,
+    settings: options.Settings = None,
+    recipe: options.Recipe = None,
+    batch_size: options.BatchSize = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 2, help="Of weights, images and labels.")] = 0,
+    device: options.Device = None,
+    precision: options.Precision = None,
+    teacher_mode: options.TeacherMode = None,
+    teacher_precision: options.TeacherPrecision = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 1,
+    seconds: Annotated[
+        float, typer.Option(min=0.01, help="Of timed steps, for each pair.", rich_help_panel=_HOW)
+    ] = 20.0,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="A checkout of iCD, SDD-CVPR2024 or mdistiller to be timed beside icdctl.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="With --against: blocks of each side, for each pair.", rich_help_panel=_HOW)
+    ] = 5,
+    budget: Annotated[
+        float, typer.Option(min=1.0, help="With --against: seconds for everything.", rich_help_panel=_HOW)
+    ] = 540.0,
+    require: Annotated[
+        float | None,
+        typer.Option(metavar="RATIO", help="With --against: exit 1 where a pair's lowest ratio is below."),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Time training steps on random images: nothing is trained, nothing is written.
+
+    Example: icdctl bench --teacher res32x4 --student mv2 --method cd_sdd_dkd
+    """
+    if pairs is not None and (teacher is not None or student is not None):
+        raise UsageError("`--pairs` and `--teacher` or `--student` are given", hint="name all models in `--pairs`")
+    if require is not None and against is None:
+        raise UsageError("`--require` needs `--against`", hint="name a checkout of the reference by `--against DIR`")
+    from icdctl.benchmark.workload import Plan, parse_pairs
+
+    wanted = parse_pairs(pairs if pairs is not None else f"{teacher or _TEACHER}:{student or _STUDENT}")
+    plan = Plan(
+        method=method,
+        batch_size=batch_size,
+        device="auto" if device is None else device,
+        precision=precision,
+        teacher_mode=teacher_mode,
+        teacher_precision=teacher_precision,
+        scales=scales,
+        settings=options.parse_settings(settings),
+        recipe=recipe,
+        seed=seed,
+        threads=threads,
+    )
+    if against is None:
+        from icdctl.benchmark import speed
+
+        result = speed.measure_pairs(plan, wanted, seconds=seconds, tell=console.talk)
+        console.show_json(result) if as_json else _show_speed(result)
+        return
+    from icdctl.benchmark.against import Pace, compare
+
+    result = compare(plan, wanted, against, Pace(rounds, budget), tell=console.talk)
+    _report(result, require, as_json)
+
+
+def _report(result: dict[str, Any], require: float | None, as_json: bool) -> None:
+    """Print the comparison; exit 1 where it is below what is required, with the numbers and the reason."""
+    slow = {name: row for name, row in result["pairs"].items() if require is not None and row["ratio_min"] < require}
+    error = None
+    if slow:
+        told = ", ".join(f"{name} {row['ratio_min']:.2f}" for name, row in slow.items())
+        error = IcdctlError(
+            f"the lowest ratio is below {require:g}: {told}",
+            hint="repeat on a quiet machine with more `--rounds`; `icdctl bench` shows what a step is made of",
+        )
+    if as_json:
+        failure = {"code": error.exit_code, "message": error.message, "hint": error.hint} if error else None
+        console.show_json(result | ({"error": failure} if failure else {}))
+    else:
+        _show_comparison(result)
+    if error is not None:
+        console.show_error(error.messages, error.hints)
+        raise typer.Exit(error.exit_code)
+
+
+def _show_speed(result: Mapping[str, Any]) -> None:
+    _show_machine(result)
+    rates = result["ceilings"]
+    console.show_line(f"ceilings    {', '.join(f'{key} {value:.3g}' for key, value in rates.items())}")
+    for label, row in result["pairs"].items():
+        console.show_line("")
+        for name, value in _speed_lines(label, row):
+            console.show_line(f"{name:<11} {value}")
+
+
+def _speed_lines(label: str, row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    step, wall, extra, work = row["step_ms"], row["wall_step_ms"], row["extrapolated"], row["work"]
+    tail = f"p90 {step['p90']:.2f}, p99 {step['p99']:.2f} over {row['num_steps']} steps"
+    split = " | ".join(f"{name} {spent:.2f}" for name, spent in row["split_ms"].items())
+    hours = extra["run_seconds"] / 3600
+    shares = {name: f"{100 * work[f'share_of_{name}_ceiling']:.0f} %" for name in ("matmul", "conv3x3", "copy")}
+    memory = ", ".join(f"{key.replace('_bytes', '')} {size / 1e9:.2f} GB" for key, size in row["memory"].items())
+    lines = [
+        ("pair", f"{label}, {row['method']}, batch {row['batch_size']}, teacher {row['teacher_mode']}"),
+        ("step", f"p50 {step['p50']:.2f} ms, {tail}; wall p50 {wall['p50']:.2f}"),
+        ("rate", f"{row['images_per_second']:,.1f} images/s; wall {row['wall_images_per_second']:,.1f} images/s"),
+        ("split", f"{split} (ms, medians of a run of their own)"),
+        ("evaluation", f"{row['evaluation']['seconds']:.2f} s for {row['evaluation']['images']:,} images"),
+        (
+            "epoch",
+            f"{extra['epoch_seconds']:,.1f} s with evaluation; {extra['epochs']} epochs: {hours:,.2f} h (both "
+            "extrapolated from the median step and the evaluation)",
+        ),
+        ("work", f"teacher {work['teacher_gflop']:,.1f} GFLOP, student {work['student_gflop']:,.1f} GFLOP a step"),
+        (
+            "shares",
+            f"{shares['matmul']} of the matmul ceiling, {shares['conv3x3']} of the convolution's; at least "
+            f"{work['least_gb']:.2f} GB a step, {shares['copy']} of the copy ceiling",
+        ),
+        ("memory", memory),
+    ]
+    if row["host_syncs_per_step"] is not None:
+        lines.append(("host syncs", f"{row['host_syncs_per_step']:g} a step"))
+    return lines
+
+
+def _show_comparison(result: Mapping[str, Any]) -> None:
+    _show_machine(result)
+    state = result["reference"]["git"]
+    commit = "no git" if state is None else f"{state['commit'][:12]}{' with changes' if state['dirty'] else ''}"
+    stand_ins = ", ".join(result["reference"]["stand_ins"]) or "none"
+    console.show_line(f"reference   {commit}; stand-ins for packages that are missing: {stand_ins}")
+    console.show_line("")
+    columns = ["pair", "method", "reference ms", "icdctl ms", "reference img/s", "icdctl img/s", "ratio", "min..max"]
+    rows = [
+        [
+            label,
+            row["method"],
+            round(row["reference_ms"], 2),
+            round(row["icdctl_ms"], 2),
+            round(row["reference_images_per_second"], 1),
+            round(row["icdctl_images_per_second"], 1),
+            round(row["ratio"], 2),
+            f"{row['ratio_min']:.2f}..{row['ratio_max']:.2f} ({row['rounds']} rounds)",
+        ]
+        for label, row in result["pairs"].items()
+    ]
+    console.show_table(columns, rows)
+    worst = {key: max(row["gate_differences"][key] for row in result["pairs"].values()) for key in _GATES}
+    told = ", ".join(f"{key.replace('_', ' ')} {gap:.1e}" for key, gap in worst.items())
+    console.show_line(f"largest relative differences of the same steps: {told}")
+
+
+def _show_machine(result: Mapping[str, Any]) -> None:
+    device, versions = result["device"], result["versions"]
+    named = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    size = f"{device['threads']} of {device['cores']} cores" if device["type"] == "cpu" else "CUDA"
+    load = f"load {device['load_before']} to {device['load_after']}"
+    console.show_line(f"device      {device['name']}, {size}, {device['precision']}, {load}")
+    console.show_line(f"clock       {device['clock']}")
+    console.show_line(f"versions    {named}")

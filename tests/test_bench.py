@@ -1,0 +1,332 @@
+"""`icdctl bench`: real measurements of tiny models, and the comparison with a stand-in of the reference code."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CommandLine
+
+from icdctl import models
+from icdctl.benchmark import against, ceilings, measure, speed, work, workload
+from icdctl.engine.teacher import InlineTeacher
+from icdctl.errors import ArtifactError
+
+TINY = ("--batch-size", "8", "--device", "cpu")
+
+PACKAGE = {
+    "__init__.py": "",
+    "models/__init__.py": '''
+from icdctl import methods, models
+
+
+def narrow(num_classes, M):
+    """A model that answers with logits and patch logits."""
+    model = models.create("res8", num_classes)
+    scales = methods.parse_scales(M)
+
+    def forward(images):
+        outputs = model.outputs(images)
+        return outputs.logits, methods.patch_logits(outputs.feature_map, model.head, scales)
+
+    model.forward = forward
+    return model
+
+
+cifar_model_dict = {"resnet8_sdd": (narrow, None)}
+''',
+    "distillers/__init__.py": """
+import torch
+from torch import nn
+from icdctl import methods
+
+
+class Patches(nn.Module):
+    def __init__(self, student, teacher, config):
+        super().__init__()
+        self.student, self.teacher, self.config = student, teacher, config
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, image, target, epoch):
+        logits, patches = self.student(image)
+        with torch.no_grad():
+            teacher_logits, teacher_patches = self.teacher(image)
+        settings = {"temperature": self.config.DKD.T, "beta": self.config.DKD.BETA, "warmup_epochs": self.config.warmup}
+        terms = methods.distillation_terms(
+            "sdd_dkd", student_logits=logits, student_patches=patches, teacher_logits=teacher_logits,
+            teacher_patches=teacher_patches, labels=target, scales=methods.parse_scales(self.config.M), epoch=epoch,
+            settings=settings,
+        )
+        return logits, {"loss_ce": terms["ce"], "loss_kd": FACTOR * terms["kd"]}
+
+
+distiller_dict = {"SDD_DKD": Patches}
+""",
+    "engine/__init__.py": """
+from .cfg import CFG
+from .trainer import Trainer
+from .utils import AverageMeter
+
+trainer_dict = {"base": Trainer}
+""",
+    "engine/cfg.py": """
+from surely_missing.config import CfgNode
+
+CFG = CfgNode()
+CFG.DATASET, CFG.SOLVER, CFG.DKD, CFG.LOG = CfgNode(), CfgNode(), CfgNode(), CfgNode()
+CFG.DATASET.NUM_WORKERS = 2
+CFG.SOLVER.update(BATCH_SIZE=64, LR=0.05, MOMENTUM=0.0, WEIGHT_DECAY=0.0)
+CFG.DKD.update(T=1.0, BETA=8.0)
+CFG.LOG.PREFIX = "."
+""",
+    "engine/utils.py": """
+class AverageMeter:
+    def update(self, value, count=1):
+        self.average = value
+""",
+    "engine/trainer.py": """
+import os
+import torch
+from torch import nn
+
+
+class Trainer:
+    def __init__(self, name, distiller, train_loader, test_loader, config):
+        os.makedirs(os.path.join(config.LOG.PREFIX, name), exist_ok=True)
+        self.distiller = distiller
+        solver = config.SOLVER
+        self.optimizer = torch.optim.SGD(
+            distiller.module.student.parameters(), lr=solver.LR, momentum=solver.MOMENTUM,
+            weight_decay=solver.WEIGHT_DECAY,
+        )
+
+    def train_iter(self, data, epoch, meters):
+        image, target, index = data
+        self.optimizer.zero_grad()
+        image, target = image.float().cuda(non_blocking=True), target.cuda(non_blocking=True)
+        logits, terms = self.distiller(image=image, target=target, epoch=epoch)
+        loss = sum(term.mean() for term in terms.values())
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.distiller.parameters(), max_norm=40, norm_type=2)
+        self.optimizer.step()
+        meters["losses"].update(loss.item())
+        return "a line of progress", terms
+""",
+    "dataset/__init__.py": """
+import os
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+
+
+def get_data_folder():
+    folder = os.path.join(os.path.dirname(__file__), "..", "..", "data")
+    os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+class Numbered(datasets.CIFAR100):
+    def __getitem__(self, index):
+        return (*super().__getitem__(index), index)
+
+
+def get_dataset(config):
+    print("talk on stdout is no answer")
+    normal = [transforms.ToTensor(), transforms.Normalize((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))]
+    varied = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *normal])
+    train = Numbered(get_data_folder(), train=True, transform=varied, download=True)
+    test = datasets.CIFAR100(get_data_folder(), train=False, transform=transforms.Compose(normal), download=True)
+    size, workers = config.SOLVER.BATCH_SIZE, config.DATASET.NUM_WORKERS
+    return DataLoader(train, size, shuffle=True, num_workers=workers), DataLoader(test, size), len(train), 100
+""",
+}
+"""A package with mdistiller's interface; its patches, losses and weights are ours."""
+
+
+@pytest.fixture(autouse=True)
+def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The speed of the machine is not what is tested here."""
+    monkeypatch.setitem(ceilings._MATMUL_SIDE, "cpu", 256)
+    monkeypatch.setitem(ceilings._COPY_BYTES, "cpu", 2**20)
+    monkeypatch.setattr(speed, "_TRAIN_IMAGES", 1024)
+
+
+def write_checkout(folder: Path, *, kd_factor: float = 1.0) -> Path:
+    for name, text in PACKAGE.items():
+        path = folder / "mdistiller" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.replace("FACTOR", str(kd_factor)))
+    return folder
+
+
+def test_a_measurement_has_every_part(icdctl: CommandLine) -> None:
+    threads = torch.get_num_threads()
+    given = ("--teacher", "resnet8", "--student", "res8", "--method", "cd_sdd_dkd", "--seconds", "0.5")
+    code, out, err = icdctl("bench", *given, *TINY, "--json")
+    assert code == 0
+    assert "timing steps" in err
+    found = json.loads(out)
+    assert set(found) == {"device", "versions", "ceilings", "pairs"}
+    assert found["device"]["clock"] == "CPU seconds of the process"
+    assert found["device"]["threads"] == 1
+    assert found["versions"]["torch"]
+    assert set(found["ceilings"]) == {"matmul_fp32_tflops", "conv3x3_fp32_tflops", "copy_gb_per_second"}
+    row = found["pairs"]["resnet8:res8"]
+    assert 0 < row["step_ms"]["p50"] <= row["step_ms"]["p90"] <= row["step_ms"]["p99"]
+    assert row["images_per_second"] == pytest.approx(8000 / row["step_ms"]["p50"])
+    parts = ["augment", "teacher", "student_forward", "loss", "backward", "clip_and_sgd"]
+    assert list(row["split_ms"]) == parts
+    assert all(spent > 0 for spent in row["split_ms"].values())
+    extra = row["extrapolated"]
+    assert extra["steps_per_epoch"] == 6250
+    assert extra["epoch_seconds"] == pytest.approx(6.25 * row["step_ms"]["p50"] + extra["evaluation_seconds"])
+    assert extra["run_seconds"] == pytest.approx(240 * extra["epoch_seconds"])
+    assert row["work"]["student_gflop"] == pytest.approx(3 * row["work"]["teacher_gflop"], rel=0.01)
+    assert row["memory"]["peak_resident_bytes"] > 1e8
+    assert (row["host_syncs_per_step"], row["teacher_mode"]) == (None, "inline")
+    assert torch.get_num_threads() == threads
+
+
+def test_what_is_printed_says_what_was_extrapolated(icdctl: CommandLine) -> None:
+    given = ("--pairs", "res8:res8", "--method", "kd", "--recipe", "digits100", "--teacher-mode", "cache")
+    code, out, _ = icdctl("bench", *given, "--batch-size", "64", "--device", "cpu", "--seconds", "0.1")
+    assert code == 0
+    named = {line.split(" ")[0]: line for line in out.splitlines()}
+    assert "teacher cache" in named["pair"]
+    assert "extrapolated" in named["epoch"]
+    assert "teacher 0.0 GFLOP" in named["work"]
+    assert "host" not in named
+
+
+def test_a_comparison_gates_then_times_both(icdctl: CommandLine, tmp_path: Path) -> None:
+    checkout = write_checkout(tmp_path / "checkout")
+    given = ("--against", checkout, "--pairs", "resnet8:res8", "--rounds", "2", "--budget", "4", "--require", "1000")
+    code, out, err = icdctl("bench", *given, *TINY, "--json")
+    found = json.loads(out)
+    assert code == 1
+    assert "error: the lowest ratio is below 1000" in err
+    assert found["error"]["code"] == 1
+    assert found["reference"] == {"git": None, "stand_ins": ["surely_missing"]} | {
+        "sha256": found["reference"]["sha256"]
+    }
+    row = found["pairs"]["resnet8:res8"]
+    assert row["method"] == "sdd_dkd"  # the best that it has
+    assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+    assert row["icdctl_images_per_second"] == pytest.approx(8000 / row["icdctl_ms"])
+    assert row["reference_workers"] == 0
+    assert row["gate_differences"]["float64_loss"] < 1e-9
+    assert 0 < row["gate_differences"]["float32_gradient"] < 1e-3
+    left = sorted(path.name for path in checkout.rglob("*") if path.suffix != ".py" and path.is_file())
+    assert (left, (checkout / "data").exists()) == ([], False)
+
+
+def test_a_checkout_that_computes_something_else_gets_no_speed(icdctl: CommandLine, tmp_path: Path) -> None:
+    checkout = write_checkout(tmp_path, kd_factor=1.001)
+    code, out, err = icdctl("bench", "--against", checkout, "--pairs", "res8:res8", *TINY)
+    assert (code, out) == (1, "")
+    assert "don't compute the same, so no speed is told: `kd` in epoch 1, float32, is" in err
+
+
+def test_a_checkout_that_fails_is_named(icdctl: CommandLine, tmp_path: Path) -> None:
+    checkout = write_checkout(tmp_path)
+    given = ("bench", "--against", checkout, *TINY, "--pairs")
+    code, _, err = icdctl(*given, "res8:res14")
+    assert (code, "it has no model `resnet14_sdd` or `resnet14`" in err) == (1, True)
+    (checkout / "mdistiller" / "engine" / "trainer.py").write_text("raise SystemExit('no trainer today')\n")
+    code, _, err = icdctl(*given, "res8:res8")
+    assert (code, "ended: no trainer today" in err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message", "hint"),
+    [
+        (("--against", "nowhere"), 1, "`nowhere` is no folder", "pass a checkout of iCD"),
+        (("--against", "."), 1, "`.` holds no package `mdistiller`", "pass a checkout of iCD"),
+        (("--pairs", "res8"), 2, "pair `res8` is not TEACHER:STUDENT", "e.g. `--pairs res32x4:mv2"),
+        (("--pairs", "res8:res9"), 2, "unknown model `res9`", "did you mean `res8`?"),
+        (("--pairs", "res8:res8,res8:res8"), 2, "pair `res8:res8` is named twice", "name it once"),
+        (("--pairs", "res8:res8", "--teacher", "res8"), 2, "`--pairs` and `--teacher`", "name all models"),
+        (("--require", "1.3"), 2, "`--require` needs `--against`", "name a checkout"),
+        (("--method", "ce"), 2, "method `ce` has no teacher", "choose another `--method`"),
+        (("--method", "kdd"), 2, "unknown method `kdd`", "did you mean"),
+        (("--device", "cuda:99"), 1, "device `cuda:99` is not there", "use `--device cpu`"),
+        (("--precision", "tf32", "--device", "cpu"), 2, "precision `tf32` needs a CUDA device", "use `fp32`"),
+        (
+            ("--teacher-mode", "cache", "--device", "cpu", "--teacher", "res8"),
+            2,
+            "longer to fill than a benchmark",
+            "inline",
+        ),
+    ],
+)
+def test_what_can_be_wrong_is_told_with_a_hint(
+    icdctl: CommandLine, arguments: tuple[str, ...], code: int, message: str, hint: str
+) -> None:
+    found, out, err = icdctl("bench", *arguments, "--seconds", "0.1")
+    assert (found, out) == (code, "")
+    error, hints = err.split("\n\n")
+    assert message in error
+    assert hint in hints
+
+
+def test_a_wrong_method_for_a_checkout_says_what_it_has() -> None:
+    assert against._choose_method(None, ["KD", "DKD"], Path("x")) == "dkd"
+    assert against._choose_method("CD-SDD-DKD", ["CD_SDD_DKD"], Path("x")) == "cd_sdd_dkd"
+    with pytest.raises(ArtifactError, match="has no method `sdd_kd`") as caught:
+        against._choose_method("sdd_kd", ["KD", "DKD", "FITNET"], Path("x"))
+    assert caught.value.hint == "choose `--method` from what it has: kd, dkd"
+
+
+def test_percentiles_and_ratios_are_those_of_the_definition() -> None:
+    assert [measure.percentile(range(1, 101), share) for share in (50, 90, 99)] == [50, 90, 99]
+    assert [measure.percentile([3.0, 1.0, 2.0], share) for share in (50, 90, 99)] == [2, 3, 3]
+    blocks = [({"cpu_seconds": a, "wall_seconds": 2 * a}, {"cpu_seconds": 1.0, "wall_seconds": 4.0}) for a in (3, 1, 2)]
+    numbers = against._summary(blocks, 64, on_cpu=True)
+    assert (numbers["ratio"], numbers["ratio_min"], numbers["ratio_max"]) == (2, 1, 3)
+    assert (numbers["reference_ms"], numbers["icdctl_ms"], numbers["icdctl_images_per_second"]) == (2000, 1000, 64)
+    assert (numbers["wall_ratio"], numbers["icdctl_wall_ms"]) == (1, 4000)
+
+
+def test_work_is_counted_as_by_hand() -> None:
+    dataset = workload.random_dataset(256, 1, seed=0)
+    student = workload.fresh_model("res8", dataset, seed=0, is_teacher=False)
+    before = {key: tensor.clone() for key, tensor in student.state_dict().items()}
+    images = dataset.preprocessing.normalise(dataset.train_images[:2])
+    counted = work.count(None, lambda: student.train()(images), student)
+    # Products per image: the stem, three stages of two convolutions, two shortcuts, the head.
+    stages = (16 * 16 * 9 * 2) * 32**2 + (16 * 32 + 32 * 32) * 9 * 16**2 + (32 * 64 + 64 * 64) * 9 * 8**2
+    products = 3 * 16 * 9 * 32**2 + stages + 16 * 32 * 16**2 + 32 * 64 * 8**2 + 64 * 100
+    assert counted.student_flop == 3 * 2 * 2 * products
+    assert counted.teacher_flop == 0
+    assert all(torch.equal(before[key], tensor) for key, tensor in student.state_dict().items())
+
+
+def test_fresh_models_behave_like_trained_ones() -> None:
+    dataset = workload.random_dataset(256, 1, seed=0)
+    assert dataset.train_images.float().mean() == pytest.approx(127.5, abs=1)
+    teacher = workload.fresh_model("res8", dataset, seed=0, is_teacher=True)
+    images = dataset.preprocessing.normalise(dataset.train_images[:64])
+    with torch.no_grad():
+        assert float(teacher.eval()(images).std()) == pytest.approx(3.0, rel=1e-4)
+        folded = InlineTeacher(teacher, needs_cells=False, device=torch.device("cpu"))(images).logits
+        torch.testing.assert_close(folded, teacher(images), rtol=1e-3, atol=1e-4)
+    again = workload.fresh_model("res8", dataset, seed=0, is_teacher=True)
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), again.parameters(), strict=True))
+    assert models.MODELS["res8"].num_params == sum(parameter.numel() for parameter in teacher.parameters())
+
+
+def test_the_reference_sees_one_device_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from icdctl.benchmark.child import _visible_devices
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert _visible_devices(torch.device("cpu")) == ""
+    assert [_visible_devices(torch.device(name)) for name in ("cuda", "cuda:1")] == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert _visible_devices(torch.device("cuda:1")) == "7"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,7"
