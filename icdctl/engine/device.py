@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
 from icdctl.config import check_device
 from icdctl.errors import IcdctlError, UsageError
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of malloc.h."""
+_KEPT_BYTES, _KEPT_BYTES_OF_OLD_GLIBC = 1 << 30, 32 << 20
 
 
 def resolve_device(name: str) -> torch.device:
@@ -45,9 +51,28 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return name
 
 
+@cache
+def _keep_freed_memory() -> None:
+    """Have glibc keep large freed buffers for the next ones, from now on, in the whole process.
+
+    By itself it gives them back to the kernel, which returns them page by page: 41,000 page faults a step of res32x4 to
+    mv2, a tenth of its time. Elsewhere than on glibc nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    for largest in (_KEPT_BYTES, _KEPT_BYTES_OF_OLD_GLIBC):
+        if mallopt(_M_MMAP_THRESHOLD, largest) == 1:
+            mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+            return
+
+
 @contextmanager
 def backend_settings(device: torch.device, precision: str, *, deterministic: bool) -> Iterator[None]:
     """torch's global switches for one run, put back afterwards; out of memory becomes an error with a hint."""
+    if device.type == "cpu":
+        _keep_freed_memory()
     before = (
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
