@@ -48,7 +48,7 @@ _GATE_EPOCHS = (1, EPOCH, 30)
 """First, inside and after the distillation warm-up."""
 _RIGHT_SHARE = 0.7
 """Of the gate's labels that the teacher gets right, as on training images."""
-_TOLERANCES = {"float32": {"loss": 1e-4, "gradient": 1e-2}, "float64": {"loss": 1e-6, "gradient": 1e-6}}
+_TOLERANCES = {"float32": {"loss": 1e-4, "gradient": 3e-2}, "float64": {"loss": 1e-6, "gradient": 1e-6}}
 """Of relative differences."""
 _DOUBLE_IMAGES = 16
 _GRADIENT = "gradient norm"
@@ -183,6 +183,7 @@ class _Comparison:
         numbers = {
             "method": method,
             "precision": self.precision,
+            "teacher_precision": session.inline.precision,
             "batch_size": config.batch_size,
             "reference_workers": prepared["workers"],
             "gate_differences": differences,
@@ -251,7 +252,9 @@ class _Comparison:
             if double:
                 own_student, own_teacher = own_student.double(), own_teacher.double()
             with backend_settings(self.device, "fp32", deterministic=False):
-                session = self._session(config, dataset, own_teacher, own_student, "fp32")
+                # A teacher in half precision is timed, but never compared.
+                exact = config.model_copy(update={"teacher_precision": "fp32"})
+                session = self._session(exact, dataset, own_teacher, own_student, "fp32")
                 batch = min(_DOUBLE_IMAGES, config.batch_size) if double else config.batch_size
                 ours = _gate_steps(Stepper(session), batch, folder / f"{dtype}.pt")
             theirs = ask("gate", double=double, batches=f"{dtype}.pt")

@@ -71,6 +71,7 @@ class InlineTeacher:
         folded = fold_batch_norms(model).to(device).to(memory_format=torch.channels_last)
         self._dtype = None if precision == "fp32" else DTYPES[precision]
         self._model = folded if self._dtype is None else folded.to(self._dtype)
+        self.precision = precision
         self.needs_cells = needs_cells
 
     def epoch(self, views: Views, batch_size: int) -> Answers:
