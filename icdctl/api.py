@@ -109,7 +109,8 @@ def distill_many(
     """
     given = {**_stated(config), **options}
     text = seeds if seeds is None or isinstance(seeds, str) else ",".join(map(str, seeds))
-    return start("distill", expand(given, seeds=text), resume=resume, observer=observer)
+    several = expand(given, seeds=text)
+    return start("distill", several, in_folder=len(several) > 1, resume=resume, observer=observer)
 
 
 def _stated(config: Config | None) -> dict[str, Any]:
@@ -129,14 +130,18 @@ def plan(command: Command, options: Mapping[str, Any], config_file: Path | None 
 
 
 def plan_many(
-    command: Command, several: Sequence[Mapping[str, Any]], config_file: Path | None = None
+    command: Command,
+    several: Sequence[Mapping[str, Any]],
+    config_file: Path | None = None,
+    *,
+    in_folder: bool = False,
 ) -> list[RunConfig]:
-    """The resolved configurations of runs that would be trained together.
+    """The resolved configurations of runs that are not started; arguments as for `start`.
 
     Raises:
         IcdctlError: with a message and a hint.
     """
-    return [job.config for job in _jobs(command, several, config_file)]
+    return [job.config for job in _jobs(command, several, config_file, in_folder=in_folder)]
 
 
 def start(
@@ -144,27 +149,34 @@ def start(
     several: Sequence[Mapping[str, Any]],
     *,
     config_file: Path | None = None,
+    in_folder: bool = False,
     resume: bool = False,
+    wait: bool = False,
     observer: Observer | None = None,
 ) -> list[RunResult | Failure]:
     """`train` or `distill` by name, from options and a config.json; several runs share data and teacher.
 
     Args:
         command: of all of them.
-        several: options, a mapping a run. Where there is more than one, their `out` is the folder of the run folders.
+        several: options, a mapping a run.
         config_file: a run's config.json, which the options override.
+        in_folder: `out` is the folder of the run folders, not the run folder.
         resume: for each of them, as for `distill`.
+        wait: for other processes that are at work in the run folders, rather than fail.
         observer: told of the progress.
 
     Raises:
         IcdctlError: with a message and a hint.
     """
-    return _run(_jobs(command, several, config_file), resume=resume, observer=observer)
+    jobs = _jobs(command, several, config_file, in_folder=in_folder)
+    return _run(jobs, resume=resume, wait=wait, observer=observer)
 
 
-def _jobs(command: Command, several: Sequence[Mapping[str, Any]], config_file: Path | None) -> list[_Job]:
+def _jobs(
+    command: Command, several: Sequence[Mapping[str, Any]], config_file: Path | None, *, in_folder: bool
+) -> list[_Job]:
     jobs = [_Job(command, options, config_file) for options in several]
-    if len(jobs) > 1:
+    if in_folder:
         for job, options in zip(jobs, several, strict=True):
             if options.get("out") is not None:
                 out = files.user_path(str(options["out"])) / configuration.default_run_name(job.config)
@@ -179,7 +191,9 @@ def _one(results: list[RunResult | Failure]) -> RunResult:
     return result
 
 
-def _run(jobs: Sequence[_Job], *, resume: bool, observer: Observer | None) -> list[RunResult | Failure]:
+def _run(
+    jobs: Sequence[_Job], *, resume: bool, observer: Observer | None, wait: bool = False
+) -> list[RunResult | Failure]:
     """Load what is needed, once, then train."""
     observer = observer or SilentObserver()
     engine.check_together([job.config for job in jobs])
@@ -197,6 +211,7 @@ def _run(jobs: Sequence[_Job], *, resume: bool, observer: Observer | None) -> li
         teacher_origin=_origin_of(asking.teacher_target),
         students=[job.own_student(dataset) for job in jobs],
         resume=resume,
+        wait=wait,
         observer=observer,
     )
 

@@ -26,6 +26,7 @@ from icdctl.commands import (
     export,
     fetch_data,
     fetch_teachers,
+    grid,
     list_,
     registry,
     train,
@@ -60,6 +61,7 @@ app.command("list")(list_.list_)
 app.command("validate")(validate.validate)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
+app.add_typer(grid.app, name="grid")
 
 
 def _show_version(wanted: bool) -> None:

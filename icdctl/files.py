@@ -7,7 +7,8 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ LARGEST_FOREIGN_BYTES = 2 * 1024**3
 """No weights or graph that icdctl reads is larger; a file that claims more is refused."""
 
 _CHUNK_BYTES = 1 << 20
+_LOCK_PAUSE_SECONDS = 0.5
 
 
 def sha256_bytes(content: bytes) -> str:
@@ -156,14 +158,21 @@ def not_writable(path: Path, error: OSError) -> ArtifactError:
 
 
 @contextmanager
-def locked(path: Path, *, busy: str, hint: str) -> Iterator[None]:
-    """Hold the lock file `path` while the block runs, or fail at once with `busy` where another process holds it."""
+def locked(path: Path, *, busy: str, hint: str, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the lock file `path` while the block runs, or fail at once with `busy` where another process holds it.
+
+    With `waiting`, `busy` is told to it, and the other process is waited for. The system frees the lock of a process
+    that dies.
+    """
     make_folder(path.parent)
-    lock = filelock.FileLock(path)
+    lock: filelock.BaseFileLock = filelock.FileLock(path)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
-        raise ArtifactError(busy, hint=hint) from error
+        if waiting is None:
+            raise ArtifactError(busy, hint=hint) from error
+        waiting(f"waiting: {busy}")
+        lock = _acquire_when_free(path)
     except OSError as error:
         raise not_writable(path, error) from error
     try:
@@ -171,6 +180,20 @@ def locked(path: Path, *, busy: str, hint: str) -> Iterator[None]:
     finally:
         # Removed while it is held: whoever opened it meanwhile has already been told that it is busy.
         path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _acquire_when_free(path: Path) -> filelock.BaseFileLock:
+    """Wait for a lock whose holder removes its file when it is done: each attempt opens the file that is there then."""
+    while True:
+        time.sleep(_LOCK_PAUSE_SECONDS)
+        lock = filelock.FileLock(path)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            continue
+        if path.exists():  # and was not removed between being opened and being locked
+            return lock
         lock.release()
 
 

@@ -76,14 +76,20 @@ def run_training(
     from icdctl.lists import expand
 
     several = expand(options, seeds=seeds)
+    in_folder = len(several) > 1
     if len(several) > 1 and as_teacher:
         raise UsageError("`--as-teacher` registers one run, and several are asked for", hint="train that one by itself")
     if dry_run:
-        planned = [config.model_dump(mode="json") for config in api.plan_many(command, several, config_file)]
+        planned = [
+            config.model_dump(mode="json")
+            for config in api.plan_many(command, several, config_file, in_folder=in_folder)
+        ]
         console.show_json(planned[0] if len(planned) == 1 else {"runs": planned})
         return
     with observed() as observer:
-        results = api.start(command, several, config_file=config_file, resume=resume, observer=observer)
+        results = api.start(
+            command, several, config_file=config_file, in_folder=in_folder, resume=resume, observer=observer
+        )
     if len(results) > 1:
         _show_many(results, as_json)
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from icdctl.errors import ArtifactError, UsageError
 
 
 @contextmanager
-def claimed(config: RunConfig, *, resume: bool) -> Iterator[Path]:
+def claimed(config: RunConfig, *, resume: bool, waiting: Callable[[str], None] | None = None) -> Iterator[Path]:
     """Hold the run folder for one process; a run that dies before its first checkpoint leaves nothing behind.
 
     Args:
         config: of the run.
         resume: whether a folder that holds this very run is welcome.
+        waiting: told that another process is at work in it, which is then waited for; None to fail at once.
 
     Yields:
         The folder.
@@ -32,7 +33,8 @@ def claimed(config: RunConfig, *, resume: bool) -> Iterator[Path]:
     """
     out = Path(config.out)
     busy = f"run folder `{out}` is in use by another process"
-    with files.locked(lock_path(out), busy=busy, hint="wait for it, or choose another folder with `--out`"):
+    hint = "wait for it, or choose another folder with `--out`"
+    with files.locked(lock_path(out), busy=busy, hint=hint, waiting=waiting):
         existed = out.exists()
         if existed:
             _check_folder(out, config, resume=resume)

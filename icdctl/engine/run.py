@@ -45,6 +45,7 @@ def run_together(
     teacher_origin: Mapping[str, str | None] | None = None,
     students: Sequence[Classifier | None] | None = None,
     resume: bool = False,
+    wait: bool = False,
     observer: Observer | None = None,
 ) -> list[RunResult | Failure]:
     """Train many students in one process: each as if it were alone, with a run folder of its own.
@@ -59,6 +60,7 @@ def run_together(
         teacher_origin: source and licence of its weights, for metrics.json.
         students: own modules in place of those that the configurations name.
         resume: start, go on, or finish at once, whatever the state of each of them is.
+        wait: for other processes that are at work in the run folders, rather than fail.
         observer: told of the progress.
 
     Returns:
@@ -74,7 +76,8 @@ def run_together(
     observer = observer or SilentObserver()
     with ExitStack() as stack:
         for config in configs:
-            stack.enter_context(claimed(config, resume=resume))
+            waiting = observer.message if wait else None
+            stack.enter_context(claimed(config, resume=resume, waiting=waiting))
         stack.enter_context(backend_settings(device, precision, deterministic=configs[0].deterministic))
         place = make_place(configs[0], dataset, device, precision)
         session = _Session(configs, place, teacher, students or [None] * len(configs), observer)
@@ -100,6 +103,11 @@ def check_together(configs: Sequence[RunConfig]) -> None:
     twice = next((out for out in folders if folders.count(out) > 1), None)
     if twice is not None:
         raise UsageError(f"two runs would write to `{twice}`", hint="name each method, seed and value once")
+
+
+def together_key(config: RunConfig) -> tuple[Any, ...]:
+    """Equal for runs that `check_together` accepts; a run without a teacher goes with others of its kind."""
+    return tuple(getattr(config, key) for key in (*_SHARED, *_SHARED_TEACHER, "images", "augmentation"))
 
 
 def _check_same(key: str, first: RunConfig, other: RunConfig) -> None:
