@@ -1,0 +1,435 @@
+"""What a few seeds can say: summaries, equivalence with a published number, paired differences, seeds needed.
+
+Pure functions of numbers, all under the usual assumption that the results of seeds are independent and normal. Values
+are in any unit (points of top-1 nearly everywhere); differences and margins are in the same one.
+
+Three claims, and what holds each of them at `alpha`:
+
+- *reproduced*: the mean of the method lies within the margin of the published number. Two one-sided t tests
+  (D. J. Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987): both `mean <= number - margin` and `mean >= number + margin`
+  are rejected at `alpha`, which is the same as the 1 - 2 alpha interval of the difference lying inside the margin. If
+  the mean is in truth outside, this is said with probability `alpha` at most. The number is taken as it stands: the
+  claim is about that number, not about what its authors would find on average.
+- *not reproduced*: the authors' mean and ours are further apart than the margin. The published number is itself a
+  draw. With one seed's spread of 0.25 points, a perfect copy of the method has a mean that is 0.5 points from a single
+  published run once in 22 times, and no number of our own seeds mends that. So this verdict needs an interval that has
+  the spread of the published number in it, and it has to lie wholly beyond the margin. It is the two-sided 1 - alpha
+  interval, for there are two sides to be wrong on: if the means are in truth within the margin, this is said with
+  probability `alpha` at most, whatever the spread, and about half of that where the spread is small beside the margin.
+- *underpowered*: neither. It says that these seeds do not decide, not that the two agree by half.
+
+The two intervals are nested, so no data gives both verdicts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import special
+
+from icdctl.errors import UsageError
+
+Verdict = Literal["reproduced", "not reproduced", "underpowered"]
+
+CONFIDENCE = 0.95
+"""Of the intervals that `summarise` and `paired_difference` give."""
+MOST_SEEDS = 100_000
+"""`seeds_needed` looks no further."""
+
+_NO_SPREAD = 1e-9
+"""A standard deviation below this share of the values is rounding."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Values over seeds."""
+
+    n: int
+    mean: float
+    sd: float | None
+    """Standard deviation of one seed, with n - 1; None for n = 1."""
+    low: float | None
+    """Of the 95 % t interval of the mean; None for n = 1."""
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """How a measured mean stands to a published number. Differences are measured less published."""
+
+    verdict: Verdict
+    reason: str
+    """One sentence with the numbers that decided."""
+    basis: str
+    """What the published number is taken for."""
+    n: int
+    difference: float
+    margin: float
+    alpha: float
+    p_lower: float | None = None
+    """Of the one-sided test against `mean <= published - margin`; None where no spread can be estimated, as below."""
+    p_upper: float | None = None
+    """Of the one-sided test against `mean >= published + margin`."""
+    p_equivalence: float | None = None
+    """The larger of both: the least alpha at which it is `reproduced`."""
+    interval: tuple[float, float] | None = None
+    """1 - 2 alpha interval of the difference, the published number taken as exact; decides `reproduced`."""
+    p_outside: float | None = None
+    """The least alpha at which it is `not reproduced`."""
+    outer_interval: tuple[float, float] | None = None
+    """1 - alpha interval of the difference with the spread of the published number; decides `not reproduced`."""
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """First less second, seed by seed."""
+
+    n: int
+    seeds: tuple[int, ...]
+    """Those that both have, ascending."""
+    left_out: tuple[int, ...]
+    """Those that only one has."""
+    mean: float
+    sd: float | None
+    """Of the differences, with n - 1; None for n = 1."""
+    low: float | None
+    """Of the 95 % t interval of the mean difference; None for n = 1."""
+    high: float | None
+    p: float | None
+    """Two-sided, of the t test against a mean difference of 0. None for n = 1, and where every difference is the same
+    and not 0, for which the test has no answer."""
+    effect_size: float | None
+    """Cohen's d_z: mean over sd of the differences; None where there is no sd or it is 0."""
+
+
+def summarise(values: Sequence[float]) -> Summary:
+    """n, mean m, sd s with n - 1, and m -+ t(0.975, n - 1) s / sqrt(n).
+
+    Raises:
+        UsageError: no values, or one that is not finite.
+    """
+    array = _checked(values)
+    n, mean = len(array), float(array.mean())
+    if n == 1:
+        return Summary(1, mean, None, None, None)
+    sd = float(array.std(ddof=1))
+    half = _quantile(n - 1, (1 + CONFIDENCE) / 2) * sd / math.sqrt(n)
+    return Summary(n, mean, sd, mean - half, mean + half)
+
+
+def reproduces(
+    measured: Sequence[float],
+    published: float,
+    *,
+    margin: float,
+    alpha: float = 0.05,
+    published_runs: int | None = 1,
+    published_sd: float | None = None,
+) -> Reproduction:
+    """Whether measured values and a published number are the same within a margin; the module says what that means.
+
+    With mean m and sd s of n values, the published number p of k runs, d = m - p and t quantiles:
+
+    - `interval` is d -+ t(1 - alpha, n - 1) s / sqrt(n);
+    - `outer_interval` is d -+ t(1 - alpha / 2, f) e, where e = s sqrt(1 / n + 1 / k) and f = n - 1 if the sd of the
+      published runs is unknown and taken to be ours, e = sqrt(s^2 / n + q^2 / k) and Welch's f if it is q, and
+      e = s / sqrt(n) and f = n - 1 if p is exact.
+
+    Args:
+        measured: a value a seed.
+        published: the number to compare with, of the same kind (final with final epoch, best with best).
+        margin: the difference that does not matter, above 0.
+        alpha: the probability, at most, of each wrong verdict; below 0.5.
+        published_runs: how many runs the number is the mean of; 1 where its source does not say. None takes it as
+            exact, which only a target that nobody measured is.
+        published_sd: of a single one of these runs, where the source has it.
+
+    Raises:
+        UsageError: a value that is not finite or out of range, or an sd of fewer than two runs.
+    """
+    array = _checked(measured)
+    _check_test(published, margin, alpha, published_runs, published_sd)
+    summary = summarise(measured)
+    difference = summary.mean - published
+    basis = _basis(published_runs, published_sd)
+    if summary.sd is None:
+        reason = "one seed has no spread to judge a difference by"
+        return Reproduction("underpowered", reason, basis, 1, difference, margin, alpha)
+    if _is_constant(array, summary.sd):
+        reason = f"all {summary.n} values are the same, so their spread can't be estimated"
+        return Reproduction("underpowered", reason, basis, summary.n, difference, margin, alpha)
+
+    freedom, error = float(summary.n - 1), summary.sd / math.sqrt(summary.n)
+    p_lower = _upper_tail(freedom, (difference + margin) / error)
+    p_upper = _upper_tail(freedom, (margin - difference) / error)
+    p_equivalence = max(p_lower, p_upper)
+    half = _quantile(freedom, 1 - alpha) * error
+    interval = (difference - half, difference + half)
+
+    outer_freedom, outer_error = _with_published(summary.n, summary.sd, published_runs, published_sd)
+    p_outside = min(1.0, 2 * _upper_tail(outer_freedom, (abs(difference) - margin) / outer_error))
+    half = _quantile(outer_freedom, 1 - alpha / 2) * outer_error
+    outer_interval = (difference - half, difference + half)
+
+    if p_equivalence <= alpha:
+        verdict: Verdict = "reproduced"
+        reason = f"{_between(interval, 1 - 2 * alpha)} is inside -+{margin:g}"
+    elif p_outside <= alpha:
+        verdict = "not reproduced"
+        reason = f"{_between(outer_interval, 1 - alpha)} is wholly beyond -+{margin:g}"
+    else:
+        verdict = "underpowered"
+        reason = (
+            f"{_between(interval, 1 - 2 * alpha)} reaches beyond -+{margin:g}, and "
+            f"{_between(outer_interval, 1 - alpha)} is not wholly beyond it"
+        )
+    return Reproduction(
+        verdict,
+        reason,
+        basis,
+        summary.n,
+        difference,
+        margin,
+        alpha,
+        p_lower,
+        p_upper,
+        p_equivalence,
+        interval,
+        p_outside,
+        outer_interval,
+    )
+
+
+def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> PairedDifference:
+    """The paired t test over the seeds that both have: t = mean / (sd / sqrt(n)) with n - 1 degrees of freedom.
+
+    Runs of one seed share the order of images, crops and flips, so what these add to the spread is gone from the
+    differences; it also means that the statement holds for the seeds' streams, not for each arm alone.
+
+    Args:
+        first: seed -> value.
+        second: seed -> value.
+
+    Raises:
+        UsageError: no seed in common, or a value that is not finite.
+    """
+    seeds = tuple(sorted(first.keys() & second.keys()))
+    left_out = tuple(sorted(first.keys() ^ second.keys()))
+    if not seeds:
+        raise UsageError(
+            f"no seed in common: {_listed(first)} and {_listed(second)}", hint="run both with the same `--seeds`"
+        )
+    differences = _checked([first[seed] - second[seed] for seed in seeds])
+    summary = summarise(differences.tolist())
+    p: float | None = None
+    effect_size: float | None = None
+    if summary.sd is not None:
+        scale = max(abs(first[seed]) + abs(second[seed]) for seed in seeds)
+        if summary.sd <= _NO_SPREAD * max(1.0, scale):
+            p = 1.0 if abs(summary.mean) <= _NO_SPREAD * max(1.0, scale) else None
+        else:
+            effect_size = summary.mean / summary.sd
+            p = min(1.0, 2 * _upper_tail(summary.n - 1, abs(effect_size) * math.sqrt(summary.n)))
+    return PairedDifference(
+        summary.n, seeds, left_out, summary.mean, summary.sd, summary.low, summary.high, p, effect_size
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values adjusted for being a family of m (S. Holm, Scand. J. Statist. 6, 1979), in the order given.
+
+    In ascending order, the j-th of m becomes the largest of (m - i + 1) p_i over i <= j, at most 1. Rejecting those
+    that are at most alpha keeps the probability of even one false rejection at alpha, however the tests depend on
+    each other.
+
+    Raises:
+        UsageError: a value that is no probability.
+    """
+    if any(not 0 <= p <= 1 for p in p_values):
+        raise UsageError("a p value is not between 0 and 1", hint="pass the p values of the tests, unadjusted")
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def power_of(
+    n: int, delta: float, sd: float, *, alpha: float = 0.05, paired: bool = False, known_sd: bool = False
+) -> float:
+    """The probability that a two-sided test at `alpha` finds a true difference `delta`.
+
+    The noncentral t distribution with noncentrality L = delta / (sd sqrt(2 / n)) and 2 n - 2 degrees of freedom for two
+    arms, delta / (sd / sqrt(n)) and n - 1 for pairs (J. Cohen, Statistical Power Analysis, 1988, chapter 2). Both tails
+    count, so it never falls below alpha.
+
+    Args:
+        n: seeds in each arm; the same as the number of pairs where `paired`. A single one has no power but with
+            `known_sd`.
+        delta: true difference of the means.
+        sd: of one run in either arm; where `paired`, of the differences.
+        alpha: of the test.
+        paired: pairs by seed, rather than two independent arms.
+        known_sd: the z test, as if sd were not estimated. It promises too much for few seeds, and rules of thumb rest
+            on it.
+
+    Raises:
+        UsageError: n below 1, sd or alpha out of range.
+    """
+    if n < 1 or not (sd > 0 and math.isfinite(sd) and math.isfinite(delta)) or not 0 < alpha < 1:
+        raise UsageError(
+            f"the power of n = {n}, delta = {delta:g}, sd = {sd:g}, alpha = {alpha:g} is not defined",
+            hint="n is 1 or above, sd above 0, alpha between 0 and 1",
+        )
+    noncentrality = abs(delta) / (sd * math.sqrt((1 if paired else 2) / n))
+    if known_sd:
+        quantile = float(special.ndtri(1 - alpha / 2))
+        return float(special.ndtr(noncentrality - quantile) + special.ndtr(-noncentrality - quantile))
+    freedom = (n - 1) * (1 if paired else 2)
+    if freedom == 0:
+        return 0.0
+    quantile = _quantile(freedom, 1 - alpha / 2)
+    below = float(special.nctdtr(freedom, noncentrality, quantile))
+    far_side = float(special.nctdtr(freedom, noncentrality, -quantile))
+    return min(1.0, 1 - below + far_side)
+
+
+def seeds_needed(
+    delta: float,
+    sd: float,
+    *,
+    power: float = 0.8,
+    alpha: float = 0.05,
+    paired: bool = False,
+    known_sd: bool = False,
+) -> int:
+    """The least number of seeds (in each arm, or of pairs) that has that power; see `power_of`.
+
+    At sd 0.25 and delta 0.3, two arms of 12 for the t test. The z test, which takes the spread as known, says 11: that
+    is where "11 per arm" comes from, and the t test with 11 has a power of 0.76.
+
+    Raises:
+        UsageError: delta is 0, more than `MOST_SEEDS` would be needed, or as `power_of`.
+    """
+    if delta == 0 or not 0 < power < 1:
+        raise UsageError("no number of seeds finds a difference of 0", hint="state the difference that matters")
+    return _least(lambda n: power_of(n, delta, sd, alpha=alpha, paired=paired, known_sd=known_sd) >= power)
+
+
+def equivalence_power(n: int, margin: float, sd: float, *, difference: float = 0.0, alpha: float = 0.05) -> float:
+    """The probability that n seeds are found equivalent to a number that their true mean is `difference` away from.
+
+    P(|d| <= margin - t(1 - alpha, n - 1) s / sqrt(n)), with d normal around `difference` and s^2 (n - 1) / sd^2
+    chi-squared, averaged over 2,000 quantiles of s; right to 0.001.
+
+    Raises:
+        UsageError: sd or margin is not above 0, or alpha not between 0 and 0.5.
+    """
+    if not (sd > 0 and margin > 0 and 0 < alpha < 0.5):
+        raise UsageError(
+            f"the power of margin = {margin:g}, sd = {sd:g}, alpha = {alpha:g} is not defined",
+            hint="margin and sd are above 0, alpha between 0 and 0.5",
+        )
+    if n < 2:
+        return 0.0
+    shares = (np.arange(2000) + 0.5) / 2000
+    spread = sd * np.sqrt(special.chdtri(n - 1, shares) / (n - 1))
+    room = margin - _quantile(n - 1, 1 - alpha) * spread / math.sqrt(n)
+    error = sd / math.sqrt(n)
+    inside = special.ndtr((room - difference) / error) - special.ndtr((-room - difference) / error)
+    return float(np.where(room > 0, inside, 0.0).mean())
+
+
+def seeds_to_reproduce(margin: float, sd: float, *, power: float = 0.8, alpha: float = 0.05) -> int:
+    """The least number of seeds that calls a method `reproduced` with that power if its mean is the published number.
+
+    Raises:
+        UsageError: more than `MOST_SEEDS` would be needed, or as `equivalence_power`.
+    """
+    return _least(lambda n: equivalence_power(n, margin, sd, alpha=alpha) >= power)
+
+
+def _least(is_enough: Callable[[int], bool]) -> int:
+    """The least n that is enough, where more never is too many."""
+    high = 1
+    while not is_enough(high):
+        high *= 2
+        if high > MOST_SEEDS:
+            raise UsageError(
+                f"more than {MOST_SEEDS:,} seeds would be needed", hint="ask for a larger difference or less power"
+            )
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
+    return high
+
+
+def _checked(values: Sequence[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or not array.size or not np.isfinite(array).all():
+        raise UsageError(
+            "values over seeds are missing or not finite", hint="pass at least one finite number, one for each seed"
+        )
+    return array
+
+
+def _check_test(published: float, margin: float, alpha: float, runs: int | None, sd: float | None) -> None:
+    if not (math.isfinite(published) and math.isfinite(margin) and margin > 0 and 0 < alpha < 0.5):
+        raise UsageError(
+            f"no test for published = {published:g}, margin = {margin:g}, alpha = {alpha:g}",
+            hint="the margin is above 0, alpha between 0 and 0.5",
+        )
+    if (runs is not None and runs < 1) or (sd is not None and (runs is None or runs < 2 or not sd >= 0)):
+        raise UsageError(
+            f"a published sd of {sd} does not go with {runs} runs", hint="an sd needs two runs or more; leave it out"
+        )
+
+
+def _with_published(n: int, sd: float, runs: int | None, published_sd: float | None) -> tuple[float, float]:
+    """Degrees of freedom and standard error of the difference, the spread of the published number in it."""
+    ours = sd**2 / n
+    if runs is None:
+        return n - 1, math.sqrt(ours)
+    if published_sd is None:
+        return n - 1, sd * math.sqrt(1 / n + 1 / runs)
+    theirs = published_sd**2 / runs
+    freedom = (ours + theirs) ** 2 / (ours**2 / (n - 1) + theirs**2 / (runs - 1))
+    return freedom, math.sqrt(ours + theirs)
+
+
+def _basis(runs: int | None, sd: float | None) -> str:
+    if runs is None:
+        return "an exact number"
+    if sd is not None:
+        return f"mean of {runs} runs, sd {sd:g}"
+    if runs > 1:
+        return f"mean of {runs} runs without a spread; that of ours is taken for theirs"
+    return "a single value without a spread; that of our seeds is taken for its own"
+
+
+def _is_constant(values: np.ndarray[tuple[int], np.dtype[np.float64]], sd: float) -> bool:
+    return sd <= _NO_SPREAD * max(1.0, float(np.abs(values).max()))
+
+
+def _quantile(freedom: float, probability: float) -> float:
+    """Of Student's t."""
+    return float(special.stdtrit(freedom, probability))
+
+
+def _upper_tail(freedom: float, value: float) -> float:
+    """P(T > value) of Student's t."""
+    return float(special.stdtr(freedom, -value))
+
+
+def _between(interval: tuple[float, float], confidence: float) -> str:
+    return f"the {100 * confidence:.4g} % interval {interval[0]:+.2f} to {interval[1]:+.2f}"
+
+
+def _listed(seeds: Mapping[int, float]) -> str:
+    return ", ".join(map(str, sorted(seeds))) or "none"
