@@ -29,6 +29,7 @@ from icdctl.commands import (
     grid,
     list_,
     registry,
+    reproduce,
     train,
     validate,
     verify,
@@ -62,6 +63,7 @@ app.command("validate")(validate.validate)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 app.add_typer(grid.app, name="grid")
+app.command("reproduce")(reproduce.reproduce)
 
 
 def _show_version(wanted: bool) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from icdctl import console, files
-from icdctl.commands import options
-from icdctl.commands.training import observed
-from icdctl.errors import IcdctlError, UsageError, combine
+from icdctl.commands import many, options
 
 if TYPE_CHECKING:
-    from icdctl.grid.cells import Grid, GridRun
-    from icdctl.grid.execute import Outcome
+    from icdctl.grid.cells import Grid
 
 app = typer.Typer(help="Train the cells of params.yaml with all their seeds.", no_args_is_help=True)
 
@@ -89,43 +86,25 @@ def run(
     cells: Cells = None,
     seeds: Seeds = None,
     sweep: Sweep = None,
-    jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 1,
-    gpus: Annotated[
-        str | None, typer.Option(metavar="0,1", help="A process on each of these.", show_default=False)
-    ] = None,
-    together: Annotated[int, typer.Option(help="Most students in one process, on one teacher.")] = 8,
+    jobs: many.Jobs = 1,
+    gpus: many.Gpus = None,
+    together: many.Together = 8,
     device: options.Device = None,
     time_limit: options.TimeLimit = None,
-    only: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
-    outcomes: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    only: many.Only = None,
+    outcomes: many.Outcomes = None,
     as_json: options.Json = False,
 ) -> None:
     """Train what is missing; runs that share a teacher share a process. One that fails does not stop the others.
 
     Example: icdctl grid run --gpus 0,1
     """
-    from icdctl.grid import execute
-
-    if jobs < 1 or together < 1:
-        raise UsageError("`--jobs` and `--together` are 1 or more", hint="leave them out for the usual")
     grid = _grid(cells, seeds, sweep).given(options.given_options(device=device, time_limit=time_limit))
-    runs = [each for each in grid.runs if not only or each.label in only]
-    left = [each for each in runs if each.state != "done"]
-    packs, found = execute.packed(left, most=together)
-    slots: list[str | None] = [*gpus.split(",")] if gpus else [None] * jobs
-    if len(slots) == 1 and gpus is None:
-        for pack in packs:
-            with observed(pack.label) as observer:
-                done = execute.train_here(pack, observer=observer)
-            found += done if outcomes is not None else _logged(grid, done)  # who asks for them writes the log
-    else:
-        arguments = _passed_on(seeds, sweep, together, device, time_limit)
-        for outcome in execute.train_in_slots(packs, slots=slots, arguments=arguments, tell=console.talk):
-            found += _logged(grid, [outcome])
-            console.talk(f"{outcome.label}: {outcome.state}")
-    if outcomes is not None:
-        files.write_json(outcomes, [outcome.as_json() for outcome in found])
-    _report(runs, left, found, as_json)
+    again = ["grid", "run", *many.flags(seeds=seeds, device=device, time_limit=time_limit)]
+    again += [part for item in sweep or [] for part in ("--sweep", item)]
+    slots = many.Slots(jobs=jobs, gpus=gpus, together=together)
+    done = many.train_missing(grid, again=again, slots=slots, only=only, outcomes=outcomes)
+    many.report(done, as_json)
 
 
 def _grid(cells: Sequence[str] | None, seeds: str | None, sweep: Sequence[str] | None) -> Grid:
@@ -133,45 +112,6 @@ def _grid(cells: Sequence[str] | None, seeds: str | None, sweep: Sequence[str] |
 
     grid = read_grid(files.project_root(), seeds=seeds).chosen(cells or [])
     return grid.swept(parse_sweeps(sweep)) if sweep else grid
-
-
-def _passed_on(
-    seeds: str | None, sweep: Sequence[str] | None, together: int, device: str | None, time_limit: str | None
-) -> list[str]:
-    """The options that a process of its own needs to see the same grid."""
-    given: list[str] = ["--together", str(together)]
-    for flag, value in (("--seeds", seeds), ("--device", device), ("--time-limit", time_limit)):
-        given += [] if value is None else [flag, value]
-    return given + [part for item in sweep or [] for part in ("--sweep", item)]
-
-
-def _logged(grid: Grid, outcomes: Iterable[Outcome]) -> list[Outcome]:
-    from icdctl.grid.execute import write_log
-
-    found = list(outcomes)
-    for outcome in found:
-        write_log(grid.folder, outcome)
-    return found
-
-
-def _report(runs: Sequence[GridRun], left: Sequence[GridRun], found: Sequence[Outcome], as_json: bool) -> None:
-    """What was done; then the failures, together.
-
-    Raises:
-        IcdctlError: some of them failed.
-    """
-    failed = [outcome for outcome in found if outcome.state == "failed"]
-    if as_json and not failed:
-        console.show_json({"runs": [outcome.as_json() for outcome in found], "already_done": len(runs) - len(left)})
-    elif not as_json:
-        rows = [[each.label, each.state, "" if each.top1 is None else f"{each.top1:.2f}"] for each in found]
-        if rows:
-            console.show_table(["run", "state", "top-1"], rows)
-        console.talk(f"{len(runs) - len(left)} of {len(runs)} runs were done already")
-    if failed:
-        raise combine(
-            [IcdctlError(f"`{each.label}`: {each.message}", hint=each.hint or "see above") for each in failed]
-        )
 
 
 def _show(rows: Sequence[Any]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from icdctl import api
+from icdctl import api, files
 from icdctl.engine.observer import Observer
 from icdctl.engine.run import Failure, together_key
 from icdctl.errors import IcdctlError
@@ -96,14 +96,14 @@ def _outcome(run: GridRun, result: api.RunResult | Failure) -> Outcome:
 
 
 def train_in_slots(
-    packs: Sequence[Pack], *, slots: Sequence[str | None], arguments: Sequence[str], tell: Callable[[str], None]
+    packs: Sequence[Pack], *, slots: Sequence[str | None], command: Sequence[str], tell: Callable[[str], None]
 ) -> Iterator[Outcome]:
     """Train packs in processes of their own, one at a time in each slot.
 
     Args:
         packs: to be trained.
         slots: what `CUDA_VISIBLE_DEVICES` is in each; None leaves it alone.
-        arguments: of `icdctl grid run` that each process gets besides its runs.
+        command: of icdctl, that shows a process the same runs; `--only LABEL` and `--outcomes FILE` are added.
         tell: what a process says on stderr, a line at a time.
     """
     free: Queue[str | None] = Queue()
@@ -115,7 +115,7 @@ def train_in_slots(
     def work(pack: Pack) -> list[Outcome]:
         slot = free.get()
         try:
-            return _in_process(pack, slot, arguments, tell, processes, lock)
+            return _in_process(pack, slot, command, tell, processes, lock)
         finally:
             free.put(slot)
 
@@ -135,7 +135,7 @@ def train_in_slots(
 def _in_process(
     pack: Pack,
     slot: str | None,
-    arguments: Sequence[str],
+    command: Sequence[str],
     tell: Callable[[str], None],
     processes: set[subprocess.Popen[str]],
     lock: threading.Lock,
@@ -145,9 +145,8 @@ def _in_process(
     labels = [label for run in pack.runs for label in ("--only", run.label)]
     with tempfile.TemporaryDirectory(prefix="icdctl-grid-") as name:
         told = Path(name) / "outcomes.json"
-        command = [sys.executable, "-m", "icdctl", "grid", "run", *arguments, *labels, "--outcomes", str(told)]
         with subprocess.Popen(
-            command,
+            [sys.executable, "-m", "icdctl", *command, *labels, "--outcomes", str(told)],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -172,8 +171,8 @@ def _told(path: Path, pack: Pack, err: str, code: int) -> list[Outcome]:
         return [Outcome(run.label, "failed", message=reason) for run in pack.runs]
 
 
-def write_log(folder: Path, outcome: Outcome) -> None:
-    """Add a line to the grid's log."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_log(folder: Path, outcomes: Sequence[Outcome]) -> None:
+    """Add lines to the grid's log."""
+    files.make_folder(folder)
     with (folder / LOG_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(outcome.as_json()) + "\n")
+        file.writelines(json.dumps(outcome.as_json()) + "\n" for outcome in outcomes)

@@ -1,0 +1,128 @@
+"""`icdctl reproduce`: a table of a paper, rerun and tested."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from icdctl import console, files
+from icdctl.commands import many, options
+from icdctl.commands.training import observed
+from icdctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from icdctl.science.verdicts import Compared
+
+
+def reproduce(
+    table: Annotated[
+        str | None, typer.Argument(metavar="TABLE", help="e.g. `icd-cifar100`; `--list` shows all.", show_default=False)
+    ] = None,
+    listing: Annotated[bool, typer.Option("--list", help="Show the tables, or the cells of one.")] = False,
+    seeds: Annotated[int, typer.Option(metavar="N", help="Seeds 0 to N-1 of each cell.")] = 5,
+    cells: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Only cells with this in their name; may be repeated.", show_default=False),
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option(help="`gamma2` or `gamma8`: which defaults of the papers.", show_default="both")
+    ] = None,
+    train: Annotated[
+        bool, typer.Option("--train/--no-train", help="Train what is missing, or judge what is there.")
+    ] = True,
+    margin: Annotated[
+        float | None, typer.Option(help="The difference that does not matter, in points.", show_default="the table's")
+    ] = None,
+    epoch: Annotated[
+        str, typer.Option(help="Of our runs: `as published`, `final` or `best`, beside the published number.")
+    ] = "as published",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the written tables.", show_default="runs/reproduce/TABLE"),
+    ] = None,
+    jobs: many.Jobs = 1,
+    gpus: many.Gpus = None,
+    together: many.Together = 8,
+    data_dir: options.DataDir = None,
+    device: options.Device = None,
+    time_limit: options.TimeLimit = None,
+    only: many.Only = None,
+    outcomes: many.Outcomes = None,
+    as_json: options.Json = False,
+) -> None:
+    """Rerun a paper's table with several seeds, and say whether it holds: tests of equivalence, and of the claims.
+
+    Example: icdctl reproduce demo --seeds 5
+    """
+    from icdctl import reproducing
+    from icdctl.science import tables, verdicts
+
+    if table is None or (listing and not cells):
+        if table is None and not listing:
+            raise UsageError("no table is named", hint="e.g. `icdctl reproduce demo`; `--list` shows all")
+        _list(table, as_json)
+        return
+    chosen = tables.load(table)
+    wanted = reproducing.select(chosen, texts=cells or [], family=family)
+    compared = _compared(epoch)
+    given = options.given_options(data_dir=data_dir, device=device, time_limit=time_limit)
+    grid = reproducing.grid_of(wanted, num_seeds=seeds, options=given)
+    done = None
+    if train:
+        with observed() as observer:
+            grid = reproducing.with_own_teachers(grid, observer=observer)
+        passed = many.flags(family=family, data_dir=data_dir, device=device, time_limit=time_limit, seeds=seeds)
+        again = ["reproduce", table, *passed, *(part for text in cells or [] for part in ("--cells", text))]
+        slots = many.Slots(jobs=jobs, gpus=gpus, together=together)
+        done = many.train_missing(grid, again=again, slots=slots, only=only, outcomes=outcomes)
+    if outcomes is not None:
+        return
+    judgement = reproducing.judge(chosen, wanted, grid, margin=margin, epoch=compared)
+    folder = out or files.project_root() / "runs" / "reproduce" / table
+    written = reproducing.write(judgement, folder)
+    if as_json and not (done and done.failed):
+        console.show_json({**verdicts.as_json(judgement), "files": [str(path) for path in written]})
+    elif not as_json:
+        console.show_line(verdicts.to_text(verdicts.sheets(judgement)))
+        for path in written:
+            console.talk(str(path))
+    if done is not None and done.failed:
+        raise done.error()
+
+
+def _compared(text: str) -> Compared:
+    if text == "final":
+        return "final"
+    if text == "best":
+        return "best"
+    if text == "as published":
+        return "as published"
+    raise UsageError(f"unknown epoch `{text}`", hint="choose `as published`, `final` or `best`")
+
+
+def _list(table: str | None, as_json: bool) -> None:
+    from icdctl.methods import METHODS
+    from icdctl.science import tables
+
+    if table is None:
+        rows = []
+        for name in tables.TABLES:
+            found = tables.load(name)
+            runnable = sum(cell.why_not(METHODS) is None for cell in found.cells)
+            rows.append({"name": name, "cells": len(found.cells), "runnable": runnable, "about": found.about})
+    else:
+        rows = [
+            {
+                "name": cell.key,
+                "published": None if cell.reference is None else cell.reference.top1,
+                "runs": cell.why_not(METHODS) or "yes",
+                "note": cell.note,
+            }
+            for cell in tables.load(table).cells
+        ]
+    if as_json:
+        console.show_json({"tables" if table is None else "cells": rows})
+        return
+    console.show_table(list(rows[0]), [["" if value is None else value for value in row.values()] for row in rows])
