@@ -17,6 +17,7 @@ from icdctl.data import Preprocessing
 from icdctl.errors import IcdctlError
 
 BATCH_SIZE = 500
+_LARGE_BATCH_SIZE, _SMALL_SIDE = 2000, 64
 _CALIBRATION_BINS = 15
 
 Predict = Callable[[Tensor], Tensor]
@@ -51,12 +52,20 @@ class Evaluation:
 def module_predictor(model: nn.Module, preprocessing: Preprocessing, device: torch.device) -> Predict:
     """The logits of a module that is in eval mode on `device`."""
 
+    normalise = preprocessing.normaliser(device)
+
     def predict(images: Tensor) -> Tensor:
         with torch.inference_mode():
-            logits: Tensor = model(preprocessing.normalise(images.to(device)))
+            logits: Tensor = model(normalise(images.to(device)))
         return logits
 
     return predict
+
+
+def batch_size_on(device: torch.device, images: Tensor) -> int:
+    """Images at a time: more on CUDA, where small ones in small batches are mostly launches; [N, H, W, 3]."""
+    is_small = max(images.shape[1:3]) <= _SMALL_SIDE
+    return _LARGE_BATCH_SIZE if device.type == "cuda" and is_small else BATCH_SIZE
 
 
 def predict_all(

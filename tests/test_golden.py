@@ -26,6 +26,7 @@ from icdctl.methods import check_settings, distillation_terms, patch_logits
 from icdctl.methods.logit import dkd_loss, kd_loss, nkd_loss
 from icdctl.methods.patch import cluster_loss, scale_decoupled_loss
 
+CPU = torch.device("cpu")
 MODEL_ENTRIES: dict[str, dict[str, Any]] = golden.read("models.json").get("entries", {})
 TRAIN_STEPS = [
     (entry_id, step)
@@ -162,10 +163,10 @@ GRADIENT_FLOOR = 1e-6
 """Gradients below this norm are compared as if they had it: where student and teacher agree they are rounding."""
 
 
-def loss_inputs(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+def loss_inputs(case: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     inputs = {}
     for name, key in case["inputs"].items():
-        value = torch.from_numpy(np.array(LOSS_ARRAYS[key]))
+        value = torch.from_numpy(np.array(LOSS_ARRAYS[key])).to(device)
         inputs[name] = value.to(dtype) if value.is_floating_point() else value
     for name in case.get("grad_wrt", []):
         inputs[name].requires_grad_()
@@ -247,9 +248,13 @@ def reference_settings(reference_method: str, numbers: dict[str, Any]) -> tuple[
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("case_id", CASES)
 def test_loss_reaches_the_float64_value_of_the_reference(case_id: str, dtype: torch.dtype) -> None:
+    check_loss(case_id, dtype, CPU)
+
+
+def check_loss(case_id: str, dtype: torch.dtype, device: torch.device) -> None:
     case = CASES[case_id]
     section = f"{case['section']} {str(dtype).removeprefix('torch.')}"
-    inputs = loss_inputs(case, dtype)
+    inputs = loss_inputs(case, dtype, device)
     actual = losses_of(case, inputs) if case["section"] == "loss" else terms_of(case, inputs)
     is_finite = all(torch.isfinite(value).all() for value in actual.values())
     if not is_finite and not all(torch.isfinite(value).all() for value in inputs.values()):
@@ -265,7 +270,9 @@ def test_loss_reaches_the_float64_value_of_the_reference(case_id: str, dtype: to
     assert set(actual) == set(case["expected"]["float64"])
     for name, expected in case["expected"]["float64"].items():
         wanted = LOSS_ARRAYS[expected["npz"]] if isinstance(expected, dict) else np.float64(expected)
-        np.testing.assert_allclose(actual[name].detach().double().numpy(), wanted, rtol=rtol, atol=atol, err_msg=name)
+        np.testing.assert_allclose(
+            actual[name].detach().double().cpu().numpy(), wanted, rtol=rtol, atol=atol, err_msg=name
+        )
     check_gradients(case, inputs, actual)
     golden.record(section, checked=1)
 
@@ -307,7 +314,7 @@ def check_gradients(case: dict[str, Any], inputs: dict[str, Tensor], actual: dic
         if expected is not None and not expected["finite"]:
             continue  # the reference's own gradient is no number, though its value is one
         gradient = inputs[name].grad
-        found = torch.zeros_like(inputs[name]) if gradient is None else gradient
+        found = (torch.zeros_like(inputs[name]) if gradient is None else gradient).cpu()
         wanted = (
             torch.zeros_like(found) if expected is None else torch.from_numpy(np.array(LOSS_ARRAYS[expected["npz"]]))
         )
@@ -336,6 +343,10 @@ def trajectory_model(name: str, spec: dict[str, Any], role: str) -> models.Class
 
 @pytest.mark.parametrize("trajectory_id", TRAJECTORIES)
 def test_training_follows_the_trajectory_of_the_reference(trajectory_id: str) -> None:
+    check_trajectory(trajectory_id, CPU)
+
+
+def check_trajectory(trajectory_id: str, device: torch.device) -> None:
     trajectory = TRAJECTORIES[trajectory_id]
     spec = trajectory["spec"]
     method, settings = reference_settings(
@@ -350,24 +361,23 @@ def test_training_follows_the_trajectory_of_the_reference(trajectory_id: str) ->
         },
     )
     scales = golden.scales_of(spec["M"])
-    student = trajectory_model(spec["student"], spec, "student")
-    cpu = torch.device("cpu")
-    teacher = InlineTeacher(trajectory_model(spec["teacher"], spec, "teacher"), needs_cells=True, device=cpu)
+    student = trajectory_model(spec["student"], spec, "student").to(device)
+    teacher = InlineTeacher(trajectory_model(spec["teacher"], spec, "teacher"), needs_cells=True, device=device)
     optimizer = torch.optim.SGD(
         student.parameters(), spec["lr"], momentum=spec["momentum"], weight_decay=spec["weight_decay"], fused=True
     )
     rule = StepRule(method, check_settings(method, settings), scales, spec["clip"])
-    step = TrainingStep(student, optimizer, rule, steps_per_epoch=spec["steps"], device=cpu)
+    step = TrainingStep(student, optimizer, rule, steps_per_epoch=spec["steps"], device=device)
     step.start_epoch(spec["epoch"])
     comparable = min(trajectory.get("comparable_steps_float64", spec["steps"]) - 2, spec["steps"])
     student.train()
     for index in range(spec["steps"]):
-        images, labels = trajectory_batch(spec, index)
+        images, labels = (tensor.to(device) for tensor in trajectory_batch(spec, index))
         step(index, images, labels, teacher(images))
     for index in range(comparable):
         wanted = trajectory["steps_float64"][index]
         expected = [wanted[f"loss_{name}"] for name in rule.term_names] + [wanted["grad_norm_before_clip"]]
-        np.testing.assert_allclose(step.log[index].numpy(), expected, rtol=1e-6, err_msg=f"step {index}")
+        np.testing.assert_allclose(step.log[index].cpu().numpy(), expected, rtol=1e-6, err_msg=f"step {index}")
     golden.record("trajectory steps", checked=comparable)
     late = spec["steps"] - comparable
     golden.record("trajectory steps", skipped_rule="chaotic: past the file's comparable steps less two", skipped=late)

@@ -69,9 +69,12 @@ class Preprocessing:
         Returns:
             [B, 3, H, W] float32, channels last in memory.
         """
-        mean = torch.tensor(self.mean, device=images.device)
-        std = torch.tensor(self.std, device=images.device)
-        return ((images.to(torch.float32) / 255 - mean) / std).permute(0, 3, 1, 2)
+        return self.normaliser(images.device)(images)
+
+    def normaliser(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """`normalise` for images on one device, with its numbers there already: a call copies nothing to it."""
+        mean, std = torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
+        return lambda images: ((images.to(torch.float32) / 255 - mean) / std).permute(0, 3, 1, 2)
 
     def as_json(self) -> dict[str, Any]:
         """A plain value for metadata."""

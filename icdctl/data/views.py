@@ -58,9 +58,12 @@ class Views:
     def __len__(self) -> int:
         return self.index.shape[0]
 
-    def __getitem__(self, part: slice) -> Views:
+    def __getitem__(self, part: slice | Tensor) -> Views:
+        """Some of the views: a slice, or [M] int64 places where the views are; a tensor can't choose seeds."""
+        if self.key is not None and not isinstance(part, slice):
+            raise ValueError("the seeds of random augmentation stay on the CPU")
         box = None if self.box is None else self.box[part]
-        key = None if self.key is None else self.key[part]
+        key = self.key[part] if self.key is not None and isinstance(part, slice) else None
         return Views(self.index[part], self.top[part], self.left[part], self.flip[part], box, key)
 
     def to(self, device: torch.device) -> Views:
@@ -68,6 +71,13 @@ class Views:
         box = None if self.box is None else self.box.to(device)
         index, top, left, flip = (field.to(device) for field in (self.index, self.top, self.left, self.flip))
         return Views(index, top, left, flip, box, self.key)
+
+    def copy_(self, other: Views) -> None:
+        """Become as many other views, drawn on the CPU, in the same memory; a CUDA device is not waited for."""
+        for name in ("index", "top", "left", "flip", "box"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is not None:
+                mine.copy_(theirs.pin_memory() if mine.is_cuda else theirs, non_blocking=True)
 
 
 class ImageStore:
@@ -96,7 +106,7 @@ class ImageStore:
         held = images.to(device)
         # Memory-mapped images stay where they are unless there is something to add to them.
         self._images = F.pad(held, (0, 0, padding, padding, padding, padding)) if padding else held
-        self._preprocessing = preprocessing
+        self._normalise = preprocessing.normaliser(device)
         self._augmentation = augmentation
         self._rows = torch.arange(self.height, device=device)
         self._columns = torch.arange(self.width, device=device)
@@ -177,7 +187,7 @@ class ImageStore:
 
     def inputs(self, views: Views) -> Tensor:
         """What a model reads: [B, 3, H, W] float32, channels last in memory."""
-        return self._preprocessing.normalise(self.pixels(views))
+        return self._normalise(self.pixels(views))
 
     def _cut(self, views: Views) -> Tensor:
         columns = torch.where(views.flip[:, None], self.width - 1 - self._columns, self._columns)  # [B, W]

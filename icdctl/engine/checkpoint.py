@@ -6,7 +6,9 @@ outputs of a finished run gets them back at once.
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import Any, Self
 
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from icdctl import files
+from icdctl.engine.device import beside, side_stream
 from icdctl.engine.step import TrainingStep
 from icdctl.errors import ArtifactError
 
@@ -60,21 +63,87 @@ def checkpoint_path(fingerprint: str) -> Path:
     return files.state_folder() / "checkpoints" / fingerprint / "state.safetensors"
 
 
-def save_checkpoint(path: Path, step: TrainingStep, progress: Progress) -> None:
-    """Write weights, optimiser state and progress.
+class CheckpointWriter:
+    """Writes the states of a student. On CUDA the training goes on meanwhile, with one state on its way at a time."""
 
-    Raises:
-        ArtifactError: the place can't be written to.
-    """
+    def __init__(self, device: torch.device, *, in_background: bool) -> None:
+        """
+        Args:
+            device: of the student.
+            in_background: whether `save` returns before the file is there.
+        """
+        self._in_background = in_background
+        self._stream = side_stream(device)
+        self._pending: Future[None] | None = None
+
+    def save(self, path: Path, step: TrainingStep, progress: Progress) -> None:
+        """Write weights, optimiser state and progress, as they are now.
+
+        Raises:
+            ArtifactError: the place can't be written to; of a state that is written meanwhile, `wait` or the next
+                `save` tells.
+        """
+        self.wait()
+        tensors = {key: tensor.detach() for key, tensor in _tensors(step).items()}
+        if not self._in_background:
+            _write(path, {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}, progress)
+            return
+        # First to the device's own memory, which takes no time; then the next step may change the weights.
+        copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+        with beside(self._stream):
+            on_host = {key: _to_host(copy) for key, copy in copies.items()}
+        self._pending = Future()
+        Thread(target=self._finish, args=(self._pending, copies, path, on_host, progress)).start()
+
+    def _finish(
+        self,
+        pending: Future[None],
+        copies: dict[str, Tensor],
+        path: Path,
+        on_host: dict[str, Tensor],
+        progress: Progress,
+    ) -> None:
+        """In the thread: wait for the copies, which live until then, and write the file."""
+        try:
+            if self._stream is not None:
+                self._stream.synchronize()
+            copies.clear()
+            _write(path, on_host, progress)
+        except BaseException as error:
+            pending.set_exception(error)
+        else:
+            pending.set_result(None)
+
+    def wait(self) -> None:
+        """Return once the last state is on disk.
+
+        Raises:
+            ArtifactError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory, which is there once the current stream has got so far."""
+    on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return on_host.copy_(tensor, non_blocking=True)
+
+
+def _write(path: Path, held: dict[str, Tensor], progress: Progress) -> None:
+    files.write_bytes(path, save(held, metadata={_METADATA: progress.model_dump_json()}))
+
+
+def _tensors(step: TrainingStep) -> dict[str, Tensor]:
+    """All tensors of a state, under their names in the file."""
     tensors = {_MODEL + key: tensor for key, tensor in step.student.state_dict().items()}
     if step.average is not None:
         tensors |= {_AVERAGE + key: tensor for key, tensor in step.average.state_dict().items()}
         tensors[_NUM_AVERAGED] = step.num_averaged
     for index, state in step.optimizer.state_dict()["state"].items():
         tensors |= {f"{_OPTIMIZER}{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
-    held = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    text = progress.model_dump_json()
-    files.write_bytes(path, save(held, metadata={_METADATA: text}))
+    return tensors
 
 
 def load_checkpoint(path: Path, step: TrainingStep) -> Progress | None:

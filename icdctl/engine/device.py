@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -68,6 +69,42 @@ def _keep_freed_memory() -> None:
             return
 
 
+def goes_by_position(device: torch.device) -> bool:
+    """Whether steps are driven from the device, by a counter there, so that a graph may hold them."""
+    return device.type == "cuda"
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream to work on beside the current one; None where there are no streams."""
+    if device.type != "cuda":
+        return None
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return stream
+
+
+@contextmanager
+def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """On another stream, behind all that the current one has been asked for; no change for None."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        yield
+
+
+def join(stream: torch.cuda.Stream | None) -> None:
+    """Put the current stream behind all that another one has been asked for; the host does not wait."""
+    if stream is not None:
+        torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+
+def wait_for(device: torch.device) -> None:
+    """Have the host wait until a device has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @contextmanager
 def backend_settings(device: torch.device, precision: str, *, deterministic: bool) -> Iterator[None]:
     """torch's global switches for one run, put back afterwards; out of memory becomes an error with a hint."""
@@ -81,9 +118,17 @@ def backend_settings(device: torch.device, precision: str, *, deterministic: boo
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic)
+    if deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may sum in another order each time
     try:
-        yield
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
     except RuntimeError as error:
+        if "does not have a deterministic implementation" in str(error):
+            raise IcdctlError(
+                f"`--deterministic` can't be kept on `{device}`: {str(error).partition(',')[0]}",
+                hint="leave `--deterministic` out, choose another student, or use `--device cpu`",
+            ) from error
         # The CPU's allocator has no exception of its own.
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise

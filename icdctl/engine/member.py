@@ -15,14 +15,15 @@ from torch import Tensor
 from icdctl import files, models, registry, targets
 from icdctl.config import RunConfig
 from icdctl.data import UNLABELED, Dataset, ImageStore, Views
-from icdctl.engine.checkpoint import Progress, checkpoint_path, load_checkpoint, save_checkpoint
+from icdctl.engine.checkpoint import CheckpointWriter, Progress, checkpoint_path, load_checkpoint
+from icdctl.engine.device import goes_by_position
 from icdctl.engine.environment import describe_environment
 from icdctl.engine.folder import write_history
 from icdctl.engine.schedule import learning_rate
 from icdctl.engine.step import StepRule, TrainingStep
 from icdctl.engine.teacher import Answer
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
-from icdctl.evaluation import Evaluation, evaluate_logits, module_predictor, predict_all
+from icdctl.evaluation import Evaluation, batch_size_on, evaluate_logits, module_predictor, predict_all
 from icdctl.models import Classifier
 
 
@@ -70,6 +71,8 @@ class Place:
     batch_size: int
     num_steps: int
     """Of an epoch."""
+    by_position: bool
+    """Steps read what they need from tensors that stay where they are, the learning rate too."""
 
     @property
     def num_images(self) -> int:
@@ -114,6 +117,7 @@ def make_place(config: RunConfig, dataset: Dataset, device: torch.device, precis
         watched_labels=dataset.test_labels if dataset.val_labels is None else dataset.val_labels,
         batch_size=config.batch_size,
         num_steps=num_steps,
+        by_position=goes_by_position(device),
     )
 
 
@@ -145,7 +149,10 @@ class Member:
         if config.init_weights is not None:
             _load_first_weights(self.student, config)
         self.student.to(place.device).to(memory_format=torch.channels_last)
-        optimizer = _make_optimizer(config, self.student)
+        optimizer = _make_optimizer(config, self.student, place)
+        self._rate = config.lr
+        """What the optimiser's learning rate was last set to."""
+        self.writer = CheckpointWriter(place.device, in_background=place.by_position)
         balanced = config.class_weights == "balanced"
         rule = StepRule(
             config.method,
@@ -223,6 +230,13 @@ class Member:
         Raises:
             NotFiniteError: on a CPU, where looking costs nothing; on other devices `end_epoch` looks.
         """
+        self.set_learning_rate(index)
+        self.step(index, images, labels, answer)
+        if self.place.device.type == "cpu":
+            self._check_finite(self.step.log[index : index + 1], views.index, first_index=index)
+
+    def set_learning_rate(self, index: int) -> None:
+        """Give the optimiser the rate of a step, counted in its epoch from 0; a device is not waited for."""
         config, progress = self.config, self.progress
         rate = learning_rate(
             config,
@@ -231,10 +245,11 @@ class Member:
             total_steps=config.epochs * self.place.num_steps,
         )
         for group in self.step.optimizer.param_groups:
-            group["lr"] = rate
-        self.step(index, images, labels, answer)
-        if self.place.device.type == "cpu":
-            self._check_finite(self.step.log[index : index + 1], views.index, first_index=index)
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = rate
+            elif rate != self._rate:
+                group["lr"].fill_(rate)
+        self._rate = rate
 
     def end_epoch(self, order: Tensor, seconds: float) -> dict[str, float]:
         """Evaluate, remember and save.
@@ -268,7 +283,7 @@ class Member:
             teacher_mode=self.config.teacher_mode,
             teacher_precision=self.config.teacher_precision,
         )
-        save_checkpoint(self.state_path, self.step, self.progress)
+        self.writer.save(self.state_path, self.step, self.progress)
         write_history(self.out / "history.csv", self.progress.history)
         return row
 
@@ -281,8 +296,7 @@ class Member:
             )
         means = finite.double().mean(dim=0).tolist()
         numbers = self.evaluate(self.place.watched_images, self.place.watched_labels)
-        rate = self.step.optimizer.param_groups[0]["lr"]
-        row: dict[str, float] = {"epoch": self.progress.epoch + 1, "lr": float(rate)}
+        row: dict[str, float] = {"epoch": self.progress.epoch + 1, "lr": self._rate}
         row |= dict(zip(self.step.rule.term_names, means[:-1], strict=True))
         row["train_top1"] = 100.0 * self.step.num_right.item() / max(num_labelled, 1)
         watched = {"top1": numbers.top1, "top5": numbers.top5, "loss": numbers.loss}
@@ -297,7 +311,8 @@ class Member:
         """What is kept of it, on images [N, H, W, 3] uint8 and their labels [N]."""
         model = self.result_model.eval()
         predict = module_predictor(model, self.place.dataset.preprocessing, self.place.device)
-        return evaluate_logits(predict_all(predict, images), labels)
+        batch_size = batch_size_on(self.place.device, images)
+        return evaluate_logits(predict_all(predict, images, batch_size=batch_size), labels)
 
     def _check_finite(self, log: Tensor, order: Tensor, *, first_index: int) -> None:
         """Stop where a loss term or the gradient is not a number: step, term and images are named.
@@ -418,15 +433,42 @@ def _load_first_weights(student: Classifier, config: RunConfig) -> None:
         )
 
 
-def _make_optimizer(config: RunConfig, student: Classifier) -> torch.optim.Optimizer:
+def _make_optimizer(config: RunConfig, student: Classifier, place: Place) -> torch.optim.Optimizer:
+    """The fused optimiser; for steps by position its learning rate and its state are tensors from the start."""
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    # float32 is what the fused kernels read on CUDA.
+    rate = torch.tensor(config.lr, dtype=torch.float32, device=place.device) if place.by_position else config.lr
+    optimizer: torch.optim.Optimizer
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    return torch.optim.SGD(
-        parameters,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-        fused=True,
-    )
+        optimizer = torch.optim.AdamW(
+            parameters, lr=rate, weight_decay=config.weight_decay, fused=True, capturable=place.by_position
+        )
+        # torch warns of steps outside a graph; those before a capture, and all where it fails, are meant to be.
+        optimizer._warned_capturable_if_run_uncaptured = True
+    else:
+        optimizer = torch.optim.SGD(
+            parameters,
+            lr=rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+            fused=True,
+        )
+    # Where its first step is left out, torch's SGD keeps the momentum that it has allocated and not filled.
+    if place.by_position or config.on_nonfinite == "skip":
+        _make_state(optimizer)
+    return optimizer
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """The state that the optimiser would make at its first step, with zeros, which lead to the same first step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if isinstance(optimizer, torch.optim.AdamW):
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+            elif group["momentum"]:
+                optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from icdctl.data import ImageStore
+from icdctl.engine.device import wait_for
 from icdctl.engine.teacher import InlineTeacher, TeacherPrecision
 from icdctl.models import Classifier
 
@@ -74,17 +75,12 @@ def _seconds_an_image(teacher: InlineTeacher, batches: list[torch.Tensor]) -> fl
     """The best of all batches, after one that is not counted."""
     times = []
     for batch in [batches[0], *batches]:
-        _wait_for(batch.device)
+        wait_for(batch.device)
         started = time.perf_counter()
         teacher(batch)
-        _wait_for(batch.device)
+        wait_for(batch.device)
         times.append((time.perf_counter() - started) / len(batch))
     return min(times[1:])
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _agree(logits: torch.Tensor, half_logits: torch.Tensor) -> bool:

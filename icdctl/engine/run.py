@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from icdctl.config import RunConfig
-from icdctl.data import Dataset
+from icdctl.data import Dataset, Views
 from icdctl.engine.answers import Demand, choose_mode, make_teacher, plan_table
-from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
+from icdctl.engine.device import backend_settings, resolve_device, resolve_precision, wait_for
 from icdctl.engine.folder import claimed
+from icdctl.engine.graph import Loop
 from icdctl.engine.member import Member, NotFiniteError, Place, RunResult, make_place
 from icdctl.engine.observer import Observer, SilentObserver
 from icdctl.engine.precision import choose_teacher_precision
-from icdctl.engine.teacher import Answers, InlineTeacher, Teacher
+from icdctl.engine.teacher import Answer, InlineTeacher, Teacher
 from icdctl.errors import IcdctlError, UsageError
 from icdctl.methods import METHODS
 from icdctl.models import Classifier
@@ -133,6 +134,7 @@ class _Session:
         self.teacher_model = teacher
         self.members = [Member(config, place, student) for config, student in zip(configs, students, strict=True)]
         self.failures: dict[int, Failure] = {}
+        self._loop: Loop | None = None
 
     def train(self, teacher_origin: Mapping[str, str | None]) -> list[RunResult | Failure]:
         """All epochs that are left, then the results."""
@@ -148,7 +150,11 @@ class _Session:
         except KeyboardInterrupt as interrupt:
             member = min(self.members, key=lambda member: member.progress.epoch)
             raise _interrupted(interrupt, member, num_runs=len(self.members)) from interrupt
-        if not is_in_time:
+        finally:
+            for member in self.members:
+                with self._given_up(member, []):
+                    member.writer.wait()
+        if not is_in_time and self._waiting():
             done = min(member.progress.epoch for member in self._waiting())
             self.observer.message(f"time limit: stopped after epoch {done}; `--resume` goes on")
         return [
@@ -194,12 +200,36 @@ class _Session:
         place, batch_size = self.place, self.place.batch_size
         started = time.perf_counter()
         drawn = place.store.epoch(seed=seed, epoch=epoch)
-        views = drawn.to(place.device)
-        answers = None if teacher is None else teacher.epoch(views, batch_size)
         for member in members:
             member.start_epoch()
         running = list(members)
-        for index in range(max(member.steps_of_epoch for member in members)):
+        # Random augmentation is drawn on the CPU, step by step.
+        if place.by_position and drawn.key is None:
+            self._steps_by_position(running, drawn, teacher)
+        else:
+            self._steps_one_by_one(running, drawn, teacher)
+        seconds = (time.perf_counter() - started) / len(members)
+        for member in list(running):
+            with self._given_up(member, running):
+                try:
+                    row = member.end_epoch(drawn.index, seconds)
+                except NotFiniteError as error:
+                    views = drawn.to(place.device)
+                    part = views[error.index * batch_size : (error.index + 1) * batch_size]
+                    member.keep_replay(error.index, part, _asked_again(teacher, error.index, views, place))
+                    raise
+                self.observer.epoch(row, member.config.epochs)
+        if self._loop is not None:
+            for member in members:
+                if member.progress.done or member not in running:
+                    self._loop.forget(member.step)
+
+    def _steps_one_by_one(self, running: list[Member], drawn: Views, teacher: Teacher | None) -> None:
+        """The steps of an epoch, driven by the host; whoever fails leaves `running`."""
+        place, batch_size = self.place, self.place.batch_size
+        views = drawn.to(place.device)
+        answers = None if teacher is None else teacher.epoch(views, batch_size)
+        for index in range(max(member.steps_of_epoch for member in running)):
             part = views[index * batch_size : (index + 1) * batch_size]
             images, labels = place.store.inputs(part), place.labels[part.index]
             answer = answers(index, part, images) if answers is not None else None
@@ -211,16 +241,21 @@ class _Session:
                         member.keep_replay(index, part, answer)
                         raise
                 self.observer.advance(len(part))
-        seconds = (time.perf_counter() - started) / len(members)
-        for member in list(running):
-            with self._given_up(member, running):
-                try:
-                    row = member.end_epoch(drawn.index, seconds)
-                except NotFiniteError as error:
-                    part = views[error.index * batch_size : (error.index + 1) * batch_size]
-                    member.keep_replay(error.index, part, _asked_again(answers, error.index, part, place))
-                    raise
-                self.observer.epoch(row, member.config.epochs)
+
+    def _steps_by_position(self, members: list[Member], drawn: Views, teacher: Teacher | None) -> None:
+        """The steps of an epoch, driven from the device, which is waited for once, at the end."""
+        place = self.place
+        if self._loop is None:
+            self._loop = Loop(place.store, place.labels, place.batch_size, teacher, self.observer.message)
+        self._loop.start_epoch(drawn)
+        for index in range(max(member.steps_of_epoch for member in members)):
+            learning = [member for member in members if index < member.steps_of_epoch]
+            size = min(place.batch_size, len(drawn) - index * place.batch_size)
+            for member in learning:
+                member.set_learning_rate(index)
+            self._loop.step(index, [member.step for member in learning], size)
+            self.observer.advance(size * len(learning))
+        wait_for(place.device)
 
     @contextmanager
     def _given_up(self, member: Member, running: list[Member]) -> Iterator[None]:
@@ -229,7 +264,8 @@ class _Session:
             yield
         except IcdctlError as error:
             self.failures[self.members.index(member)] = Failure(member.config, error)
-            running.remove(member)
+            if member in running:
+                running.remove(member)
 
     def _teacher(self) -> Teacher | None:
         """The teacher in the mode and the precision that were decided, now or when the runs began."""
@@ -298,13 +334,14 @@ def _decided(key: str, members: Sequence[Member]) -> str:
     return held.pop()
 
 
-def _asked_again(answers: Answers | None, index: int, part: Any, place: Place) -> Any:
+def _asked_again(teacher: Teacher | None, index: int, views: Views, place: Place) -> Answer | None:
     """The teacher's answer to a batch that is over; None where it can't be had a second time."""
-    if answers is None:
+    if teacher is None:
         return None
+    part = views[index * place.batch_size : (index + 1) * place.batch_size]
     try:
-        return answers(index, part, place.store.inputs(part))
-    except (RuntimeError, KeyError):
+        return teacher.epoch(views, place.batch_size)(index, part, place.store.inputs(part))
+    except RuntimeError:
         return None
 
 

@@ -87,11 +87,21 @@ class TrainingStep:
         self.log.zero_()
         self.num_right.zero_()
 
-    def __call__(self, index: int, images: Tensor, labels: Tensor, answer: Answer | None) -> None:
+    @property
+    def state(self) -> list[Tensor]:
+        """All that a step changes, gradients aside; as far as the optimiser has made its state yet."""
+        held = [*self.student.parameters(), *self.student.buffers(), self.log, self.num_right, self.num_averaged]
+        if self.average is not None:
+            held += [*self.average.parameters(), *self.average.buffers()]
+        for values in self.optimizer.state.values():
+            held += [value for value in values.values() if isinstance(value, Tensor)]
+        return held
+
+    def __call__(self, index: int | Tensor, images: Tensor, labels: Tensor, answer: Answer | None) -> None:
         """Forward, backward, clip, update.
 
         Args:
-            index: of the step in its epoch, from 0.
+            index: of the step in its epoch, from 0; a zero-dimensional tensor on the device is not looked at.
             images: [B, 3, H, W].
             labels: [B] int64; -1 for an image that has none.
             answer: the teacher's, for methods that have one.
@@ -104,7 +114,12 @@ class TrainingStep:
         total = self.backward(terms)
         gradient_norm = self.update(total)
         with torch.no_grad():
-            self.log[index] = torch.stack([*terms.values(), gradient_norm]).detach()
+            row = torch.stack([*terms.values(), gradient_norm]).detach()
+            if isinstance(index, Tensor):
+                # Not `log[index]`: that would read the index, and wait for it.
+                self.log.index_copy_(0, index.reshape(1), row[None].to(self.log.dtype))
+            else:
+                self.log[index] = row
             self.num_right += (logits.argmax(dim=1) == labels).sum()
             if self.average is not None:
                 self._update_average(self.average)

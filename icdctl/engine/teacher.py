@@ -6,8 +6,7 @@ chooses. Shapes: B images, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from icdctl import methods
 from icdctl.data import ImageStore, Views
+from icdctl.engine.device import beside, join, side_stream
+from icdctl.engine.feed import Feed
 from icdctl.models import Classifier, fold_batch_norms
 
 TeacherPrecision = Literal["fp32", "bf16", "fp16"]
@@ -39,6 +40,16 @@ Answers = Callable[[int, Views, Tensor], Answer]
 """(step of the epoch, its views, their pixels [B, 3, H, W]) -> the answer, asked for in the order of the steps."""
 
 
+class AnswersByPosition(Protocol):
+    """Answers to the batch that a feed says is due, for steps that a graph may hold."""
+
+    def prepare(self, index: int) -> None:
+        """Called by the host before each step, in order; it does not wait for the device."""
+
+    def __call__(self, views: Views, images: Tensor) -> Answer:
+        """Called inside the step, with its views and their pixels: the same work at every step, on the device alone."""
+
+
 class Teacher(Protocol):
     """Answers any views of the training images."""
 
@@ -48,6 +59,76 @@ class Teacher(Protocol):
             views: of the whole epoch, in order, on the device.
             batch_size: how many of them a step has.
         """
+
+    def by_position(self, feed: Feed) -> AnswersByPosition:
+        """The same for steps that read their batches from a feed, for all epochs that will be loaded into it."""
+
+
+class _AtOnce:
+    """Answers that are computed or looked up inside the step."""
+
+    def __init__(self, answer: Callable[[Views, Tensor], Answer]) -> None:
+        self._answer = answer
+
+    def prepare(self, index: int) -> None:
+        """See `AnswersByPosition`; nothing to prepare."""
+
+    def __call__(self, views: Views, images: Tensor) -> Answer:
+        """See `AnswersByPosition`."""
+        return self._answer(views, images)
+
+
+class _Buffered:
+    """Answers to some steps at once, made beside the students' stream: half of a buffer fills, the other is read."""
+
+    def __init__(self, feed: Feed, of_views: Callable[[Views], Answer], *, from_cpu: bool) -> None:
+        """
+        Args:
+            feed: says what is due.
+            of_views: answers many views, on the device.
+            from_cpu: `of_views` reads the views on the CPU, not on the device.
+        """
+        self._feed, self._of_views, self._from_cpu = feed, of_views, from_cpu
+        self._stream = side_stream(feed.device)
+        self._held: Answer | None = None
+
+    def prepare(self, index: int) -> None:
+        """See `AnswersByPosition`."""
+        number, step = divmod(index, _STEPS_AHEAD)
+        if step:
+            return
+        if number == 0:
+            self._fill(0)
+        join(self._stream)
+        self._fill(number + 1)
+
+    def _fill(self, number: int) -> None:
+        """Answer the chunk of that number, once the students are done with the one before the last."""
+        chunk = _STEPS_AHEAD * self._feed.batch_size
+        part = (self._feed.drawn if self._from_cpu else self._feed.views)[number * chunk : (number + 1) * chunk]
+        if not len(part):
+            return
+        with beside(self._stream):
+            answer = self._of_views(part)
+            if self._held is None:
+                self._held = Answer(
+                    _halves(answer.logits, chunk), None if answer.cells is None else _halves(answer.cells, chunk)
+                )
+            first = number % 2 * chunk
+            self._held.logits[first : first + len(part)].copy_(answer.logits)
+            if self._held.cells is not None and answer.cells is not None:
+                self._held.cells[first : first + len(part)].copy_(answer.cells)
+
+    def __call__(self, views: Views, images: Tensor) -> Answer:
+        """See `AnswersByPosition`."""
+        assert self._held is not None
+        rows = self._feed.rows(len(views), cycle=2 * _STEPS_AHEAD)
+        return Answer(self._held.logits[rows], None if self._held.cells is None else self._held.cells[rows])
+
+
+def _halves(like: Tensor, chunk: int) -> Tensor:
+    """Memory for the answers to two chunks."""
+    return like.new_zeros((2 * chunk, *like.shape[1:]))
 
 
 class InlineTeacher:
@@ -78,6 +159,10 @@ class InlineTeacher:
         """See `Teacher`."""
         return lambda index, part, images: self(images)
 
+    def by_position(self, feed: Feed) -> AnswersByPosition:
+        """See `Teacher`."""
+        return _AtOnce(lambda views, images: self(images))
+
     def __call__(self, images: Tensor) -> Answer:
         """The answer for pixels alone: [B, 3, H, W]."""
         if images.device.type != "cpu" or len(images) <= _CPU_CHUNK:
@@ -104,66 +189,35 @@ class InlineTeacher:
 
 
 class AheadTeacher:
-    """Runs the network over the views of several coming steps at once, while the students train on the last ones.
+    """Runs the network over the views of several coming steps at once.
 
-    On CUDA it has a stream of its own, one chunk of steps ahead; on a CPU the chunk is computed when its first step is
-    due. The answers are those of `InlineTeacher` up to the rounding of another batch size.
+    On CUDA that happens while the students train on the ones before; on a CPU when the first of the steps is due. The
+    answers are those of `InlineTeacher` up to the rounding of another batch size.
     """
 
     def __init__(self, inline: InlineTeacher, store: ImageStore) -> None:
         self._inline = inline
         self._store = store
-        self._stream = (
-            torch.cuda.Stream(store.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            if store.device.type == "cuda"
-            else None
-        )
 
     def epoch(self, views: Views, batch_size: int) -> Answers:
         """See `Teacher`."""
         chunk = _STEPS_AHEAD * batch_size
-        computed: dict[int, tuple[Answer, torch.cuda.Event | None]] = {}
-
-        def compute(number: int) -> None:
-            part = views[number * chunk : (number + 1) * chunk]
-            if len(part):
-                with self._beside():
-                    answer = self._inline.of_views(self._store, part)
-                    computed[number] = (answer, self._finished())
+        computed: dict[int, Answer] = {}
 
         def answer(index: int, part: Views, images: Tensor) -> Answer:
             number, step = divmod(index, _STEPS_AHEAD)
             if number not in computed:
-                compute(number)
-            if step == 0:
-                computed.pop(number - 1, None)
-                if self._stream is not None:
-                    compute(number + 1)
-            ready, event = computed[number]
-            if event is not None:
-                event.wait()
+                computed.clear()
+                computed[number] = self._inline.of_views(self._store, views[number * chunk : (number + 1) * chunk])
+            ready = computed[number]
             rows = slice(step * batch_size, step * batch_size + len(part))
             return Answer(ready.logits[rows], None if ready.cells is None else ready.cells[rows])
 
         return answer
 
-    @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """On the stream of its own, after what the students' stream has asked for so far."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self._store.device))
-        with torch.cuda.stream(self._stream):
-            yield
-
-    def _finished(self) -> torch.cuda.Event | None:
-        """A mark behind what was just asked for, which the students' stream can wait for."""
-        if self._stream is None:
-            return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        event.record(self._stream)
-        return event
+    def by_position(self, feed: Feed) -> AnswersByPosition:
+        """See `Teacher`."""
+        return _Buffered(feed, lambda views: self._inline.of_views(self._store, views), from_cpu=False)
 
 
 class CachedTeacher:
@@ -184,11 +238,20 @@ class CachedTeacher:
         """See `Teacher`."""
         return lambda index, part, images: self.of_views(part)
 
+    def by_position(self, feed: Feed) -> AnswersByPosition:
+        """See `Teacher`; a table that is not on the device is read some steps ahead."""
+        if self._logits.device.type == feed.device.type:
+            return _AtOnce(lambda views, images: self.of_views(views))
+        return _Buffered(feed, self.of_views, from_cpu=True)
+
     def of_views(self, views: Views) -> Answer:
-        """The answer for views on the store's device, there too."""
+        """The answer for views anywhere, on the store's device."""
         rows = self._store.numbers(views)
         cells = None if self._cells is None else self._taken(self._cells, rows)
         return Answer(self._taken(self._logits, rows), cells)
 
     def _taken(self, table: Tensor, rows: Tensor) -> Tensor:
-        return table[rows.to(table.device)].to(self._store.device, non_blocking=True).float()
+        taken = table[rows.to(table.device)]
+        if taken.device.type != self._store.device.type:
+            taken = taken.pin_memory()  # else the copy waits for what the device does before it
+        return taken.to(self._store.device, non_blocking=True).float()

@@ -92,10 +92,26 @@ def cell_logits(feature_map: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor
     Returns:
         [B, K, 4, 4].
     """
-    cells = F.adaptive_avg_pool2d(feature_map, _FINEST)  # [B, C, 4, 4]
+    # torch's own pooling adds up its gradient in no fixed order on CUDA, and refuses to where that was asked for.
+    is_ordered = feature_map.is_cuda and torch.are_deterministic_algorithms_enabled()
+    cells = pooled_in_order(feature_map) if is_ordered else F.adaptive_avg_pool2d(feature_map, _FINEST)  # [B, C, 4, 4]
     batch, channels = cells.shape[:2]
     logits = head(cells.permute(0, 2, 3, 1).reshape(-1, channels))  # [B * 16, K]
     return logits.reshape(batch, _FINEST, _FINEST, -1).permute(0, 3, 1, 2)
+
+
+def pooled_in_order(feature_map: Tensor) -> Tensor:
+    """`adaptive_avg_pool2d` to 4 x 4 as two matrix products: [B, C, H, W] -> [B, C, 4, 4]."""
+    down, across = (_windows(side, like=feature_map) for side in feature_map.shape[2:])
+    return down @ feature_map @ across.T
+
+
+def _windows(side: int, *, like: Tensor) -> Tensor:
+    """[4, side]: the share of each row of a map in each row of cells; made on the device, nothing is copied there."""
+    cell = torch.arange(_FINEST, device=like.device)[:, None]
+    row = torch.arange(side, device=like.device)
+    inside = (row >= cell * side // _FINEST) & (row * _FINEST < (cell + 1) * side)
+    return (inside / inside.sum(dim=1, keepdim=True)).to(like.dtype)
 
 
 def pool_cells(cells: Tensor, scales: Sequence[int]) -> Tensor:

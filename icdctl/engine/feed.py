@@ -1,0 +1,57 @@
+"""An epoch's views on the device, always in the same memory, and the place in it that is due.
+
+The place is a counter on the device: whoever reads a batch through it does the same work at every step, so a CUDA graph
+can hold that work, and the host need not say where it is. Shapes: B images of a batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from icdctl.data import Views
+
+
+class Feed:
+    """Batches of an epoch by position."""
+
+    drawn: Views
+    """The epoch on the CPU."""
+    views: Views
+    """The epoch on the device."""
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        """
+        Args:
+            batch_size: of a full batch.
+            device: of the students.
+        """
+        self.batch_size, self.device = batch_size, device
+        self.position = torch.zeros((), dtype=torch.int64, device=device)
+        """Of the step in its epoch, from 0."""
+        self._offsets = torch.arange(batch_size, device=device)
+
+    def load(self, drawn: Views) -> None:
+        """Put an epoch, drawn on the CPU, in place of the last one, and go to its first step.
+
+        The views of all epochs have as many images, and none has a seed of random augmentation.
+        """
+        self.drawn = drawn
+        if not hasattr(self, "views"):
+            self.views = drawn[torch.arange(len(drawn))].to(self.device)
+        self.views.copy_(drawn)
+        self.position.zero_()
+
+    def rows(self, size: int, *, cycle: int | None = None) -> Tensor:
+        """Where the images of the due batch stand in the epoch: [B] int64.
+
+        Args:
+            size: B.
+            cycle: count the position modulo this many steps.
+        """
+        position = self.position if cycle is None else self.position % cycle
+        return position * self.batch_size + self._offsets[:size]
+
+    def batch(self, size: int) -> Views:
+        """The views of the due batch, of `size` images."""
+        return self.views[self.rows(size)]
