@@ -57,7 +57,7 @@ def grid_of(cells: Sequence[Cell], *, num_seeds: int, options: Mapping[str, Any]
     """
     if not 1 <= num_seeds <= 1000:
         raise UsageError(f"{num_seeds} seeds", hint="e.g. `--seeds 5`")
-    made = [_grid_cell(cell, options) for cell in cells if cell.why_not(METHODS) is None]
+    made = [grid_cell(cell, options) for cell in cells if cell.why_not(METHODS) is None]
     return Grid(tuple(made), tuple(range(num_seeds)), files.project_root() / "runs", "the table")
 
 
@@ -66,7 +66,8 @@ def name_of(cell: Cell) -> str:
     return cell.key.replace("/", "-").removesuffix("-time")
 
 
-def _grid_cell(cell: Cell, options: Mapping[str, Any]) -> GridCell:
+def grid_cell(cell: Cell, options: Mapping[str, Any]) -> GridCell:
+    """A cell of a table as one of a grid, with options that hold besides its own."""
     stated: dict[str, Any] = {
         "dataset": cell.dataset,
         "teacher": cell.teacher,

@@ -67,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {*BASE, "data", "methods", "models", "recipes", "sources"},
     "lists": {"errors", "methods"},
     "reproducing": {*BASE, "api", "engine", "grid", "methods", "science"},
-    "grid": {*BASE, "api", "engine", "lists", "sources"},
+    "grid": {*BASE, "api", "engine", "lists", "registry", "sources", "teachers"},
     "sources": BASE,
     "recipes": {"errors"},
     "methods": {"errors"},

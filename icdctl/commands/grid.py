@@ -10,6 +10,7 @@ import typer
 
 from icdctl import console, files
 from icdctl.commands import many, options
+from icdctl.commands.training import observed
 
 if TYPE_CHECKING:
     from icdctl.grid.cells import Grid
@@ -105,6 +106,53 @@ def run(
     slots = many.Slots(jobs=jobs, gpus=gpus, together=together)
     done = many.train_missing(grid, again=again, slots=slots, only=only, outcomes=outcomes)
     many.report(done, as_json)
+
+
+@app.command("teacher")
+def teacher(name: Annotated[str, typer.Argument(help="A name in the `teachers` of params.yaml.")]) -> None:
+    """Fetch or train a teacher of params.yaml, as a stage of the pipeline does.
+
+    Example: icdctl grid teacher digits100-res20
+    """
+    from icdctl.grid.stages import make_teacher
+
+    with observed(name) as observer:
+        console.show_line(str(make_teacher(files.project_root(), name, observer=observer)))
+
+
+@app.command("evaluate")
+def evaluate(cell: Annotated[str, typer.Argument(help="A name in the `cells` of params.yaml.")]) -> None:
+    """Measure the weights of a cell's runs, as a stage of the pipeline does.
+
+    Example: icdctl grid evaluate res20-res8-dkd
+    """
+    from icdctl.grid.stages import evaluate_cell
+
+    console.show_line(str(evaluate_cell(_grid([cell], None, None), files.project_root())))
+
+
+@app.command("report")
+def report(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to make.")] = Path("report"),
+    as_json: options.Json = False,
+) -> None:
+    """Sum up the evaluated cells, as the last stage of the pipeline does.
+
+    Example: icdctl grid report
+    """
+    from icdctl.grid.stages import summary_markdown, summary_rows
+
+    rows = summary_rows(files.project_root())
+    files.write_text(out / "summary.md", summary_markdown(rows))
+    if as_json:
+        console.show_json({"cells": rows, "files": [str(out / "summary.md")]})
+        return
+    columns = ["cell", "n", "top1", "sd", "ece", "agreement"]
+    console.show_table(columns, [["" if row[key] is None else _number(row[key]) for key in columns] for row in rows])
+
+
+def _number(value: Any) -> Any:
+    return f"{value:.2f}" if isinstance(value, float) else value
 
 
 def _grid(cells: Sequence[str] | None, seeds: str | None, sweep: Sequence[str] | None) -> Grid:

@@ -26,6 +26,8 @@ State = Literal["done", "begun", "missing"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _OWN = ("seed", "out")
 """Options that the grid gives each run."""
+_AFTER = "after"
+"""What a pipeline makes before a cell; `dvc.yaml` reads it, and nothing here."""
 PARAMS_FILE = "params.yaml"
 
 
@@ -156,7 +158,8 @@ def make_cell(name: str, options: Mapping[str, Any], *, origin: str) -> GridCell
         raise UsageError(
             f"`{name}` in {origin} can't be the name of a cell", hint="letters, digits, `.`, `_` and `-`, as a folder's"
         )
-    for key in options:
+    own = {key: value for key, value in options.items() if key != _AFTER}
+    for key in own:
         if key in _OWN:
             raise UsageError(
                 f"cell `{name}` in {origin} has `{key}`, which the grid gives each run", hint="leave it out"
@@ -165,7 +168,7 @@ def make_cell(name: str, options: Mapping[str, Any], *, origin: str) -> GridCell
             raise unknown_name(
                 f"option of cell `{name}`", str(key), Options.model_fields, listing="icdctl distill --dry-run"
             )
-    return GridCell(name, dict(options))
+    return GridCell(name, own)
 
 
 def read_grid(root: Path, *, seeds: str | None = None) -> Grid:

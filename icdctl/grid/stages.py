@@ -1,0 +1,155 @@
+"""The stages of the pipeline that are no commands of their own: a teacher, a cell's evaluation, the summary.
+
+`dvc.yaml` runs them in the project's root; params.yaml says what they make.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from icdctl import api, files
+from icdctl.engine.observer import Observer
+from icdctl.errors import ArtifactError, UsageError, unknown_name
+from icdctl.grid.cells import PARAMS_FILE, Grid, GridRun, read_params
+from icdctl.registry import WEIGHTS_FILE
+from icdctl.sources import Options
+from icdctl.teachers import Wishes, fetch_teacher, find_published
+
+TEACHERS, RESULTS = "teachers", "results"
+_PIPELINE_KEYS = ("source", "after", "model")
+_LARGEST_DIFFERENCE = 0.05
+"""Points of top-1 between a run's own number and its weights' on this device: a few near ties of 10,000 images."""
+
+
+def make_teacher(root: Path, key: str, *, observer: Observer | None = None) -> Path:
+    """The teacher of that name in the `teachers` of params.yaml, in `teachers/<key>`: fetched or trained.
+
+    Args:
+        root: of the project.
+        key: of the teacher.
+        observer: told of the progress of training.
+
+    Raises:
+        UsageError: there is no such teacher, or its entry can't be.
+        IcdctlError: it can't be fetched or trained.
+    """
+    stated = read_params(root).get(TEACHERS)
+    entries = stated if isinstance(stated, dict) else {}
+    if key not in entries:
+        raise unknown_name(f"teacher of `{PARAMS_FILE}`", key, list(map(str, entries)), listing="icdctl grid --help")
+    entry = entries[key]
+    if not isinstance(entry, dict) or not {"dataset", "model", "source"} <= entry.keys():
+        raise UsageError(
+            f"teacher `{key}` in `{PARAMS_FILE}` states no `dataset`, `model` and `source`",
+            hint="e.g. `{dataset: cifar100, model: res32x4, source: fetch}`",
+        )
+    out = root / TEACHERS / key
+    if entry["source"] == "fetch":
+        published = find_published(f"{entry['dataset']}/{entry['model']}")
+        fetched = fetch_teacher(published, Wishes(data_folder=root / "data"))
+        files.make_folder(out)
+        shutil.copyfile(fetched.path, out / WEIGHTS_FILE)
+    elif entry["source"] == "train":
+        options = {name: value for name, value in entry.items() if name not in _PIPELINE_KEYS}
+        unknown = [name for name in options if name not in Options.model_fields]
+        if unknown:
+            known = Options.model_fields
+            raise unknown_name(f"option of teacher `{key}`", unknown[0], known, listing="icdctl train --dry-run")
+        given = {**options, "student": entry["model"], "out": str(out)}
+        (result,) = api.start("train", [given], resume=True, wait=True, observer=observer)
+        if isinstance(result, api.Failure):
+            raise result.error
+    else:
+        raise UsageError(f"teacher `{key}` has source `{entry['source']}`", hint="choose `fetch` or `train`")
+    return out
+
+
+def evaluate_cell(grid: Grid, root: Path) -> Path:
+    """What the weights of a cell's runs reach on the test images, beside what the runs say of themselves.
+
+    Args:
+        grid: of one cell.
+        root: of the project.
+
+    Returns:
+        `results/<cell>.json`.
+
+    Raises:
+        ArtifactError: a run is not done, or its weights do not reach the number that it states.
+    """
+    (cell,) = grid.cells
+    seeds = {str(run.seed): _evaluated(run) for run in grid.runs}
+    finals = [float(row["final_top1"]) for row in seeds.values()]
+    path = root / RESULTS / f"{cell.name}.json"
+    summary: dict[str, Any] = {
+        "cell": cell.name,
+        "method": cell.options.get("method", "ce"),
+        "seeds": seeds,
+        "mean_final_top1": statistics.fmean(finals),
+        "sd_final_top1": statistics.stdev(finals) if len(finals) > 1 else None,
+    }
+    files.write_json(path, summary)
+    return path
+
+
+def _evaluated(run: GridRun) -> dict[str, Any]:
+    if run.state != "done":
+        raise ArtifactError(f"run `{run.folder}` is not done", hint=f"`icdctl grid run {run.cell.name}`")
+    metrics = run.metrics()
+    options = run.cell.options
+    found = api.evaluate(run.folder, teacher=options.get("teacher"), data_dir=options.get("data_dir"))
+    stated, reached = float(metrics["final_top1"]), found.numbers.top1
+    if abs(stated - reached) > _LARGEST_DIFFERENCE:
+        raise ArtifactError(
+            f"weights of `{run.folder}` reach top-1 {reached:.2f}, its metrics state {stated:.2f}",
+            hint=f"something changed them: delete the folder, and `icdctl grid run {run.cell.name}`",
+        )
+    measured = {"final_top1": stated, "best_top1": metrics.get("best_top1"), "final_top5": metrics.get("final_top5")}
+    compared = {} if found.agreement is None else {"agreement": found.agreement, "fidelity": found.fidelity}
+    return {**measured, "loss": found.numbers.loss, "ece": found.numbers.ece, **compared}
+
+
+def summary_rows(root: Path) -> list[dict[str, Any]]:
+    """A row for each file in `results/`, by name.
+
+    Raises:
+        ArtifactError: there is none, or one is broken.
+    """
+    folder = root / RESULTS
+    paths = sorted(folder.glob("*.json"))
+    hint = "`dvc repro`, or `icdctl grid evaluate CELL`"
+    if not paths:
+        raise ArtifactError(f"`{folder}` holds no results", hint=hint)
+    rows = []
+    for path in paths:
+        stated = files.read_json(path, what="result", hint=hint)
+        try:
+            seeds: Mapping[str, Mapping[str, Any]] = stated["seeds"]
+            agreements = [row["agreement"] for row in seeds.values() if "agreement" in row]
+            rows.append(
+                {
+                    "cell": stated["cell"],
+                    "n": len(seeds),
+                    "top1": stated["mean_final_top1"],
+                    "sd": stated["sd_final_top1"],
+                    "ece": statistics.fmean(row["ece"] for row in seeds.values()),
+                    "agreement": statistics.fmean(agreements) if agreements else None,
+                }
+            )
+        except (KeyError, TypeError, statistics.StatisticsError) as error:
+            raise ArtifactError(f"`{path}` is no result of this version: {error}", hint=hint) from error
+    return rows
+
+
+def summary_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table."""
+    lines = ["| cell | n | top-1, final epoch | ECE | agrees with teacher |", "|---|---|---|---|---|"]
+    for row in rows:
+        spread = "" if row["sd"] is None else f" ± {row['sd']:.2f}"
+        agreement = "" if row["agreement"] is None else f"{row['agreement']:.2f}"
+        lines.append(f"| {row['cell']} | {row['n']} | {row['top1']:.2f}{spread} | {row['ece']:.2f} | {agreement} |")
+    return "\n".join(["# Results", "", *lines, "", "± is the standard deviation over seeds; percent throughout.", ""])
