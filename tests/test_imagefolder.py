@@ -737,12 +737,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(icdctl: CommandLine, tmp_path: P
     program = (
         "import os, sys\n"
         "from icdctl.cli import main\n"
-        "from icdctl.engine import member\n"
-        "saved = member.save_checkpoint\n"
+        "from icdctl.engine.checkpoint import CheckpointWriter\n"
+        "saved = CheckpointWriter.save\n"
         "def save_and_die(*given):\n"
         "    saved(*given)\n"
         "    os.kill(os.getpid(), 9)\n"
-        "member.save_checkpoint = save_and_die\n"
+        "CheckpointWriter.save = save_and_die\n"
         "main(sys.argv[1:])\n"
     )
     out = tmp_path / "out"

@@ -1,0 +1,175 @@
+"""The grid of params.yaml, the tables of `reproduce`, and the DVC pipeline that runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import CommandLine
+
+ROOT = Path(__file__).resolve().parent.parent
+PARAMS: dict[str, Any] = {
+    "train": {"dataset": "digits100", "train_images": 100, "test_images": 50, "epochs": 1},
+    "seeds": [0, 1],
+    "teachers": {"digits100-res14": {"dataset": "digits100", "model": "res14", "source": "train"}},
+    "deployed": {"cell": "cd", "seed": 1},
+    "cells": {
+        "kd": {
+            "after": "teachers/digits100-res14",
+            "teacher": "teachers/digits100-res14",
+            "student": "res8",
+            "method": "kd",
+        },
+        "cd": {
+            "after": "teachers/digits100-res14",
+            "teacher": "teachers/digits100-res14",
+            "student": "res8",
+            "method": "cd_sdd_dkd",
+            "settings": {"gamma": 4},
+        },
+    },
+}
+
+
+def write_params(folder: Path, **changes: Any) -> None:
+    (folder / "params.yaml").write_text(yaml.safe_dump({**PARAMS, **changes}), encoding="utf-8")
+
+
+def cells_of(icdctl: CommandLine, *arguments: str) -> dict[str, Any]:
+    code, out, err = icdctl("grid", *arguments, "--json")
+    assert code == 0, err
+    return {cell["name"]: cell for cell in json.loads(out)["cells"]}
+
+
+def test_a_grid_is_planned_trained_once_and_evaluated(icdctl: CommandLine) -> None:
+    here = Path.cwd()
+    (here / "registry").mkdir()
+    bad = {"teacher": "res20", "student": "res8", "method": "kd"}
+    write_params(here, cells={**PARAMS["cells"], "bad": bad, "plain": {"student": "res8", "method": "ce"}})
+    assert cells_of(icdctl, "plan")["kd"]["missing"] == 2
+    assert icdctl("grid", "teacher", "digits100-res14")[0] == 0
+    code, out, err = icdctl("grid", "run")
+    assert (code, "`bad/s0`: teacher `res20`" in err) == (1, True)
+    assert out.count("done") == 6
+    found = cells_of(icdctl, "status")
+    assert [found[name]["done"] for name in ("kd", "cd", "plain", "bad")] == [2, 2, 2, 0]
+    metrics = json.loads((here / "runs/cd/s0/metrics.json").read_text())
+    assert metrics["students_at_once"] == 4
+    lines = [json.loads(line) for line in (here / "runs/grid.jsonl").read_text().splitlines()]
+    assert sum(line["state"] == "done" for line in lines) == 6
+    code, out, _ = icdctl("grid", "run", "kd", "cd", "--json")
+    assert (code, json.loads(out)) == (0, {"runs": [], "already_done": 4})
+    assert cells_of(icdctl, "plan", "kd")["kd"]["hours_left"] == 0.0
+    code, out, err = icdctl("grid", "run", "cd", "--sweep", "gamma=1,2", "--seeds", "3", "--jobs", "2", "--json")
+    assert code == 0, err
+    assert {run["label"] for run in json.loads(out)["runs"]} == {"cd-gamma1/s3", "cd-gamma2/s3"}
+    assert icdctl("grid", "evaluate", "cd")[0] == 0
+    held = json.loads((here / "results/cd.json").read_text())
+    assert held["seeds"]["0"]["final_top1"] == metrics["final_top1"]
+    code, out, _ = icdctl("grid", "report", "--json")
+    assert (code, json.loads(out)["cells"][0]["n"]) == (0, 2)
+    assert "| cd | 2 |" in (here / "report/summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("cells: {}", "names no cells"),
+        ("cells: {a: 1}", "is no mapping of options"),
+        ("cells: {a/b: {method: kd}}", "can't be the name of a cell"),
+        ("cells: {a: {seed: 1}}", "has `seed`"),
+        ("cells: {a: {epoch: 1}}", "unknown option of cell `a` `epoch`"),
+        ("cells: {a: {method: kd}}\nseeds: [x]", "is no list of whole numbers"),
+        ("[", "can't be read"),
+        ("- a", "holds no mapping"),
+    ],
+)
+def test_what_a_grid_can_not_be_is_told(icdctl: CommandLine, content: str, message: str) -> None:
+    Path("params.yaml").write_text(content)
+    code, _, err = icdctl("grid", "status")
+    assert code in (1, 2)
+    assert message in err
+
+
+def test_a_published_table_is_judged_and_written(icdctl: CommandLine, tmp_path: Path) -> None:
+    code, out, _ = icdctl("reproduce", "--list", "--json")
+    assert (code, len(json.loads(out)["tables"])) == (0, 10)
+    name = "cub200-res32x4-shuv1-cd_sdd_kd-gamma1"
+    for seed, top1 in enumerate((65.6, 65.7, 65.8, 65.7, 65.7)):
+        folder = Path("runs") / name / f"s{seed}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({"final_top1": top1 - 0.3, "best_top1": top1}))
+    given = ("reproduce", "icd-gamma", "--no-train", "--out", tmp_path / "tables")
+    code, out, err = icdctl(*given)
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if "kd-gamma1" in line and "65.7" in line][:1]
+    assert "reproduced" in line
+    names = {"cells.csv", "claims.csv", "table.json", "table.md", "table.tex"}
+    before = {path.name: path.read_bytes() for path in (tmp_path / "tables").iterdir()}
+    assert before.keys() == names
+    assert icdctl(*given)[0] == 0
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "tables").iterdir()}
+    for wrong, message in (
+        (("icd-gama",), "unknown table"),
+        (("icd-gamma", "--cells", "nothing"), "no cell of `icd-gamma`"),
+        (("icd-gamma", "--family", "gamma3"), "unknown family"),
+        (("icd-gamma", "--epoch", "last"), "unknown epoch"),
+        (("icd-gamma", "--seeds", "0", "--no-train"), "0 seeds"),
+        ((), "no table is named"),
+    ):
+        code, _, err = icdctl("reproduce", *wrong)
+        assert (code, message in err) == (2, True), err
+
+
+def test_params_yaml_holds_the_papers_cells() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_params.py"))
+    assert (ROOT / "params.yaml").read_text(encoding="utf-8") == made["text"]()
+    content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    names = list(content["cells"])
+    cd_cells = [name for name in names if name.startswith("cifar100") and "cd_sdd" in name and "lr" not in name]
+    assert len(cd_cells) == 30
+    assert content["deployed"]["cell"] in names
+    stages = [set(yaml.safe_load((ROOT / name).read_text())["stages"]) for name in ("dvc.yaml", "demo/dvc.yaml")]
+    assert stages[0] - stages[1] == {"fetch-data"}
+    assert stages[1] <= stages[0]
+
+
+def test_dvc_repro_makes_everything_once(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "demo", tmp_path / "demo", ignore=shutil.ignore_patterns("runs", "teachers", ".icdctl"))
+    write_params(tmp_path / "demo")
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    site = str(tmp_path / "site")
+    surroundings = {
+        **os.environ,
+        "PATH": places,
+        "DVC_NO_ANALYTICS": "1",
+        "DVC_SITE_CACHE_DIR": site,
+        "OMP_NUM_THREADS": "1",
+    }
+    surroundings.pop("ICDCTL_HOME", None)
+
+    def dvc(*arguments: str) -> str:
+        command = [sys.executable, "-m", "dvc", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=surroundings, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    dvc("init", "--no-scm")
+    first = dvc("repro", "demo/dvc.yaml")
+    assert first.count("Running stage") == 7
+    assert (tmp_path / "demo/exported/model.onnx").is_file()
+    assert "Running stage" not in dvc("repro", "demo/dvc.yaml")
+    weights = (tmp_path / "demo/runs/kd/s0/student.safetensors").read_bytes()
+    cells = {**PARAMS["cells"], "cd": {**PARAMS["cells"]["cd"], "settings": {"gamma": 1}}}
+    write_params(tmp_path / "demo", cells=cells)
+    again = dvc("repro", "demo/dvc.yaml")
+    assert ("distill@cd" in again, "> icdctl grid run kd" in again) == (True, False)
+    assert (tmp_path / "demo/runs/kd/s0/student.safetensors").read_bytes() == weights
