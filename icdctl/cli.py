@@ -29,6 +29,7 @@ from icdctl.commands import (
     grid,
     list_,
     registry,
+    report,
     reproduce,
     train,
     validate,
@@ -64,6 +65,7 @@ app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 app.add_typer(grid.app, name="grid")
 app.command("reproduce")(reproduce.reproduce)
+app.command("report")(report.report)
 
 
 def _show_version(wanted: bool) -> None:

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icdctl import api, data, figures, files, registry
+from icdctl import api, data, files, registry
 from icdctl.engine.device import resolve_device
 from icdctl.engine.member import RunResult
 from icdctl.engine.observer import Observer
 from icdctl.engine.run import Interrupted
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.exporting import Export, OnnxClassifier
+from icdctl.reporting.figures import Curve, learning_curves
+from icdctl.reporting.gather import read_history
 
 DATASET = "digits100"
 TEACHER_IMAGES = 4000
@@ -250,12 +252,16 @@ def table_rows(result: DemoResult) -> list[list[str]]:
 
 def _report(result: DemoResult) -> None:
     """The picture and the page."""
-    histories = {
-        f"{member.role} ({member.run.config.student})": figures.read_history(member.run.out)
+    curves = [
+        Curve(
+            f"{member.role} ({member.run.config.student})",
+            [[row["test_top1"] for row in read_history(member.run.out)]],
+        )
         for member in result.members
-    }
+    ]
     known = data.describe(data.request(DATASET))
-    figures.learning_curves(histories, result.out / CURVES_FILE, title=f"{DATASET}: top-1 by epoch")
+    picture = learning_curves("learning_curves", curves, title=f"{DATASET}: top-1 by epoch")
+    files.write_bytes(result.out / CURVES_FILE, picture.png)
     lines = [
         "# icdctl demo",
         "",

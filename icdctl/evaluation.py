@@ -5,9 +5,9 @@ Shapes: B images, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,16 @@ Predict = Callable[[Tensor], Tensor]
 """[B, H, W, 3] uint8 -> logits [B, K]."""
 
 
+class Bin(NamedTuple):
+    """Images whose top class has a probability in one of 15 ranges of equal width."""
+
+    images: int
+    confidence: float
+    """Mean probability of the top class, in percent; 0 without images."""
+    accuracy: float
+    """Share of them that is right, in percent; 0 without images."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """How well logits fit labels. Shares are in percent, losses in nats."""
@@ -34,9 +44,11 @@ class Evaluation:
     loss: float
     """Mean cross-entropy."""
     ece: float
-    """Expected calibration error of the top class, 15 bins of equal width."""
+    """Expected calibration error of the top class: the gap of each bin, weighted by its images."""
     per_class: tuple[float, ...]
     """Top-1 within each class; NaN never: a class without images counts 0."""
+    reliability: tuple[Bin, ...]
+    """From the least to the most certain."""
 
     def as_json(self) -> dict[str, Any]:
         """A plain value."""
@@ -46,7 +58,19 @@ class Evaluation:
             "loss": self.loss,
             "ece": self.ece,
             "per_class": list(self.per_class),
+            "reliability": [list(each) for each in self.reliability],
         }
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Evaluation:
+        """The inverse of `as_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not what `as_json` made.
+        """
+        top1, top5, loss, ece = (float(value[key]) for key in ("top1", "top5", "loss", "ece"))
+        bins = tuple(Bin(int(images), float(mean), float(right)) for images, mean, right in value["reliability"])
+        return Evaluation(top1, top5, loss, ece, tuple(float(share) for share in value["per_class"]), bins)
 
 
 def module_predictor(model: nn.Module, preprocessing: Preprocessing, device: torch.device) -> Predict:
@@ -108,12 +132,14 @@ def evaluate_logits(logits: Tensor, labels: Tensor) -> Evaluation:
     count = torch.bincount(labels, minlength=num_classes)
     count_right = torch.bincount(labels[right], minlength=num_classes)
     per_class = 100.0 * count_right / count.clamp(min=1)
+    bins = _reliability(log_probs.exp().amax(dim=1), right)
     return Evaluation(
         top1=_percent(right),
         top5=_percent(hits.any(dim=1)),
         loss=F.nll_loss(log_probs, labels).item(),
-        ece=_calibration_error(log_probs.exp().amax(dim=1), right),
+        ece=sum(each.images * abs(each.confidence - each.accuracy) for each in bins) / len(logits),
         per_class=tuple(per_class.tolist()),
+        reliability=bins,
     )
 
 
@@ -136,9 +162,12 @@ def _percent(right: Tensor) -> float:
     return 100.0 * int(right.sum()) / right.shape[0]
 
 
-def _calibration_error(confidence: Tensor, right: Tensor) -> float:
-    """Weighted gap between confidence and accuracy over bins, in percent."""
-    bins = (confidence * _CALIBRATION_BINS).long().clamp(max=_CALIBRATION_BINS - 1)
-    gap = torch.zeros(_CALIBRATION_BINS, dtype=torch.float64)
-    gap.index_add_(0, bins, confidence.double() - right.double())
-    return 100.0 * gap.abs().sum().item() / confidence.shape[0]
+def _reliability(confidence: Tensor, right: Tensor) -> tuple[Bin, ...]:
+    """Bins of images by the probability of their top class: [N] in [0, 1], [N] bool."""
+    numbers = (confidence * _CALIBRATION_BINS).long().clamp(max=_CALIBRATION_BINS - 1)
+    images = torch.bincount(numbers, minlength=_CALIBRATION_BINS)
+    sums = torch.zeros(2, _CALIBRATION_BINS, dtype=torch.float64)
+    sums[0].index_add_(0, numbers, confidence.double())
+    sums[1].index_add_(0, numbers, right.double())
+    means = (100.0 * sums / images.clamp(min=1)).tolist()
+    return tuple(Bin(*row) for row in zip(images.tolist(), *means, strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 
 from icdctl import api, files
 from icdctl.engine.observer import Observer
-from icdctl.errors import UsageError
+from icdctl.errors import ArtifactError, UsageError
 from icdctl.grid.cells import Grid, GridCell, make_cell
 from icdctl.methods import METHODS
 from icdctl.science import tables, verdicts
@@ -124,6 +124,23 @@ def judge(table: Table, cells: Sequence[Cell], grid: Grid, *, margin: float | No
             of_name.setdefault(run.cell.name, {})[run.seed] = _result(table, run.metrics())
     measured = {cell.key: of_name[name_of(cell)] for cell in cells if name_of(cell) in of_name}
     return verdicts.judge(table, measured, methods=METHODS, cells=cells, margin=margin, epoch=epoch)
+
+
+def judged(name: str) -> Judgement:
+    """What all runs that are there say of a table; nothing is trained.
+
+    Raises:
+        UsageError: there is no such table.
+        ArtifactError: the metrics of a run are broken, or no run of it is there.
+    """
+    table = tables.load(name)
+    cells = select(table, texts=(), family=None)
+    folders = [files.project_root() / "runs" / name_of(cell) for cell in cells]
+    seeds = [int(run.name[1:]) for folder in folders for run in folder.glob("s*") if run.name[1:].isdigit()]
+    if not seeds:
+        raise ArtifactError(f"no run of table `{name}` is there", hint=f"`icdctl reproduce {name}` trains them")
+    grid = grid_of(cells, num_seeds=max(seeds) + 1, options={})
+    return judge(table, cells, grid, margin=None, epoch="as published")
 
 
 def _result(table: Table, metrics: Mapping[str, Any]) -> Result:

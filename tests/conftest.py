@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def icdctl(capsys: pytest.CaptureFixture[str]) -> CommandLine:
         return code, out, err
 
     return command
+
+
+def pytest_sessionstart() -> None:
+    """Ctrl-C works in the processes that tests start, even where the tests themselves run in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

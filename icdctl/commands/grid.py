@@ -131,30 +131,6 @@ def evaluate(cell: Annotated[str, typer.Argument(help="A name in the `cells` of 
     console.show_line(str(evaluate_cell(_grid([cell], None, None), files.project_root())))
 
 
-@app.command("report")
-def report(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to make.")] = Path("report"),
-    as_json: options.Json = False,
-) -> None:
-    """Sum up the evaluated cells, as the last stage of the pipeline does.
-
-    Example: icdctl grid report
-    """
-    from icdctl.grid.stages import summary_markdown, summary_rows
-
-    rows = summary_rows(files.project_root())
-    files.write_text(out / "summary.md", summary_markdown(rows))
-    if as_json:
-        console.show_json({"cells": rows, "files": [str(out / "summary.md")]})
-        return
-    columns = ["cell", "n", "top1", "sd", "ece", "agreement"]
-    console.show_table(columns, [["" if row[key] is None else _number(row[key]) for key in columns] for row in rows])
-
-
-def _number(value: Any) -> Any:
-    return f"{value:.2f}" if isinstance(value, float) else value
-
-
 def _grid(cells: Sequence[str] | None, seeds: str | None, sweep: Sequence[str] | None) -> Grid:
     from icdctl.grid.cells import parse_sweeps, read_grid
 

@@ -15,6 +15,7 @@ from icdctl import installed
 
 PACKAGES = ("icdctl", "torch", "torchvision", "numpy", "onnx", "onnxruntime", "safetensors", "scikit-learn", "dvc")
 """Those that matter to a run."""
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
@@ -31,8 +32,17 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return {"type": "cuda", "name": properties.name, "memory_bytes": properties.total_memory}
-    threads = {"type": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    return {**threads, "cores": os.cpu_count()}
+    return {"type": "cpu", "name": cpu_name(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = _CPU_INFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
 
 
 def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 """
 
 from icdctl.exporting.description import Description, InputKind
-from icdctl.exporting.package import Export, export_onnx
+from icdctl.exporting.package import Export, export_onnx, onnx_bytes
 from icdctl.exporting.reading import OnnxFile, read_onnx
 from icdctl.exporting.report import Check, Report
 from icdctl.exporting.session import OnnxClassifier
@@ -19,6 +19,7 @@ __all__ = [
     "OnnxFile",
     "Report",
     "export_onnx",
+    "onnx_bytes",
     "read_onnx",
     "verify_file",
     "verify_folder",

@@ -97,15 +97,7 @@ def export_onnx(
     _check_free(out, replace=replace)
     _check_images(target, images, labels)
     known = _without_folders(dict(facts or {}))
-    description = Description(
-        target.model,
-        target.dataset,
-        target.class_names,
-        target.preprocessing,
-        input_kind,
-        target.sha256,
-        variant=known.get("variant"),
-    )
+    description = _description(target, input_kind, variant=known.get("variant"))
     with _folder_beside(out) as folder:
         content = graph.graph_bytes(target.load(), description, opset=opset)
         model_file = folder / manifest.MODEL_FILE
@@ -121,6 +113,27 @@ def export_onnx(
         manifest.write(folder)
         _move(folder, out)
     return Export(out, description, report, files.sha256_bytes(content), len(content), accuracy)
+
+
+def onnx_bytes(target: Target) -> bytes:
+    """The graph that `export_onnx` would make of pixels, not verified: to be timed, not to be deployed.
+
+    Raises:
+        ArtifactError: the model can't be exported.
+    """
+    return graph.graph_bytes(target.load(), _description(target, "uint8"))
+
+
+def _description(target: Target, input_kind: InputKind, *, variant: Any = None) -> Description:
+    return Description(
+        target.model,
+        target.dataset,
+        target.class_names,
+        target.preprocessing,
+        input_kind,
+        target.sha256,
+        variant=variant,
+    )
 
 
 def _check_free(out: Path, *, replace: bool) -> None:

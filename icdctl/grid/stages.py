@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,45 +110,3 @@ def _evaluated(run: GridRun) -> dict[str, Any]:
     measured = {"final_top1": stated, "best_top1": metrics.get("best_top1"), "final_top5": metrics.get("final_top5")}
     compared = {} if found.agreement is None else {"agreement": found.agreement, "fidelity": found.fidelity}
     return {**measured, "loss": found.numbers.loss, "ece": found.numbers.ece, **compared}
-
-
-def summary_rows(root: Path) -> list[dict[str, Any]]:
-    """A row for each file in `results/`, by name.
-
-    Raises:
-        ArtifactError: there is none, or one is broken.
-    """
-    folder = root / RESULTS
-    paths = sorted(folder.glob("*.json"))
-    hint = "`dvc repro`, or `icdctl grid evaluate CELL`"
-    if not paths:
-        raise ArtifactError(f"`{folder}` holds no results", hint=hint)
-    rows = []
-    for path in paths:
-        stated = files.read_json(path, what="result", hint=hint)
-        try:
-            seeds: Mapping[str, Mapping[str, Any]] = stated["seeds"]
-            agreements = [row["agreement"] for row in seeds.values() if "agreement" in row]
-            rows.append(
-                {
-                    "cell": stated["cell"],
-                    "n": len(seeds),
-                    "top1": stated["mean_final_top1"],
-                    "sd": stated["sd_final_top1"],
-                    "ece": statistics.fmean(row["ece"] for row in seeds.values()),
-                    "agreement": statistics.fmean(agreements) if agreements else None,
-                }
-            )
-        except (KeyError, TypeError, statistics.StatisticsError) as error:
-            raise ArtifactError(f"`{path}` is no result of this version: {error}", hint=hint) from error
-    return rows
-
-
-def summary_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a table."""
-    lines = ["| cell | n | top-1, final epoch | ECE | agrees with teacher |", "|---|---|---|---|---|"]
-    for row in rows:
-        spread = "" if row["sd"] is None else f" ± {row['sd']:.2f}"
-        agreement = "" if row["agreement"] is None else f"{row['agreement']:.2f}"
-        lines.append(f"| {row['cell']} | {row['n']} | {row['top1']:.2f}{spread} | {row['ece']:.2f} | {agreement} |")
-    return "\n".join(["# Results", "", *lines, "", "± is the standard deviation over seeds; percent throughout.", ""])

@@ -213,11 +213,28 @@ def cluster_loss(
 
 def _gram_divergence(student_unit: Tensor, teacher_unit: Tensor) -> Tensor:
     """KL between the row-wise softened Gram matrices: [B, K, N] twice -> [B], summed over the N rows."""
-    student_gram = student_unit.transpose(1, 2) @ student_unit  # [B, N, N]
-    teacher_gram = teacher_unit.transpose(1, 2) @ teacher_unit
+    student_gram, teacher_gram = _gram(student_unit), _gram(teacher_unit)  # [B, N, N]
     student_log_probs = F.log_softmax(student_gram / _CLUSTER_SOFTNESS, dim=2)
     teacher_log_probs = F.log_softmax(teacher_gram / _CLUSTER_SOFTNESS, dim=2)
     return kl_divergence(student_log_probs, teacher_log_probs).sum(dim=1)
+
+
+def gram_matrix(patches: Tensor) -> Tensor:
+    """How alike the patches of one scale are: the cosine of their logits, before the cluster term softens it.
+
+    Args:
+        patches: [B, K, N], patch logits of that scale alone.
+
+    Returns:
+        [B, N, N] in [-1, 1].
+
+    Source: iCD, https://arxiv.org/abs/2509.12553
+    """
+    return _gram(_unit_length(patches))
+
+
+def _gram(unit: Tensor) -> Tensor:
+    return unit.transpose(1, 2) @ unit
 
 
 def _unit_length(patches: Tensor) -> Tensor:

@@ -1,0 +1,95 @@
+"""`icdctl report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from icdctl import console, files
+from icdctl.commands import options
+from icdctl.commands.training import observed
+from icdctl.errors import UsageError
+
+
+def report(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RUNS]...",
+            help="Run folders, or folders that hold some; by default the cells of params.yaml, else `runs`.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to.")] = Path("report"),
+    table: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TABLE", help="A paper's table, judged on what is trained; may be repeated.", show_default=False
+        ),
+    ] = None,
+    detail: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Pairs of models with this in their name get all figures; may be repeated.",
+            show_default="the first three",
+        ),
+    ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="3,14,15", help="Test images whose patches are compared.", show_default="four by a fixed seed"
+        ),
+    ] = None,
+    title: Annotated[str, typer.Option(help="Above the page.")] = "icdctl report",
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time one image in ONNX Runtime.")] = True,
+    data_dir: options.DataDir = None,
+    device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Write a page on finished runs: results, figures, lineage; it needs no network and no other file.
+
+    Example: icdctl report runs/demo
+    """
+    from icdctl import reporting, reproducing
+
+    root = files.project_root()
+    judgements = [reproducing.judged(name) for name in table or []]
+    paths = list(runs or []) or _default_runs(root)
+    wishes = reporting.Wishes(
+        title=title,
+        detailed=detail or (),
+        images=None if images is None else _numbers(images),
+        latency=latency,
+        device=device,
+        data_dir=data_dir,
+    )
+    with observed() as observer:
+        written = reporting.build_report(paths, out, wishes, judgements=judgements, observer=observer)
+    for note in written.notes:
+        console.talk(f"note: {note}")
+    if as_json:
+        names = [str(path) for path in written.files]
+        console.show_json({"cells": list(written.rows), "files": names, "notes": list(written.notes)})
+        return
+    console.show_line(str(out / "index.html"))
+
+
+def _default_runs(root: Path) -> list[Path]:
+    """The finished runs of the project's grid; else whatever lies in `runs`."""
+    from icdctl.grid.cells import PARAMS_FILE, read_grid, read_params
+
+    if (root / PARAMS_FILE).is_file() and read_params(root).get("cells"):
+        found = [run.folder for run in read_grid(root).runs if run.state == "done"]
+        if found:
+            return found
+    return [root / "runs"]
+
+
+def _numbers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+        raise UsageError(f"`--images {text}` are no numbers of images, each once", hint="e.g. `--images 3,14,15`")
+    return [int(part) for part in parts]

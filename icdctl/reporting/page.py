@@ -1,0 +1,106 @@
+"""A page that stands by itself: no file beside it, no network, light or dark as the reader likes, fit to print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from icdctl.installed import versions
+from icdctl.reporting.drawing import Picture
+
+TEMPLATE = "page.html.jinja"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows and columns."""
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Columns whose cells begin with a number, for alignment and sorting."""
+        return [
+            any(cells) and all(not cell or _is_number(cell) for cell in cells)
+            for cells in (list(column) for column in zip(*self.rows, strict=True))
+        ]
+
+
+def _is_number(text: str) -> bool:
+    first = text.split()[0].replace(",", "") if text.strip() else ""
+    try:
+        float(first)
+    except ValueError:
+        return first == "<"
+    return True
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page."""
+
+    anchor: str
+    title: str
+    paragraphs: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Picture] = ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """All of it."""
+
+    title: str
+    about: Sequence[str]
+    sections: Sequence[Section]
+    notes: Sequence[str] = field(default=())
+    """What is not in it, and why."""
+
+
+def render_page(page: Page) -> str:
+    """As HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("icdctl.reporting", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["marked"] = _marked
+    facts: dict[str, Any] = {"page": page, "version": versions(["icdctl"])["icdctl"]}
+    return environment.get_template(TEMPLATE).render(**facts)
+
+
+def _marked(text: str) -> Markup:
+    """Text for HTML, with what stands between backticks as code."""
+    parts = str(escape(text)).split("`")
+    if len(parts) % 2 == 0:  # one is without its partner
+        return Markup("`".join(parts))
+    return Markup("".join(part if place % 2 == 0 else f"<code>{part}</code>" for place, part in enumerate(parts)))
+
+
+def render_markdown(page: Page) -> str:
+    """The tables alone, for a terminal or a pull request."""
+    lines = [f"# {page.title}", "", *(f"{text}\n" for text in page.about)]
+    for section in page.sections:
+        lines += [f"## {section.title}", ""]
+        lines += [f"{text}\n" for text in section.paragraphs]
+        for table in section.tables:
+            lines += [f"### {table.title}", ""]
+            lines += ["| " + " | ".join(_escaped(cell) for cell in row) + " |" for row in (table.headers, *table.rows)]
+            lines.insert(len(lines) - len(table.rows), "|" + "---|" * len(table.headers))
+            lines += ["", *(f"{note}\n" for note in table.notes)]
+        lines += [f"![{picture.title}](figures/{picture.name}.svg)\n" for picture in section.pictures]
+    lines += [f"- {note}" for note in page.notes]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
