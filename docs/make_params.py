@@ -2,6 +2,7 @@
 
 The cells come from `icdctl.science.tables`, in the family of defaults of the reference code as published (beta and
 gamma 2); `icdctl reproduce TABLE --family gamma8` trains the other one. Each cell names what DVC makes before it.
+`icdctl recipes copy` writes the same entries, one by one.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from icdctl.cookbook import pipeline
+from icdctl.cookbook.pipeline import Form
+from icdctl.grid.cells import GridCell
+from icdctl.grid.params import dump
 from icdctl.methods import METHODS
 from icdctl.reproducing import grid_cell, name_of
 from icdctl.science import tables
-from icdctl.science.tables import Cell
 
 TABLES = ("icd-cifar100", "icd-cub200", "icd-gamma", "icd-scales", "icd-time")
 FAMILY = "gamma2"
-FOLDERS = {"cifar100": "cifar-100-python", "cub200": "CUB_200_2011"}
 HEAD = """\
 # What `dvc repro` reproduces. Made by docs/make_params.py; edit a cell by hand, and that cell alone runs again.
 #
@@ -30,53 +31,32 @@ HEAD = """\
 """
 
 
-def paper_cells() -> list[Cell]:
+def paper_cells() -> list[GridCell]:
     """Every cell of the tables that can be run, once."""
-    found: dict[str, Cell] = {}
+    found: dict[str, GridCell] = {}
     for name in TABLES:
         for cell in tables.select(tables.load(name).cells, family=FAMILY):
             if cell.why_not(METHODS) is None:
-                found.setdefault(name_of(cell), cell)
+                found.setdefault(name_of(cell), grid_cell(cell, {}))
     return list(found.values())
 
 
 def params() -> dict[str, Any]:
     """The content of params.yaml."""
-    cells = paper_cells()
-    teachers = sorted({(cell.dataset, cell.teacher) for cell in cells if cell.teacher})
+    entries = pipeline.entries(paper_cells(), Form(stages=True, datasets=True))
     return {
         "train": {"device": "auto"},
-        "seeds": [0, 1, 2, 3, 4],
-        "datasets": {name: {"folder": folder} for name, folder in FOLDERS.items()},
-        "teachers": {
-            f"{dataset}-{model}": {
-                "dataset": dataset,
-                "model": model,
-                "source": "fetch" if dataset == "cifar100" else "train",
-                "after": f"data/{FOLDERS[dataset]}",
-            }
-            for dataset, model in teachers
-        },
+        "seeds": list(pipeline.SEEDS),
+        "datasets": entries["datasets"],
+        "teachers": dict(sorted(entries["teachers"].items())),
         "deployed": {"cell": "cifar100-res32x4-mv2-cd_sdd_dkd-beta2-gamma2", "seed": 0},
-        "cells": {name_of(cell): _options(cell) for cell in cells},
+        "cells": entries["cells"],
     }
-
-
-def _options(cell: Cell) -> dict[str, Any]:
-    options = dict(grid_cell(cell, {}).options)
-    after = f"data/{FOLDERS[cell.dataset]}"
-    if cell.teacher:
-        after = f"teachers/{cell.dataset}-{cell.teacher}"
-        options["teacher"] = after
-    return {"after": after, **options, "data_dir": "data"}
 
 
 def text() -> str:
     """params.yaml, whole."""
-    parts = [HEAD]
-    for key, value in params().items():
-        parts.append(yaml.safe_dump({key: value}, sort_keys=False, default_flow_style=None, width=200))
-    return "\n".join(parts)
+    return "\n".join([HEAD, *(dump({key: value}) for key, value in params().items())])
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from icdctl.commands import (
     fetch_teachers,
     grid,
     list_,
+    recipes,
     registry,
     report,
     reproduce,
@@ -60,6 +61,7 @@ app.command("export")(export.export)
 app.command("verify")(verify.verify)
 app.add_typer(registry.app, name="registry")
 app.command("list")(list_.list_)
+app.add_typer(recipes.app, name="recipes")
 app.command("validate")(validate.validate)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)

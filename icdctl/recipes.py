@@ -17,6 +17,8 @@ class Recipe:
     """A row of `icdctl list recipes`. Flags, environment and params.yaml override it field by field."""
 
     about: str
+    source: str
+    """Whose numbers they are."""
     dataset: str
     """What it was made for; it is the default of that data set unless another row comes first."""
     epochs: int
@@ -61,11 +63,15 @@ class Recipe:
     warm-up; None keeps the method's own number of epochs."""
 
 
+_REFERENCE = "iCD reference, commit 6dbf193:"
+_OWN = "icdctl's own choice, not from a paper"
 _SLOW_STUDENTS = {"mv2": 0.01, "shuv1": 0.01, "shuv2": 0.01}
 
 RECIPES: dict[str, Recipe] = {
     "cifar100": Recipe(
         about="the reference's CIFAR-100 recipe (CRD, DKD, SDD and iCD share it)",
+        source=f"{_REFERENCE} configs/ (epochs, batches, rates), mdistiller/dataset/cifar100.py (crops, flips), "
+        "mdistiller/engine/trainer.py (SGD, clipping)",
         dataset="cifar100",
         epochs=240,
         batch_size=64,
@@ -77,6 +83,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     "cub200": Recipe(
         about="the reference's CUB-200 recipe: crops of 224 x 224 out of 256 x 256",
+        source=f"{_REFERENCE} configs/ (epochs, batches, rates), mdistiller/dataset/cub200.py (crops, flips), "
+        "mdistiller/engine/trainer.py (SGD, clipping)",
         dataset="cub200",
         epochs=240,
         batch_size=64,
@@ -88,6 +96,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "imagefolder": Recipe(
         about="own images: cuts of changing size and shape, flips, cosine",
+        source=_OWN,
         dataset="imagefolder",
         epochs=100,
         batch_size=64,
@@ -102,6 +111,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "digits100": Recipe(
         about="students on the embedded digits, in seconds; never flipped, for a mirrored digit is another or none",
+        source=_OWN,
         dataset="digits100",
         epochs=16,
         batch_size=64,
@@ -113,6 +123,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "digits100-teacher": Recipe(
         about="teachers on the embedded digits: shifted by up to 2 pixels",
+        source=_OWN,
         dataset="digits100",
         epochs=8,
         batch_size=64,

@@ -17,7 +17,7 @@ from icdctl.science.paper import FAMILIES
 from icdctl.science.tables import Cell, Table
 from icdctl.science.verdicts import Compared, Judgement, Result
 
-_OWN_TEACHERS = {"digits100": "digits100-teacher"}
+OWN_TEACHERS = {"digits100": "digits100-teacher"}
 """Data sets of which nobody publishes teachers -> the recipe that trains ours."""
 
 
@@ -94,12 +94,12 @@ def with_own_teachers(grid: Grid, *, observer: Observer | None = None) -> Grid:
     cells = []
     for cell in grid.cells:
         dataset, teacher = str(cell.options["dataset"]), cell.options.get("teacher")
-        if teacher is None or dataset not in _OWN_TEACHERS:
+        if teacher is None or dataset not in OWN_TEACHERS:
             cells.append(cell)
             continue
         folder = grid.folder / f"{dataset}-teacher-{teacher}"
         if not (folder / "metrics.json").is_file():
-            given = {"dataset": dataset, "recipe": _OWN_TEACHERS[dataset], "device": cell.options.get("device", "auto")}
+            given = {"dataset": dataset, "recipe": OWN_TEACHERS[dataset], "device": cell.options.get("device", "auto")}
             api.train(model=teacher, **given, out=str(folder), resume=True, observer=observer)
         cells.append(GridCell(cell.name, {**cell.options, "teacher": str(folder)}))
     return replace(grid, cells=tuple(cells))

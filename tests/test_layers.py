@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
         "api",
         "benchmark",
         "console",
+        "cookbook",
         "data",
         "demo",
         "engine",
@@ -68,6 +69,20 @@ ALLOWED: dict[str, set[str]] = {
     "config": {*BASE, "data", "methods", "models", "recipes", "sources"},
     "lists": {"errors", "methods"},
     "reproducing": {*BASE, "api", "engine", "grid", "methods", "science"},
+    "cookbook": {
+        *BASE,
+        "config",
+        "data",
+        "grid",
+        "lists",
+        "methods",
+        "models",
+        "recipes",
+        "reproducing",
+        "science",
+        "sources",
+        "teachers",
+    },
     "grid": {*BASE, "api", "engine", "lists", "registry", "sources", "teachers"},
     "reporting": {
         *BASE,
@@ -137,7 +152,15 @@ def test_the_floors_have_no_circle() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["distill", "--help"], ["--version"], ["registry", "--help"], ["fetch-data", "--help"]]
+    "arguments",
+    [
+        ["--help"],
+        ["distill", "--help"],
+        ["--version"],
+        ["registry", "--help"],
+        ["fetch-data", "--help"],
+        ["recipes", "--help"],
+    ],
 )
 def test_help_comes_without_importing_torch(arguments: list[str]) -> None:
     code = f"""

@@ -38,7 +38,7 @@ def list_(
         What.METHODS: _methods,
         What.MODELS: _models,
         What.DATASETS: _datasets,
-        What.RECIPES: _recipes,
+        What.RECIPES: recipe_rows,
         What.TEACHERS: _teachers,
     }[What(what)]()
     if as_json:
@@ -109,7 +109,8 @@ def _datasets() -> list[dict[str, Any]]:
     return rows
 
 
-def _recipes() -> list[dict[str, Any]]:
+def recipe_rows() -> list[dict[str, Any]]:
+    """The training recipes; `icdctl recipes list` shows the papers' cells behind them."""
     from icdctl.recipes import RECIPES
 
     return [

@@ -1,0 +1,322 @@
+"""Entries written into a params.yaml that a person keeps: every byte of the rest, comments included, stays as it is.
+
+The places of keys and values are read off the YAML parser's events, entries are put there as text, and the result is
+parsed again before it counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from icdctl import files
+from icdctl.errors import ArtifactError, UsageError
+
+_WIDTH = 200
+_INDENT = 2
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of the entries, by name: `seeds`, `cells.NAME`."""
+
+    path: Path
+    added: tuple[str, ...]
+    replaced: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    text: str
+    """The entries that were written, as YAML."""
+
+
+@dataclass(frozen=True)
+class _Node:
+    """Where a value stands in a text."""
+
+    start: int
+    end: int
+    in_flow: bool = False
+    """Whether it is a collection in brackets or braces."""
+    column: int = 0
+    """Of the first key of a mapping."""
+    children: Mapping[str, tuple[int, _Node]] = field(default_factory=dict)
+    """Key -> where the key begins, and its value."""
+
+
+@dataclass(frozen=True)
+class _Edit:
+    start: int
+    end: int
+    text: str
+
+
+def write_entries(path: Path, entries: Mapping[str, Any], *, replace: bool = False) -> Written:
+    """Put entries into the sections of a params.yaml, which is made where it is not there.
+
+    Args:
+        path: the file.
+        entries: section -> its entries by name, which join those that are there; or -> a value that is no
+            mapping, which is the whole section.
+        replace: overwrite an entry that is there and differs.
+
+    Raises:
+        UsageError: an entry differs from the one of that name, or a section is no mapping.
+        ArtifactError: the file is no YAML, or can't be written.
+    """
+    with files.waited_lock(files.state_folder() / "locks" / "params.lock"):
+        text = _read(path)
+        content = parse(text, path)
+        changes = _Changes(path, content, replace=replace)
+        made = changes.made_in(text, entries)
+        _check_kept(path, content, made, entries)
+        if made != text:
+            files.write_text(path, made)
+    return changes.report(entries)
+
+
+def dump(entries: Mapping[str, Any]) -> str:
+    """Entries as YAML in the form of params.yaml: keys in their order, innermost collections on one line."""
+    parts = []
+    for key, value in entries.items():
+        style = None if isinstance(value, dict | list) else False
+        parts.append(
+            yaml.safe_dump({key: value}, sort_keys=False, default_flow_style=style, width=_WIDTH, allow_unicode=True)
+        )
+    return "".join(parts)
+
+
+def parse(text: str, path: Path) -> dict[str, Any]:
+    """What a params.yaml holds; nothing where it is empty.
+
+    Raises:
+        ArtifactError: it is no YAML, or no mapping.
+    """
+    hint = f"mend `{path}`, or name another file with `--to`"
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"`{path}` can't be read as YAML: {str(error).splitlines()[0]}", hint=hint) from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ArtifactError(f"`{path}` holds no mapping", hint=hint)
+    return content
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a params.yaml holds; nothing where there is none.
+
+    Raises:
+        ArtifactError: it can't be read, is no YAML, or no mapping.
+    """
+    return parse(_read(path), path)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"`{path}` can't be read: {error}", hint="name another file with `--to`") from error
+
+
+class _Changes:
+    """Edits of one text, collected; their places are those of the text before any of them."""
+
+    def __init__(self, path: Path, content: Mapping[str, Any], *, replace: bool) -> None:
+        self._path = path
+        self._content = content
+        self._replace = replace
+        self._edits: list[_Edit] = []
+        self._tail: list[str] = []
+        self._added: list[str] = []
+        self._replaced: list[str] = []
+        self._unchanged: list[str] = []
+        self._differing: list[str] = []
+
+    def made_in(self, text: str, entries: Mapping[str, Any]) -> str:
+        """The text with the entries."""
+        top = _places(text)
+        for section, given in entries.items():
+            if section not in top.children:
+                self._new_section(top, section, given)
+            elif isinstance(given, Mapping):
+                self._join(text, section, top.children[section][1], given, in_flow=top.in_flow)
+            else:
+                self._put(text, "", section, self._content[section], given, top)
+        if self._differing:
+            named = ", ".join(f"`{name}`" for name in self._differing)
+            raise UsageError(f"`{self._path}` has another {named}", hint="`--replace` overwrites what differs")
+        newline = "\r\n" if "\r\n" in text else "\n"
+        for edit in sorted(self._edits, key=lambda edit: (edit.start, edit.end), reverse=True):
+            text = text[: edit.start] + edit.text.replace("\n", newline) + text[edit.end :]
+        for part in self._tail:
+            gap = "" if not text else newline if text.endswith("\n") else 2 * newline
+            text += gap + part.replace("\n", newline)
+        return text
+
+    def report(self, entries: Mapping[str, Any]) -> Written:
+        """What became of the entries."""
+        written = {*self._added, *self._replaced}
+        parts = []
+        for section, given in entries.items():
+            if isinstance(given, Mapping):
+                kept = {name: value for name, value in given.items() if f"{section}.{name}" in written}
+                parts += [dump({section: kept})] if kept else []
+            elif section in written:
+                parts.append(dump({section: given}))
+        lists = (tuple(self._added), tuple(self._replaced), tuple(self._unchanged))
+        return Written(self._path, *lists, text="".join(parts))
+
+    def _new_section(self, top: _Node, section: str, given: Any) -> None:
+        names = [f"{section}.{name}" for name in given] if isinstance(given, Mapping) else [section]
+        self._added += names
+        if top.in_flow:
+            self._edits.append(_Edit(top.start + 1, top.start + 1, f"{_in_flow(section, given)}, "))
+        else:
+            self._tail.append(_indented(dump({section: given}), top.column))
+
+    def _join(self, text: str, section: str, node: _Node, given: Mapping[str, Any], *, in_flow: bool) -> None:
+        """Entries into a section that is there."""
+        held = self._content[section]
+        if held is not None and not isinstance(held, dict):
+            raise UsageError(f"`{section}` in `{self._path}` is no mapping", hint="make it one, or name another file")
+        new = {}
+        for name, value in given.items():
+            if name in (held or {}):
+                if name not in node.children:
+                    raise _not_editable(self._path)  # it comes out of an alias
+                self._put(text, f"{section}.", name, (held or {})[name], value, node)
+            else:
+                new[name] = value
+        self._added += [f"{section}.{name}" for name in new]
+        if not new:
+            return
+        if node.in_flow and node.children:
+            self._insert(node.start + 1, "".join(f"{_in_flow(name, value)}, " for name, value in new.items()))
+        elif in_flow:
+            inner = ", ".join(_in_flow(name, value) for name, value in new.items())
+            self._edits.append(_Edit(node.start, node.end, f" {{{inner}}}"))
+        else:
+            if not node.children:  # `{}`, `null` or nothing
+                self._edits.append(_Edit(node.start, node.end, ""))
+            lines = _indented(dump(new), node.column if node.children else _INDENT)
+            end = _line_end(text, node.end)
+            self._insert(end, lines if end == 0 or text[end - 1] == "\n" else f"\n{lines}")
+
+    def _put(self, text: str, before: str, key: str, held: Any, given: Any, parent: _Node) -> None:
+        """An entry in the place of the one of that key in a mapping; `before` is what its name begins with."""
+        name = f"{before}{key}"
+        if held == given:
+            self._unchanged.append(name)
+            return
+        if not self._replace:
+            self._differing.append(name)
+            return
+        self._replaced.append(name)
+        start, value = parent.children[key]
+        if parent.in_flow:
+            gap = "" if value.end > value.start else " "
+            self._edits.append(_Edit(value.start, value.end, gap + _one_line(given)))
+            return
+        end = value.end - 1 if text[value.end - 1] == "\n" else value.end  # of a block of text
+        column = start - (text.rfind("\n", 0, start) + 1)
+        self._edits.append(_Edit(start, end, _indented(dump({key: given}), column).strip()))
+
+    def _insert(self, place: int, text: str) -> None:
+        self._edits.append(_Edit(place, place, text))
+
+
+def _check_kept(path: Path, before: Mapping[str, Any], made: str, entries: Mapping[str, Any]) -> None:
+    """The new text says what it should, and all keys that were there are there.
+
+    Raises:
+        ArtifactError: it does not, e.g. for the sake of anchors or merged keys.
+    """
+    try:
+        after = parse(made, path)
+    except ArtifactError as error:
+        raise _not_editable(path) from error
+    for section in {*before, *entries}:
+        given, held, found = entries.get(section, {}), before.get(section), after.get(section)
+        if section not in entries:
+            is_kept = section in after
+        elif isinstance(given, Mapping):
+            names = {**(held or {}), **given}
+            is_kept = (
+                isinstance(found, dict)
+                and found.keys() == names.keys()
+                and all(found[name] == value for name, value in given.items())
+            )
+        else:
+            is_kept = found == given
+        if not is_kept:
+            raise _not_editable(path)
+
+
+def _not_editable(path: Path) -> ArtifactError:
+    return ArtifactError(
+        f"`{path}` is written in a way that can't be added to",
+        hint="write to another file with `--to`, and take the entries over by hand",
+    )
+
+
+def _places(text: str) -> _Node:
+    """Where the top-level mapping of a text and what is in it stand.
+
+    Raises:
+        yaml.YAMLError: it is no YAML; `parse` has told so before.
+    """
+    events = iter(yaml.parse(text, Loader=yaml.SafeLoader))
+    for event in events:
+        if isinstance(event, yaml.MappingStartEvent):
+            return _node(events, event)
+    return _Node(0, 0)
+
+
+def _node(events: Iterator[yaml.Event], event: yaml.Event) -> _Node:
+    """The value that an event begins, and the events up to its end."""
+    start, end = event.start_mark.index, event.end_mark.index
+    if isinstance(event, yaml.SequenceStartEvent):
+        while not isinstance(item := next(events), yaml.SequenceEndEvent):
+            end = _node(events, item).end
+        return _Node(start, item.end_mark.index if event.flow_style else end, in_flow=bool(event.flow_style))
+    if not isinstance(event, yaml.MappingStartEvent):
+        return _Node(start, end)
+    children: dict[str, tuple[int, _Node]] = {}
+    column = 0
+    while not isinstance(key := next(events), yaml.MappingEndEvent):
+        column = column if children else key.start_mark.column
+        _node(events, key)
+        value = _node(events, next(events))
+        children[str(getattr(key, "value", ""))] = (key.start_mark.index, value)
+        end = value.end
+    return _Node(start, key.end_mark.index if event.flow_style else end, bool(event.flow_style), column, children)
+
+
+def _line_end(text: str, place: int) -> int:
+    """Behind the line that a value ends on; a block of text has its line break in it."""
+    if place and text[place - 1] == "\n":
+        return place
+    end = text.find("\n", place)
+    return len(text) if end < 0 else end + 1
+
+
+def _indented(text: str, columns: int) -> str:
+    return "".join(f"{' ' * columns}{line}" for line in text.splitlines(keepends=True))
+
+
+def _one_line(value: Any) -> str:
+    """A value in brackets and braces, on one line."""
+    text = str(
+        yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True)
+    )
+    return text.strip()[1:-1]
+
+
+def _in_flow(name: str, value: Any) -> str:
+    return f"{_one_line(name)}: {_one_line(value)}"
