@@ -62,8 +62,8 @@ def grid_of(cells: Sequence[Cell], *, num_seeds: int, options: Mapping[str, Any]
 
 
 def name_of(cell: Cell) -> str:
-    """The folder of a cell's runs."""
-    return cell.key.replace("/", "-").removesuffix("-time")
+    """The folder of a cell's runs, and its name in params.yaml, where DVC takes a dot for a level of its own."""
+    return cell.key.replace("/", "-").replace(".", "_").removesuffix("-time")
 
 
 def grid_cell(cell: Cell, options: Mapping[str, Any]) -> GridCell:

@@ -131,6 +131,7 @@ def test_params_yaml_holds_the_papers_cells() -> None:
     assert (ROOT / "params.yaml").read_text(encoding="utf-8") == made["text"]()
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     names = list(content["cells"])
+    assert not [name for name in (*names, *content["teachers"]) if "." in name]  # DVC could not find its parameters
     cd_cells = [name for name in names if name.startswith("cifar100") and "cd_sdd" in name and "lr" not in name]
     assert len(cd_cells) == 30
     assert content["deployed"]["cell"] in names

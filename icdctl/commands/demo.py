@@ -47,6 +47,7 @@ def demo(
             console.show_line(f"- {caveat}")
         console.show_line(f"\nreport  {folder / REPORT_FILE}\ncurves  {folder / CURVES_FILE}")
         console.show_line(f"try     icdctl eval {folder / 'distilled'} --teacher {folder / 'teacher'}")
+        console.show_line(f"        icdctl report {folder}")
     failures = result.failures()
     if failures:
         raise IcdctlError("the demo ran, but " + "; ".join(failures), hint="run it again with another `--seed`")
