@@ -6,8 +6,9 @@ Each function takes keywords named like the flags, resolves every name, and hand
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from icdctl.targets import Target
 Model = str | Path | nn.Module
 Config = Mapping[str, Any] | RunConfig
 Command = Literal["train", "distill"]
+FindTeacher = Callable[[str, Description], Target]
 
 
 def train(
@@ -129,6 +131,51 @@ def plan(command: Command, options: Mapping[str, Any], config_file: Path | None 
     return _Job(command, options, config_file).config
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """What is taken to be known of files that a configuration names and that are not here."""
+
+    teacher: tuple[str, str, str]
+    """Model, file, sha256 of its weights."""
+    init_sha256: str | None
+    """Of the first weights."""
+
+
+class Planner:
+    """Resolves the configurations of many runs that are not started; looks at each teacher once."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, Description], Target | IcdctlError] = {}
+
+    def plan(self, command: Command, options: Mapping[str, Any], *, stand_in: StandIn | None = None) -> RunConfig:
+        """As the function `plan`.
+
+        Args:
+            command: of the run.
+            options: of the run.
+            stand_in: in place of a teacher and of first weights that are not here; None to fail without them.
+
+        Raises:
+            IcdctlError: with a message and a hint.
+        """
+        return _Job(command, options, find=self.find_teacher, stand_in=stand_in).config
+
+    def find_teacher(self, teacher: str, dataset: Description) -> Target:
+        """As `icdctl.teachers.find`, the second time from memory."""
+        key = (teacher, dataset)
+        if key not in self._found:
+            try:
+                found = teachers.find(teacher, dataset=dataset)
+                # Its hash is what is wanted, its tensors are read again when it is loaded.
+                self._found[key] = replace(found, weights=replace(found.weights, tensors={}))
+            except IcdctlError as error:
+                self._found[key] = error
+        known = self._found[key]
+        if isinstance(known, IcdctlError):
+            raise known
+        return known
+
+
 def plan_many(
     command: Command,
     several: Sequence[Mapping[str, Any]],
@@ -175,7 +222,8 @@ def start(
 def _jobs(
     command: Command, several: Sequence[Mapping[str, Any]], config_file: Path | None, *, in_folder: bool
 ) -> list[_Job]:
-    jobs = [_Job(command, options, config_file) for options in several]
+    find = Planner().find_teacher
+    jobs = [_Job(command, options, config_file, find=find) for options in several]
     if in_folder:
         for job, options in zip(jobs, several, strict=True):
             if options.get("out") is not None:
@@ -219,12 +267,21 @@ def _run(
 class _Job:
     """Options with every name resolved."""
 
-    def __init__(self, command: Command, options: Mapping[str, Any], config_file: Path | None = None) -> None:
+    def __init__(
+        self,
+        command: Command,
+        options: Mapping[str, Any],
+        config_file: Path | None = None,
+        *,
+        find: FindTeacher | None = None,
+        stand_in: StandIn | None = None,
+    ) -> None:
         given = dict(options)
         self.student_module = _take_module(given, "student")
         self.teacher_module = _take_module(given, "teacher")
         gathered = sources.gather(given, config_file=config_file, command=command)
         _check_needed(command, gathered)
+        self._stand_in: StandIn | None = None
         problems: list[IcdctlError] = []
         self.teacher_target: Target | None = None
         self.scales_are_given = bool(gathered.scales)
@@ -233,15 +290,25 @@ class _Job:
         if needs_teacher and self.teacher_module is None:
             try:
                 teachers.model_of(str(gathered.teacher))  # told even where the data set is wrong too
-                self.teacher_target = teachers.find(str(gathered.teacher), dataset=_described(gathered))
+                find = find or Planner().find_teacher
+                self.teacher_target = find(str(gathered.teacher), _described(gathered))
                 _check_same_teacher(self.teacher_target, gathered.teacher_sha256)
             except IcdctlError as error:
-                problems.append(error)
+                self._stand_in = stand_in
+                if stand_in is None:
+                    problems.append(error)
         if problems and not any(isinstance(problem, UsageError) for problem in problems):
             problems += _missing_data(gathered)
-        self.config = configuration.build(command, gathered, teacher=self._teacher_identity(), problems=problems)
+        build = partial(configuration.build, command, teacher=self._teacher_identity(), problems=problems)
+        if stand_in is not None and gathered.init_weights is not None and not _is_file(gathered.init_weights):
+            without = gathered.model_copy(update={"init_weights": None})
+            self.config = build(without).model_copy(update={"init_sha256": stand_in.init_sha256})
+        else:
+            self.config = build(gathered)
 
     def _teacher_identity(self) -> tuple[str, str, str] | None:
+        if self._stand_in is not None:
+            return self._stand_in.teacher
         if self.teacher_target is not None:
             target = self.teacher_target
             return target.model, str(target.path.resolve()), target.sha256
@@ -276,6 +343,10 @@ class _Job:
             return None
         size = dataset.preprocessing.size
         return adapt(module, image_size=size, num_classes=dataset.num_classes, needs_patches=needs_patches)
+
+
+def _is_file(name: str) -> bool:
+    return files.user_path(name).is_file()
 
 
 def _check_same_teacher(target: Target, sha256: str | None) -> None:
@@ -627,7 +698,9 @@ def _facts(target: Target) -> dict[str, Any]:
 __all__ = [
     "EvaluationResult",
     "Failure",
+    "Planner",
     "RunResult",
+    "StandIn",
     "distill",
     "distill_many",
     "evaluate",

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -289,7 +289,8 @@ def _first_weights(options: Options) -> dict[str, str]:
     """
     path = files.user_path(str(options.init_weights)).absolute()
     try:
-        sha256 = files.sha256_file(path)
+        state = path.stat()
+        sha256 = _sha256_of(path, state.st_mtime_ns, state.st_size, state.st_ino)
     except OSError as error:
         raise ArtifactError(
             f"first weights `{path}` can't be read: {error.strerror}", hint="name a weights file with `--init-weights`"
@@ -301,6 +302,12 @@ def _first_weights(options: Options) -> dict[str, str]:
             hint="name the file with `--init-weights` to use it as it is now",
         )
     return {"init_weights": str(path), "init_sha256": sha256}
+
+
+@lru_cache(maxsize=64)
+def _sha256_of(path: Path, *state: int) -> str:
+    """Of a file in that state: many runs may start from one."""
+    return files.sha256_file(path)
 
 
 def _method_settings(method: str, given: Mapping[str, Any]) -> dict[str, float | str]:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -32,19 +33,45 @@ _PIPED_WIDTH = 1000
 """Wider than any table here, so that no line is folded."""
 
 
+class _Stderr(Console):
+    """Stderr, for a person who may have left: what can't be told any more must not end a training."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing from now on."""
+        self.quiet = True
+
+    def say(self, text: str) -> None:
+        """A line with rich's markup, however long."""
+        try:
+            self.print(text, soft_wrap=True)
+        except OSError:  # the terminal is gone, or the disk that stderr goes to is full
+            self.quiet = True
+
+
+_shown: list[_Stderr] = []
+"""Where a display is under way: lines go above it."""
+
+
+def _stderr() -> _Stderr:
+    return _shown[-1] if _shown else _Stderr()
+
+
 def talk(message: str) -> None:
     """One line for the person at the terminal, on stderr."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(escape(_printable(message)))
+    _stderr().say(escape(_printable(message)))
 
 
 def show_error(messages: Sequence[str], hints: Sequence[str]) -> None:
     """What is wrong, a blank line, and what to do about it, on stderr, a line each."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = _stderr()
     for message in messages:
-        console.print(f"[bold red]error:[/bold red] {escape(_printable(message))}")
-    console.print()
+        console.say(f"[bold red]error:[/bold red] {escape(_printable(message))}")
+    console.say("")
     for hint in hints:
-        console.print(f"[bold]hint:[/bold] {escape(_printable(hint))}")
+        console.say(f"[bold]hint:[/bold] {escape(_printable(hint))}")
 
 
 def show_json(value: Any) -> None:
@@ -63,14 +90,18 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None
     text = io.StringIO()
     width = Console().width if terminal else _PIPED_WIDTH
     console = Console(file=text, highlight=False, width=width, force_terminal=terminal)
+    console.print(_table(columns, rows))
+    _write("".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines()))
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(_printable(str(cell))) for cell in row))
-    console.print(table)
-    _write("".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines()))
+    return table
 
 
 def _write(text: str) -> None:
@@ -113,6 +144,34 @@ def progress() -> Iterator[Progress]:
         transient=False,
     ) as display:
         yield display
+
+
+@contextmanager
+def live_table(
+    columns: Sequence[str], state: Callable[[], tuple[Sequence[Sequence[object]], str]], *, seconds: float = 1.0
+) -> Iterator[None]:
+    """A table on stderr that keeps up with what is going on; nothing where stderr is not a terminal.
+
+    Args:
+        columns: their names.
+        state: the rows as they are now, and a line below them; it is asked from another thread.
+        seconds: from one time to the next.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+
+    def render() -> Group:
+        rows, line = state()
+        return Group(_table(columns, rows), escape(_printable(line)))
+
+    console = _Stderr()
+    with Live(get_renderable=render, console=console, refresh_per_second=1 / seconds, transient=True):
+        _shown.append(console)
+        try:
+            yield
+        finally:
+            _shown.remove(console)
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def _check_settings_known(settings: Mapping[str, list[Any]], names: list[Any] | 
     """With several methods, every setting is that of one of them; a single method's settings are checked later."""
     if names is None or len(names) < 2:
         return
-    known = {key: None for name in names for key in _settings_of(name)}
+    known = {key: None for name in names for key in settings_of(name)}
     for key in settings:
         if key not in known:
             raise unknown_name("setting of these methods", key, known, listing="icdctl list methods")
@@ -101,11 +101,11 @@ def _check_settings_known(settings: Mapping[str, list[Any]], names: list[Any] | 
 def _own_settings(settings: Mapping[str, list[Any]], method: Any, *, num_methods: int) -> dict[str, list[Any]]:
     if num_methods < 2:
         return dict(settings)
-    known = _settings_of(method)
+    known = settings_of(method)
     return {key: values for key, values in settings.items() if key in known}
 
 
-def _settings_of(method: Any) -> set[str]:
+def settings_of(method: Any) -> set[str]:
     """What `--set` can set of a method; nothing of an unknown one, which is told later."""
     try:
         return {*methods.METHODS[methods.resolve(str(method))].defaults, "variant"}

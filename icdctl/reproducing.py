@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from icdctl import api, files
 from icdctl.engine.observer import Observer
 from icdctl.errors import ArtifactError, UsageError
-from icdctl.grid.cells import Grid, GridCell, make_cell
+from icdctl.grid.cells import Grid, GridCell, GridRun, make_cell
+from icdctl.grid.standing import Standing, set_aside, standings, state_of
 from icdctl.methods import METHODS
 from icdctl.science import tables, verdicts
 from icdctl.science.paper import FAMILIES
@@ -62,8 +64,13 @@ def grid_of(cells: Sequence[Cell], *, num_seeds: int, options: Mapping[str, Any]
 
 
 def name_of(cell: Cell) -> str:
-    """The folder of a cell's runs, and its name in params.yaml, where DVC takes a dot for a level of its own."""
-    return cell.key.replace("/", "-").replace(".", "_").removesuffix("-time")
+    """The folder of a cell's runs, and its name in params.yaml."""
+    return folder_name(cell.key)
+
+
+def folder_name(key: str) -> str:
+    """What the key of a cell is in paths and in params.yaml, where DVC would take a dot for a level of its own."""
+    return key.replace("/", "-").replace(".", "_").removesuffix("-time")
 
 
 def grid_cell(cell: Cell, options: Mapping[str, Any]) -> GridCell:
@@ -83,35 +90,71 @@ def grid_cell(cell: Cell, options: Mapping[str, Any]) -> GridCell:
     )
 
 
-def with_own_teachers(grid: Grid, *, observer: Observer | None = None) -> Grid:
-    """The same runs, with teachers trained here for data sets of which nobody publishes any.
-
-    They are trained once, with seed 0, to a run folder of their own beside the cells'.
-
-    Raises:
-        IcdctlError: a teacher can't be trained.
-    """
+def with_own_teachers(grid: Grid) -> Grid:
+    """The same runs, with teachers of our own for data sets of which nobody publishes any: see `train_own_teachers`."""
     cells = []
     for cell in grid.cells:
-        dataset, teacher = str(cell.options["dataset"]), cell.options.get("teacher")
-        if teacher is None or dataset not in OWN_TEACHERS:
-            cells.append(cell)
-            continue
-        folder = grid.folder / f"{dataset}-teacher-{teacher}"
-        if not (folder / "metrics.json").is_file():
-            given = {"dataset": dataset, "recipe": OWN_TEACHERS[dataset], "device": cell.options.get("device", "auto")}
-            api.train(model=teacher, **given, out=str(folder), resume=True, observer=observer)
-        cells.append(GridCell(cell.name, {**cell.options, "teacher": str(folder)}))
+        folder = _own_teacher(grid, cell)
+        cells.append(cell if folder is None else replace(cell, options={**cell.options, "teacher": str(folder)}))
     return replace(grid, cells=tuple(cells))
 
 
-def judge(table: Table, cells: Sequence[Cell], grid: Grid, *, margin: float | None, epoch: Compared) -> Judgement:
-    """What the runs that are done say of the table.
+def _own_teacher(grid: Grid, cell: GridCell) -> Path | None:
+    """The run folder beside the cells' of the teacher that is trained here for a cell; None where there is another."""
+    dataset, teacher = str(cell.options.get("dataset")), cell.options.get("teacher")
+    if teacher is None or dataset not in OWN_TEACHERS:
+        return None
+    return grid.folder / f"{dataset}-teacher-{teacher}"
+
+
+def train_own_teachers(
+    grid: Grid, *, replaces: bool, device: str | None, tell: Callable[[str], None], observer: Observer | None = None
+) -> None:
+    """Train the teachers of `with_own_teachers` that are missing, once, with seed 0.
+
+    Args:
+        grid: from `grid_of`.
+        replaces: whether one that was trained with other settings is trained again.
+        device: to train on.
+        tell: told of what is moved out of the way.
+        observer: told of the progress.
+
+    Raises:
+        IcdctlError: one can't be trained, or was trained with other settings.
+    """
+    planner = api.Planner()
+    wanted = {folder: cell for cell in grid.cells if (folder := _own_teacher(grid, cell)) is not None}
+    for folder, cell in wanted.items():
+        dataset, model = str(cell.options["dataset"]), cell.options["teacher"]
+        given = {"student": model, "dataset": dataset, "recipe": OWN_TEACHERS[dataset], "out": str(folder)}
+        state, changes = state_of(folder, "train", given, planner)
+        if state == "stale" and not replaces:
+            raise ArtifactError(
+                f"teacher `{folder}` was trained with other settings: {changes}",
+                hint="take the change back, or train it again, and all its students, with `--replace`",
+            )
+        if state == "stale":
+            kept = set_aside(folder, grid.folder, is_stale=partial(_is_stale, folder, given), waiting=tell)
+            tell(f"the teacher of other settings is now `{kept}`")
+        if state != "done":
+            (result,) = api.start("train", [{**given, "device": device}], resume=True, wait=True, observer=observer)
+            if isinstance(result, api.Failure):
+                raise result.error
+
+
+def _is_stale(folder: Path, given: Mapping[str, Any]) -> bool:
+    return state_of(folder, "train", given, api.Planner())[0] == "stale"
+
+
+def judge(
+    table: Table, cells: Sequence[Cell], runs: Sequence[Standing], *, margin: float | None, epoch: Compared
+) -> Judgement:
+    """What the runs that are done say of the table; stale ones say nothing.
 
     Args:
         table: from `tables.load`.
         cells: from `select`.
-        grid: from `grid_of`.
+        runs: of the grid of `grid_of`, how far each is.
         margin: the difference that does not matter; None for the table's.
         epoch: which of ours stands beside the published number.
 
@@ -119,9 +162,8 @@ def judge(table: Table, cells: Sequence[Cell], grid: Grid, *, margin: float | No
         ArtifactError: the metrics of a run are broken.
     """
     of_name: dict[str, dict[int, Result]] = {}
-    for run in grid.runs:
-        if run.state == "done":
-            of_name.setdefault(run.cell.name, {})[run.seed] = _result(table, run.metrics())
+    for run in [standing.run for standing in runs if standing.state == "done"]:
+        of_name.setdefault(run.cell.name, {})[run.seed] = _result(table, run)
     measured = {cell.key: of_name[name_of(cell)] for cell in cells if name_of(cell) in of_name}
     return verdicts.judge(table, measured, methods=METHODS, cells=cells, margin=margin, epoch=epoch)
 
@@ -139,15 +181,22 @@ def judged(name: str) -> Judgement:
     seeds = [int(run.name[1:]) for folder in folders for run in folder.glob("s*") if run.name[1:].isdigit()]
     if not seeds:
         raise ArtifactError(f"no run of table `{name}` is there", hint=f"`icdctl reproduce {name}` trains them")
-    grid = grid_of(cells, num_seeds=max(seeds) + 1, options={})
-    return judge(table, cells, grid, margin=None, epoch="as published")
+    grid = with_own_teachers(grid_of(cells, num_seeds=max(seeds) + 1, options={}))
+    return judge(table, cells, standings(grid.runs, api.Planner()), margin=None, epoch="as published")
 
 
-def _result(table: Table, metrics: Mapping[str, Any]) -> Result:
-    if table.metric == "seconds_per_step":
-        return Result(final=float(metrics["seconds"]) / int(metrics["steps"]))
-    best = metrics.get("best_top1")
-    return Result(final=float(metrics["final_top1"]), best=None if best is None else float(best))
+def _result(table: Table, run: GridRun) -> Result:
+    metrics = run.metrics()
+    try:
+        if table.metric == "seconds_per_step":
+            return Result(final=float(metrics["seconds"]) / int(metrics["steps"]))
+        best = metrics.get("best_top1")
+        return Result(final=float(metrics["final_top1"]), best=None if best is None else float(best))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ArtifactError(
+            f"metrics of `{run.folder}` are not what icdctl writes: {error}",
+            hint=f"delete `{run.folder}`, and train it again",
+        ) from error
 
 
 def write(judgement: Judgement, folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ NONE = "none"
 """What a person writes to switch off a setting of the recipe."""
 _LONGEST_SHOWN = 80
 _MOST_TOLD = 10
+_MOST_YAML_VALUES = 1_000_000
+"""More than any params.yaml has, with what its aliases stand for written out."""
 
 
 class Options(BaseSettings):
@@ -173,12 +176,9 @@ def _params_yaml() -> dict[str, Any]:
     """The `train` section of the project's params.yaml; the file's other sections are the pipeline's."""
     path = files.project_root() / "params.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        first_line = str(error).splitlines()[0]
-        raise UsageError(f"`{path}` can't be read as YAML: {first_line}", hint=f"mend `{path}`") from error
     section = content.get("train") if isinstance(content, dict) else content
     if section is None:
         return {}
@@ -189,6 +189,87 @@ def _params_yaml() -> dict[str, Any]:
         )
     _refuse_unknown({str(key): value for key, value in section.items()}, f"key of `{path}`")
     return {key: value for key, value in section.items() if value is not None}
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says. It is parsed once for many runs: whoever gets the value leaves it as it is.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UsageError: it is no YAML, names a key twice, or refers to itself.
+    """
+    try:
+        state = path.stat()
+        return _parsed(path, state.st_mtime_ns, state.st_size, state.st_ino)
+    except FileNotFoundError:
+        raise
+    except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # The last four come out of values that only look like dates, numbers or words of YAML, and of deep nesting.
+        raise UsageError(f"`{path}` can't be read as YAML: {_yaml_problem(error)}", hint=f"mend `{path}`") from error
+
+
+@lru_cache(maxsize=8)
+def _parsed(path: Path, *state: int) -> Any:
+    """The content of a file in that state."""
+    loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_nodes(node, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _check_nodes(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Refuse keys that stand twice, of which YAML would take the last, and values without an end.
+
+    Args:
+        node: with all below it.
+        sizes: of the nodes that were seen; 0 for one that is being looked at.
+
+    Returns:
+        How many values it is, with aliases written out.
+
+    Raises:
+        yaml.YAMLError: it is so.
+    """
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise yaml.MarkedYAMLError(problem="a value refers to itself", problem_mark=node.start_mark)
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    inside: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        keys = set()
+        for key, value in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
+            if name in keys:
+                raise yaml.MarkedYAMLError(problem=f"the key `{key.value}` stands twice", problem_mark=key.start_mark)
+            keys.add(name)
+            inside += (key, value)
+    elif isinstance(node, yaml.SequenceNode):
+        inside = node.value
+    size = 1 + sum(_check_nodes(each, sizes) for each in inside)
+    if size > _MOST_YAML_VALUES:
+        raise yaml.MarkedYAMLError(problem="there are too many values", problem_mark=node.start_mark)
+    sizes[id(node)] = size
+    return size
+
+
+def _yaml_problem(error: Exception) -> str:
+    """In one line, with its place where it is known."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, LookupError | AttributeError):
+        return "a value is not what its tag says"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem:
+        mark = error.problem_mark
+        return str(error.problem) + (f", in line {mark.line + 1}" if mark is not None else "")
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _from_config_file(path: Path, command: str | None) -> dict[str, Any]:

@@ -83,7 +83,7 @@ ALLOWED: dict[str, set[str]] = {
         "sources",
         "teachers",
     },
-    "grid": {*BASE, "api", "engine", "lists", "registry", "sources", "teachers"},
+    "grid": {*BASE, "api", "config", "engine", "lists", "methods", "registry", "sources", "teachers"},
     "reporting": {
         *BASE,
         "config",

@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import CommandLine
+from grid_support import epochs_of, processes_naming, wait_until, write_run
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS: dict[str, Any] = {
@@ -101,9 +103,9 @@ def test_a_published_table_is_judged_and_written(icdctl: CommandLine, tmp_path: 
     assert (code, len(json.loads(out)["tables"])) == (0, 10)
     name = "cub200-res32x4-shuv1-cd_sdd_kd-gamma1"
     for seed, top1 in enumerate((65.6, 65.7, 65.8, 65.7, 65.7)):
-        folder = Path("runs") / name / f"s{seed}"
-        folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps({"final_top1": top1 - 0.3, "best_top1": top1}))
+        options = {"dataset": "cub200", "teacher": "res32x4", "student": "shuv1", "method": "cd_sdd_kd", "seed": seed}
+        metrics = {"final_top1": top1 - 0.3, "best_top1": top1}
+        write_run(Path("runs") / name / f"s{seed}", "distill", {**options, "settings": {"gamma": 1}}, metrics)
     given = ("reproduce", "icd-gamma", "--no-train", "--out", tmp_path / "tables")
     code, out, err = icdctl(*given)
     assert code == 0, err
@@ -114,6 +116,11 @@ def test_a_published_table_is_judged_and_written(icdctl: CommandLine, tmp_path: 
     assert before.keys() == names
     assert icdctl(*given)[0] == 0
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "tables").iterdir()}
+    config = Path("runs") / name / "s0/config.json"
+    config.write_text(config.read_text().replace('"gamma":1.0', '"gamma":2.0'))
+    code, out, err = icdctl(*given, "--json")
+    assert code == 0, err
+    assert f"warning: {name}/s0 is left out, it was trained with other settings: gamma 2.0 -> 1.0" in err
     for wrong, message in (
         (("icd-gama",), "unknown table"),
         (("icd-gamma", "--cells", "nothing"), "no cell of `icd-gamma`"),
@@ -171,3 +178,89 @@ def test_dvc_repro_makes_everything_once(tmp_path: Path) -> None:
     again = dvc("repro", "demo/dvc.yaml")
     assert ("distill@cd" in again, "> icdctl grid run kd" in again) == (True, False)
     assert (tmp_path / "demo/runs/kd/s0/student.safetensors").read_bytes() == weights
+
+
+@pytest.mark.slow
+def test_a_killed_repro_goes_on_and_its_orphan_is_not_raced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "demo", tmp_path / "demo", ignore=shutil.ignore_patterns("runs", "teachers", ".icdctl"))
+    monkeypatch.chdir(tmp_path / "demo")
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("ICDCTL_HOME")
+    cells = {"kd": {**PARAMS["cells"]["kd"], "epochs": 200}, "cd": PARAMS["cells"]["cd"]}
+    write_params(tmp_path / "demo", cells=cells, seeds=[0])
+
+    def dvc(*arguments: str) -> str:
+        command = [sys.executable, "-m", "dvc", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def repro(name: str) -> tuple[subprocess.Popen[bytes], Path]:
+        said = tmp_path / f"{name}.txt"
+        with said.open("wb") as file:
+            command = [sys.executable, "-m", "dvc", "repro", "-s", "demo/dvc.yaml:distill@kd"]
+            return subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file, start_new_session=True), said
+
+    def trainers() -> set[int]:
+        return {number for number in processes_naming("icdctl\0grid\0run\0kd") if Path(f"/proc/{number}/cwd").exists()}
+
+    dvc("init", "--no-scm")
+    dvc("repro", "-s", "demo/dvc.yaml:teacher@digits100-res14")
+    first, first_said = repro("first")
+    wait_until(lambda: len(epochs_of("kd/s0")) >= 2, what="two epochs")
+    (orphan,) = trainers()
+    os.kill(orphan, signal.SIGSTOP)
+    first.kill()
+    first.wait()
+    num_before = len(epochs_of("kd/s0"))
+    second, second_said = repro("second")
+    try:
+        wait_until(lambda: "waiting: run folder" in second_said.read_text(), what="the second to wait")
+        assert orphan in trainers()
+        os.kill(orphan, signal.SIGCONT)
+        wait_until(lambda: orphan not in trainers(), what="the orphan to end")
+        wait_until(lambda: len(epochs_of("kd/s0")) > num_before, what="the second to go on")
+        assert "going on after epoch" in second_said.read_text()
+        (trainer,) = trainers()
+        os.kill(trainer, signal.SIGKILL)  # dead this time: taken over at once
+        assert second.wait(timeout=120) != 0
+        third, third_said = repro("third")
+        assert third.wait(timeout=300) == 0, third_said.read_text()
+    finally:
+        second.kill()
+        second.wait()
+    assert "was taken away during the run" in first_said.read_text()
+    assert "going on after epoch" in third_said.read_text()
+    assert "waiting: " not in third_said.read_text()
+    assert len(epochs_of("kd/s0")) == 200
+    assert "Running stage" not in dvc("repro", "-s", "demo/dvc.yaml:distill@kd")
+
+
+def test_reproduce_trains_again_only_when_it_is_asked_to(icdctl: CommandLine) -> None:
+    small = {"train_images": 100, "test_images": 50, "epochs": 1, "max_steps": 2}
+    Path("params.yaml").write_text(yaml.safe_dump({"train": small}))
+    given = ("reproduce", "demo", "--seeds", "1", "--cells", "res8-dkd")
+    code, out, _ = icdctl("reproduce", "demo", "--list", "--cells", "res8-dkd", "--json")
+    assert (code, len(json.loads(out)["cells"]), Path("runs").exists()) == (0, 1, False)
+    code, _, err = icdctl(*given, "--jobs", "2")
+    assert code == 0, err
+    assert "done before; in" in err
+    (teacher,) = Path("runs").glob("digits100-teacher-*")
+    folders = sorted(path.parent for path in Path("runs").glob("*/s0/metrics.json"))
+    assert folders
+    old = {path: (path / "student.safetensors").read_bytes() for path in [teacher, *folders]}
+    Path("params.yaml").write_text(yaml.safe_dump({"train": {**small, "lr": 0.02}}))
+    code, _, err = icdctl(*given, "--no-train")
+    assert code == 0, err
+    assert err.count("is left out, it was trained with other settings: lr 0.1 -> 0.02") == len(folders)
+    code, _, err = icdctl(*given)
+    assert (code, "was trained with other settings: lr 0.1 -> 0.02" in err, "`--replace`" in err) == (1, True, True)
+    assert old == {path: (path / "student.safetensors").read_bytes() for path in old}
+    code, _, err = icdctl(*given, "--replace")
+    assert code == 0, err
+    kept = {Path("runs/.replaced", *path.parts[1:-1], f"{path.name}-1"): content for path, content in old.items()}
+    assert kept == {path: (path / "student.safetensors").read_bytes() for path in kept}
+    assert "left out" not in icdctl(*given, "--no-train")[2]

@@ -316,7 +316,7 @@ def test_a_file_of_the_reference_keeps_what_it_says_and_its_faults_are_told(icdc
     faulty = {**FILE, "lr": "0.05", "project": "baselines_gamma8", "tag": "SDD_DKD,vgg13"}
     more = "DKD:\n  BETA: 6.0\nLOG:\n  WANDB: false\nKD:\n  TEMPERATURE: 2\n"
     name, told = imported(icdctl, Path("cub200/x.yaml"), REFERENCE.format(**faulty) + more)
-    assert name == "cifar100-vgg13-mv2-cd_sdd_kd-gamma2-temperature2-lr0.05"
+    assert name == "cifar100-vgg13-mv2-cd_sdd_kd-gamma2-temperature2-lr0_05"
     assert params()["cells"][name] == {
         "dataset": "cifar100",
         "teacher": "vgg13",
@@ -342,7 +342,7 @@ def test_a_file_of_the_reference_keeps_what_it_says_and_its_faults_are_told(icdc
 def test_settings_families_and_scales_of_a_file(icdctl: CommandLine) -> None:
     text = REFERENCE.format(**{**FILE, "method": "CD_SDD_DKD", "teacher": "resnet32x4", "lr": "1e-3"})
     name, told = imported(icdctl, Path("a.yaml"), text, "--family", "gamma8", "--scales", "1,2")
-    assert name == "cifar100-res32x4-mv2-cd_sdd_dkd-scales12-beta8-gamma8-lr0.001"
+    assert name == "cifar100-res32x4-mv2-cd_sdd_dkd-scales12-beta8-gamma8-lr0_001"
     assert any("DISTILLER.TEACHER named without `_sdd`" in line for line in told)
     name, told = imported(icdctl, Path("b.yaml"), text + "DKD: {BETA: 6, WARMUP: 1}\nCD: {GAMMA: 4}\n")
     assert params()["cells"][name]["settings"] == {"beta": 6.0, "gamma": 4.0}

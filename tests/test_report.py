@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import CommandLine
+from grid_support import write_run
 
 from icdctl import api, evaluation
 from icdctl.errors import ArtifactError, UsageError
@@ -23,6 +24,8 @@ from icdctl.reporting import figures, measure
 from icdctl.reporting.drawing import Picture, drawing, finish
 from icdctl.reporting.gather import gather
 from icdctl.reporting.page import Page, Section, Table, render_markdown, render_page
+from icdctl.reproducing import grid_cell, name_of
+from icdctl.science import tables
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TINY: dict[str, Any] = {"dataset": "digits100", "train_images": 100, "test_images": 300, "epochs": 2, "device": "cpu"}
@@ -197,22 +200,21 @@ def test_what_is_asked_for_is_shown(icdctl: CommandLine, inside: Path, tmp_path:
     assert (tmp_path / "mine.txt").read_text() == "kept"
 
 
-def test_a_judged_table_joins_the_page(icdctl: CommandLine, inside: Path, tmp_path: Path) -> None:
+def test_a_judged_table_joins_the_page(icdctl: CommandLine, project: Path, tmp_path: Path) -> None:
+    given = ("report", project / "runs/plain", "--table", "icd-gamma", "--out", tmp_path, "--no-latency")
+    code, _, err = icdctl(*given)
+    assert (code, "no run of table `icd-gamma`" in err) == (1, True)
     name = "cub200-res32x4-shuv1-cd_sdd_kd-gamma1"
+    (found,) = [each for each in tables.load("icd-gamma").cells if name_of(each) == name]
+    cell = grid_cell(found, {})
     for seed, top1 in enumerate((65.6, 65.7, 65.8, 65.7, 65.7)):
-        folder = inside / "runs" / name / f"s{seed}"
-        folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps({"final_top1": top1 - 0.3, "best_top1": top1}))
-    try:
-        code, _, err = icdctl("report", "runs/plain", "--table", "icd-gamma", "--out", tmp_path, "--no-latency")
-    finally:
-        shutil.rmtree(inside / "runs" / name)
+        metrics = {"final_top1": top1 - 0.3, "best_top1": top1}
+        write_run(Path("runs") / name / f"s{seed}", cell.command, {**cell.options, "seed": seed}, metrics)
+    code, _, err = icdctl(*given)
     assert code == 0, err
     assert "Reproduction: icd-gamma" in (tmp_path / "index.html").read_text(encoding="utf-8")
     (table,) = json.loads((tmp_path / "report.json").read_text())["tables"]
     assert table["counts"]["reproduced"] == 1
-    code, _, err = icdctl("report", "runs/plain", "--table", "icd-gamma", "--out", tmp_path)
-    assert (code, "no run of table `icd-gamma`" in err) == (1, True)
 
 
 def test_models_that_can_not_be_asked_are_told(icdctl: CommandLine, inside: Path, tmp_path: Path) -> None:

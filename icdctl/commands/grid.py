@@ -11,6 +11,7 @@ import typer
 from icdctl import console, files
 from icdctl.commands import many, options
 from icdctl.commands.training import observed
+from icdctl.errors import ArtifactError
 
 if TYPE_CHECKING:
     from icdctl.grid.cells import Grid
@@ -22,7 +23,10 @@ Seeds = Annotated[str | None, typer.Option(metavar="0-4", help="In place of thos
 Sweep = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="KEY=1,2,4", help="Each cell once for each value of a setting of its method; may be repeated."
+        metavar="KEY=1,2,4",
+        help="Each cell once for each value of a setting of its method, or of an option as `lr` or `epochs`; `;` "
+        "between values that are lists (`scales=1,2;1,2,4`); may be repeated.",
+        show_default=False,
     ),
 ]
 
@@ -45,25 +49,25 @@ def plan(
     Example: icdctl grid plan --delta 0.3
     """
     from icdctl.grid.outlook import outlook
-    from icdctl.science.compare import seeds_needed
+    from icdctl.science.compare import power_of, seeds_needed
 
     grid = _grid(cells, seeds, sweep)
-    timed = None if bench is None else files.read_json(bench, what="benchmark", hint="`icdctl bench --json > FILE`")
-    rows = outlook(grid, bench=timed)
+    rows = outlook(grid, bench=None if bench is None else _measured(bench))
     hours = [row.hours_left for row in rows if row.hours_left is not None]
-    needed = seeds_needed(delta, spread)
+    needed, power = seeds_needed(delta, spread), power_of(len(grid.seeds), delta, spread)
     if as_json:
-        facts = {"seeds": list(grid.seeds), "hours_left": sum(hours), "seeds_needed": needed, "delta": delta}
-        console.show_json({"cells": [row.as_json() for row in rows], **facts, "sd": spread})
+        facts = {"seeds": list(grid.seeds), "hours_left": sum(hours), "power": power, "seeds_needed": needed}
+        console.show_json({"cells": [row.as_json() for row in rows], **facts, "delta": delta, "sd": spread})
         return
     _show(rows)
     unknown = len(rows) - len(hours)
-    left = sum(row.begun + row.missing for row in rows)
+    left = sum(row.begun + row.stale + row.missing for row in rows)
     more = f", and {unknown} cells of which nothing says how long they take" if unknown else ""
     console.talk(f"{left} of {len(grid.runs)} runs are left, about {sum(hours):.1f} hours on one device{more}")
+    seeds_said = ", ".join(map(str, grid.seeds))
     console.talk(
-        f"{len(grid.seeds)} seeds a cell; to see a difference of {delta:g} points with 80 % power at a spread of "
-        f"{spread:g}, {needed} are needed"
+        f"seeds {seeds_said}: two cells that differ by {delta:g} points, with a spread of {spread:g} over seeds, are "
+        f"told apart with a power of {100 * power:.0f} %; 80 % takes {needed} seeds"
     )
 
 
@@ -87,25 +91,38 @@ def run(
     cells: Cells = None,
     seeds: Seeds = None,
     sweep: Sweep = None,
-    jobs: many.Jobs = 1,
+    jobs: many.Jobs = None,
     gpus: many.Gpus = None,
     together: many.Together = 8,
     device: options.Device = None,
-    time_limit: options.TimeLimit = None,
+    time_limit: many.TimeLimit = None,
+    replace: many.Replace = False,
     only: many.Only = None,
     outcomes: many.Outcomes = None,
     as_json: options.Json = False,
 ) -> None:
     """Train what is missing; runs that share a teacher share a process. One that fails does not stop the others.
 
+    Run it again after any interruption: it goes on from the last checkpoints. What happens is a line each in
+    `runs/grid.jsonl`.
+
     Example: icdctl grid run --gpus 0,1
     """
-    grid = _grid(cells, seeds, sweep).given(options.given_options(device=device, time_limit=time_limit))
-    again = ["grid", "run", *many.flags(seeds=seeds, device=device, time_limit=time_limit)]
+    grid = _grid(cells, seeds, sweep, tells=outcomes is None)
+    again = ["grid", "run", *(cells or []), *many.flags(seeds=seeds, device=device)]
     again += [part for item in sweep or [] for part in ("--sweep", item)]
-    slots = many.Slots(jobs=jobs, gpus=gpus, together=together)
-    done = many.train_missing(grid, again=again, slots=slots, only=only, outcomes=outcomes)
-    many.report(done, as_json)
+    done = many.train_missing(
+        grid,
+        again=again,
+        slots=many.Slots(jobs=jobs, gpus=gpus, together=together),
+        replace=replace,
+        time_limit=time_limit,
+        device=device,
+        only=only,
+        outcomes=outcomes,
+    )
+    if outcomes is None:
+        many.report(done, as_json)
 
 
 @app.command("teacher")
@@ -131,11 +148,28 @@ def evaluate(cell: Annotated[str, typer.Argument(help="A name in the `cells` of 
     console.show_line(str(evaluate_cell(_grid([cell], None, None), files.project_root())))
 
 
-def _grid(cells: Sequence[str] | None, seeds: str | None, sweep: Sequence[str] | None) -> Grid:
-    from icdctl.grid.cells import parse_sweeps, read_grid
+def _grid(cells: Sequence[str] | None, seeds: str | None, sweep: Sequence[str] | None, *, tells: bool = True) -> Grid:
+    """The grid that is asked for; with `tells`, what a sweep leaves out is said."""
+    from icdctl.grid.cells import read_grid
+    from icdctl.grid.sweeps import parse_sweeps, swept
 
-    grid = read_grid(files.project_root(), seeds=seeds).chosen(cells or [])
-    return grid.swept(parse_sweeps(sweep)) if sweep else grid
+    whole = read_grid(files.project_root(), seeds=seeds)
+    grid = whole.chosen(cells or [])
+    if not sweep:
+        return grid
+    made, left_out = swept(grid, parse_sweeps(sweep), taken={cell.name for cell in whole.cells})
+    for line in left_out if tells else []:
+        console.talk(line)
+    return made
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    """What `icdctl bench --json` wrote."""
+    hint = f"`icdctl bench --json > {path}`"
+    value = files.read_json(path, what="benchmark", hint=hint)
+    if not isinstance(value, dict) or not isinstance(value.get("pairs"), dict):
+        raise ArtifactError(f"`{path}` is no benchmark: it has no `pairs`", hint=hint)
+    return value
 
 
 def _show(rows: Sequence[Any]) -> None:
@@ -144,10 +178,12 @@ def _show(rows: Sequence[Any]) -> None:
             row.name,
             row.done,
             row.begun,
+            row.stale,
             row.missing,
             f"{sum(row.top1) / len(row.top1):.2f}" if row.top1 else "",
             "" if row.hours_left is None else f"{row.hours_left:.2f}",
+            row.note.splitlines()[0] if row.note else "",
         ]
         for row in rows
     ]
-    console.show_table(["cell", "done", "begun", "missing", "mean top-1", "hours left"], shown)
+    console.show_table(["cell", "done", "begun", "stale", "missing", "mean top-1", "hours left", "note"], shown)

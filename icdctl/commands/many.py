@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,16 +12,31 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icdctl import console, files
-from icdctl.commands.training import observed
 from icdctl.errors import IcdctlError, UsageError, combine
 
 if TYPE_CHECKING:
+    from icdctl.grid.board import Board
     from icdctl.grid.cells import Grid
-    from icdctl.grid.execute import Outcome
+    from icdctl.grid.execute import Outcome, Pack
+    from icdctl.grid.standing import Standing
 
-Jobs = Annotated[int, typer.Option(help="Processes at a time.")]
+Jobs = Annotated[
+    int | None, typer.Option(help="Processes at a time.", show_default="1, or one for each of `--gpus`", min=1)
+]
 Gpus = Annotated[str | None, typer.Option(metavar="0,1", help="A process on each of these.", show_default=False)]
-Together = Annotated[int, typer.Option(help="Most students in one process, on one teacher.")]
+Together = Annotated[int, typer.Option(help="Most students in one process, on one teacher.", min=1)]
+Replace = Annotated[
+    bool,
+    typer.Option(
+        "--replace", help="Train again what was trained with other settings; the old folders go to `runs/.replaced`."
+    ),
+]
+TimeLimit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="90m", help="Of the whole command: stop in time, save, and leave with 0; the same command goes on."
+    ),
+]
 Only = Annotated[list[str] | None, typer.Option(hidden=True)]
 Outcomes = Annotated[Path | None, typer.Option(hidden=True)]
 
@@ -28,19 +45,29 @@ Outcomes = Annotated[Path | None, typer.Option(hidden=True)]
 class Slots:
     """How much is trained at a time."""
 
-    jobs: int
+    jobs: int | None
     gpus: str | None
     together: int
 
     @property
     def names(self) -> list[str | None]:
-        """What `CUDA_VISIBLE_DEVICES` is in each process; None leaves it alone."""
-        return [*self.gpus.split(",")] if self.gpus else [None] * self.jobs
+        """What `CUDA_VISIBLE_DEVICES` is in each process; None leaves it alone.
+
+        Raises:
+            UsageError: a name is empty.
+        """
+        if self.gpus is None:
+            return [None] * (self.jobs or 1)
+        gpus = [name.strip() for name in self.gpus.split(",")]
+        if "" in gpus:
+            raise UsageError(f"GPUs `{self.gpus}` are no list", hint="e.g. `--gpus 0,1`")
+        number = self.jobs or len(gpus)
+        return [gpus[index % len(gpus)] for index in range(number)]
 
     @property
     def is_here(self) -> bool:
         """Whether this process trains by itself."""
-        return self.gpus is None and self.jobs == 1
+        return self.gpus is None and self.jobs in (None, 1)
 
 
 @dataclass(frozen=True)
@@ -70,7 +97,15 @@ def flags(**given: str | int | None) -> list[str]:
 
 
 def train_missing(
-    grid: Grid, *, again: Sequence[str], slots: Slots, only: Sequence[str] | None, outcomes: Path | None
+    grid: Grid,
+    *,
+    again: Sequence[str],
+    slots: Slots,
+    replace: bool,
+    time_limit: str | None,
+    device: str | None,
+    only: Sequence[str] | None,
+    outcomes: Path | None,
 ) -> Done:
     """Train every run of a grid that is not done.
 
@@ -78,34 +113,227 @@ def train_missing(
         grid: the runs.
         again: the command that shows another process the same grid.
         slots: how much at a time.
+        replace: whether runs of other settings are trained again; they fail otherwise.
+        time_limit: of all together.
+        device: of all of them, in place of their own.
         only: labels of runs, for such a process.
-        outcomes: where such a process writes what became of them; who asked for it then writes the log.
+        outcomes: where such a process writes what became of them; who asked for it then tells and logs it.
 
     Raises:
-        UsageError: no process may run, or none may have a student.
+        UsageError: the GPUs are no list, the time limit no duration, or there is no such device.
+        Interrupted: by a person or the system; the states are saved.
     """
+    from icdctl import api
+    from icdctl.engine.run import Interrupted
     from icdctl.grid import execute
+    from icdctl.grid.standing import standings
 
-    if slots.jobs < 1 or slots.together < 1:
-        raise UsageError("`--jobs` and `--together` are 1 or more", hint="leave them out for the usual")
-    runs = [run for run in grid.runs if not only or run.label in only]
-    left = [run for run in runs if run.state != "done"]
-    packs, found = execute.packed(left, most=slots.together)
-    if slots.is_here:
-        for pack in packs:
-            with observed(pack.label) as observer:
-                found += execute.train_here(pack, observer=observer)
-            if outcomes is None:
-                execute.write_log(grid.folder, found[-len(pack.runs) :])
+    names = slots.names
+    limit = execute.seconds_of(time_limit, device)
+    planner = api.Planner()
+    grid = grid.given({} if device is None else {"device": device})
+    states = standings([run for run in grid.runs if not only or run.label in only], planner)
+    left = [each for each in states if each.state != "done" and (replace or each.state != "stale")]
+    packs, found = execute.packed(
+        [each.run for each in left], most=slots.together, num_slots=len(names), planner=planner
+    )
+    if not replace:
+        found = [execute.stale_outcome(each) for each in states if each.state == "stale"] + found
+    is_child = outcomes is not None
+    num_before = sum(each.state == "done" for each in states)
+    counts = (len(states) - num_before, num_before)
+    training = _Training(grid, counts, slots, limit, replace=replace, is_child=is_child)
+    training.board.count(found)
+    if is_child:  # done by another process since this one was asked for them
+        found += [execute.done_before(each.run) for each in states if each.state == "done"]
     else:
-        child = [*again, "--together", str(slots.together)]
-        for outcome in execute.train_in_slots(packs, slots=slots.names, command=child, tell=console.talk):
-            found.append(outcome)
-            execute.write_log(grid.folder, [outcome])
-            console.talk(f"{outcome.label}: {outcome.state}")
+        _announce(grid, states, packs, names)
+        execute.write_log(grid.folder, found)
+        for outcome in found:
+            console.talk(_line(outcome))
+    try:
+        found += training.train(packs, again)
+    except Interrupted as error:
+        told = Interrupted(error.message, hint="run the same command again: it goes on from there")
+        told.exit_code = error.exit_code
+        raise told from error
     if outcomes is not None:
         files.write_json(outcomes, [outcome.as_json() for outcome in found])
-    return Done(tuple(found), len(runs) - len(left))
+    return Done(tuple(found), num_before)
+
+
+def _announce(grid: Grid, states: Sequence[Standing], packs: Sequence[Pack], names: Sequence[str | None]) -> None:
+    """What is about to be done, and how long that may take."""
+    from icdctl.grid.board import duration
+    from icdctl.grid.outlook import outlook
+
+    num_runs = sum(len(pack.runs) for pack in packs)
+    num_before = sum(each.state == "done" for each in states)
+    told = f"{num_runs} of {len(states)} runs to train, {num_before} done before"
+    if packs:
+        told += f"; in {_number(len(packs), 'pack')} on {_number(len(names), 'slot')}"
+        hours = [row.hours_left for row in outlook(grid, known=states)]
+        known = sum(each for each in hours if each is not None)
+        if known:
+            more = "" if None not in hours else " and what nothing is known of"
+            told += f", about {duration(3600 * known / min(len(names), len(packs)))}{more}"
+    console.talk(told)
+
+
+def _number(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _line(outcome: Outcome) -> str:
+    """An outcome for a person."""
+    top1 = "" if outcome.top1 is None else f", top-1 {outcome.top1:.2f}"
+    message = f": {outcome.message.splitlines()[0]}" if outcome.message else ""
+    return f"{outcome.label}: {outcome.state}{top1}{message}"
+
+
+class _Seen:
+    """Shows on the board what the pack that is trained in this process does."""
+
+    def __init__(self, board: Board, pack: Pack) -> None:
+        self.board, self._pack = board, pack
+        self._what, self._total, self._here = "", 0, 0
+
+    def begin(self, what: str, total: int) -> None:
+        """See `icdctl.engine.observer.Observer`."""
+        self._what, self._total, self._here = what, total, 0
+        self.advance(0)
+
+    def advance(self, images: int) -> None:
+        """See `icdctl.engine.observer.Observer`."""
+        self._here += images
+        share = f" {100 * self._here / self._total:.0f} %" if self._total else ""
+        self.board.doing(self._pack, f"{self._what}{share}")
+
+    def epoch(self, row: dict[str, float], epochs: int) -> None:
+        """See `icdctl.engine.observer.Observer`; the board reads it in the run folder."""
+
+    def message(self, text: str) -> None:
+        """See `icdctl.engine.observer.Observer`."""
+        console.talk(text)
+
+
+class _Training:
+    """Trains packs, and shows and logs how that goes."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        counts: tuple[int, int],
+        slots: Slots,
+        limit: float | None,
+        *,
+        replace: bool,
+        is_child: bool,
+    ) -> None:
+        """
+        Args:
+            grid: the runs.
+            counts: of those to train, and of those done before.
+            slots: how much at a time.
+            limit: of all together, in seconds.
+            replace: whether runs of other settings are moved out of the way.
+            is_child: whether another process asked for it, and tells and logs what becomes of it.
+        """
+        from icdctl.grid.board import Board
+
+        self._folder, self._slots, self._limit = grid.folder, slots, limit
+        self._replace, self._is_child = replace, is_child
+        self.board = Board(*counts)
+        self._started = time.monotonic()
+        self._is_over = False
+        """A pack has found that its next epoch would not fit."""
+
+    def train(self, packs: Sequence[Pack], again: Sequence[str]) -> list[Outcome]:
+        """Pack after pack, or many at a time: what became of their runs."""
+        from icdctl.grid.board import COLUMNS
+
+        found: list[Outcome] = []
+        try:
+            with console.live_table(COLUMNS, self.board.state):
+                if self._slots.is_here:
+                    for pack in packs:
+                        found += self._end(pack, self._here(pack))
+                else:
+                    with closing(self._in_slots(packs, again)) as trained:
+                        for pack, outcomes in trained:
+                            found += self._end(pack, outcomes)
+        except (KeyboardInterrupt, IcdctlError):
+            self._log_interrupted()
+            raise
+        return found
+
+    def _log_interrupted(self) -> None:
+        from icdctl.grid import execute
+
+        runs = [run for pack in self.board.at_work for run in pack.runs]
+        if not self._is_child:
+            stopped = [execute.Outcome(run.label, "stopped", message="interrupted") for run in runs]
+            execute.write_log(self._folder, stopped)
+
+    def _here(self, pack: Pack) -> list[Outcome]:
+        from icdctl.grid import execute
+
+        left = self._time_left()
+        if left is not None and left <= 0:
+            return execute.not_begun(pack)
+        self._begin(pack, None)
+        return execute.train_here(
+            pack,
+            root=self._folder,
+            left=self._time_left,
+            replace=self._replace,
+            observer=_Seen(self.board, pack),
+            tell=console.talk,
+        )
+
+    def _in_slots(
+        self, packs: Sequence[Pack], again: Sequence[str]
+    ) -> Generator[tuple[Pack, list[Outcome]], None, None]:
+        from icdctl.grid import execute
+
+        def command() -> list[str] | None:
+            left = self._time_left()
+            if left is not None and left <= 0:
+                return None
+            limit = None if left is None else execute.as_time_limit(left)
+            given = flags(together=self._slots.together, time_limit=limit)
+            return [*again, *given, *(["--replace"] if self._replace else [])]
+
+        return execute.train_in_slots(
+            packs, slots=self._slots.names, command=command, tell=console.talk, on_begin=self._begin
+        )
+
+    def _time_left(self) -> float | None:
+        """Seconds; None where there is no limit."""
+        if self._limit is None:
+            return None
+        return 0.0 if self._is_over else self._limit - (time.monotonic() - self._started)
+
+    def _begin(self, pack: Pack, slot: str | None) -> None:
+        from icdctl.grid import execute
+
+        place = "" if slot is None else f"GPU {slot}"
+        self.board.begin(pack, place)
+        if not self._is_child:
+            console.talk(f"{pack.label}: begun" + (f" on {place}" if place else ""))
+            execute.write_log(self._folder, [execute.Outcome(run.label, "begun") for run in pack.runs])
+
+    def _end(self, pack: Pack, outcomes: list[Outcome]) -> list[Outcome]:
+        from icdctl.grid import execute
+
+        self.board.end(pack, outcomes)
+        self._is_over |= any(outcome.state == "stopped" for outcome in outcomes)
+        if not self._is_child:
+            execute.write_log(self._folder, outcomes)
+            for outcome in outcomes:
+                console.talk(_line(outcome))
+            console.talk(self.board.counts)
+        return outcomes
 
 
 def report(done: Done, as_json: bool) -> None:
@@ -120,6 +348,7 @@ def report(done: Done, as_json: bool) -> None:
         rows = [[each.label, each.state, "" if each.top1 is None else f"{each.top1:.2f}"] for each in done.outcomes]
         if rows:
             console.show_table(["run", "state", "top-1"], rows)
-        console.talk(f"{done.num_before} runs were done already")
+    if any(each.state == "stopped" for each in done.outcomes):
+        console.talk("the time limit stopped some runs: run the same command again, and they go on")
     if done.failed:
         raise done.error()

@@ -79,10 +79,13 @@ def report(
 
 def _default_runs(root: Path) -> list[Path]:
     """The finished runs of the project's grid; else whatever lies in `runs`."""
+    from icdctl import api
     from icdctl.grid.cells import PARAMS_FILE, read_grid, read_params
+    from icdctl.grid.standing import standings
 
     if (root / PARAMS_FILE).is_file() and read_params(root).get("cells"):
-        found = [run.folder for run in read_grid(root).runs if run.state == "done"]
+        known = standings(read_grid(root).runs, api.Planner())
+        found = [standing.run.folder for standing in known if standing.state == "done"]
         if found:
             return found
     return [root / "runs"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,12 +43,13 @@ def reproduce(
         Path | None,
         typer.Option(metavar="DIR", help="Folder of the written tables.", show_default="runs/reproduce/TABLE"),
     ] = None,
-    jobs: many.Jobs = 1,
+    jobs: many.Jobs = None,
     gpus: many.Gpus = None,
     together: many.Together = 8,
     data_dir: options.DataDir = None,
     device: options.Device = None,
-    time_limit: options.TimeLimit = None,
+    time_limit: many.TimeLimit = None,
+    replace: many.Replace = False,
     only: many.Only = None,
     outcomes: many.Outcomes = None,
     as_json: options.Json = False,
@@ -56,30 +58,46 @@ def reproduce(
 
     Example: icdctl reproduce demo --seeds 5
     """
-    from icdctl import reproducing
+    from icdctl import api, reproducing
+    from icdctl.grid.standing import standings
     from icdctl.science import tables, verdicts
 
-    if table is None or (listing and not cells):
+    if table is None or listing:
         if table is None and not listing:
             raise UsageError("no table is named", hint="e.g. `icdctl reproduce demo`; `--list` shows all")
-        _list(table, as_json)
+        _list(table, cells or [], family, as_json)
         return
     chosen = tables.load(table)
     wanted = reproducing.select(chosen, texts=cells or [], family=family)
     compared = _compared(epoch)
-    given = options.given_options(data_dir=data_dir, device=device, time_limit=time_limit)
-    grid = reproducing.grid_of(wanted, num_seeds=seeds, options=given)
+    given = options.given_options(data_dir=data_dir)
+    plain = reproducing.grid_of(wanted, num_seeds=seeds, options=given)
+    grid = reproducing.with_own_teachers(plain)
     done = None
     if train:
-        with observed() as observer:
-            grid = reproducing.with_own_teachers(grid, observer=observer)
-        passed = many.flags(family=family, data_dir=data_dir, device=device, time_limit=time_limit, seeds=seeds)
-        again = ["reproduce", table, *passed, *(part for text in cells or [] for part in ("--cells", text))]
-        slots = many.Slots(jobs=jobs, gpus=gpus, together=together)
-        done = many.train_missing(grid, again=again, slots=slots, only=only, outcomes=outcomes)
+        if outcomes is None:
+            with observed() as observer:
+                reproducing.train_own_teachers(
+                    plain, replaces=replace, device=device, tell=console.talk, observer=observer
+                )
+        passed = many.flags(family=family, data_dir=data_dir, device=device, seeds=seeds)
+        done = many.train_missing(
+            grid,
+            again=["reproduce", table, *passed, *(part for text in cells or [] for part in ("--cells", text))],
+            slots=many.Slots(jobs=jobs, gpus=gpus, together=together),
+            replace=replace,
+            time_limit=time_limit,
+            device=device,
+            only=only,
+            outcomes=outcomes,
+        )
     if outcomes is not None:
         return
-    judgement = reproducing.judge(chosen, wanted, grid, margin=margin, epoch=compared)
+    runs = standings(grid.runs, api.Planner())
+    for run in runs:
+        if run.state == "stale":
+            console.talk(f"warning: {run.run.label} is left out, it was trained with other settings: {run.changes}")
+    judgement = reproducing.judge(chosen, wanted, runs, margin=margin, epoch=compared)
     folder = out or files.project_root() / "runs" / "reproduce" / table
     written = reproducing.write(judgement, folder)
     if as_json and not (done and done.failed):
@@ -102,7 +120,8 @@ def _compared(text: str) -> Compared:
     raise UsageError(f"unknown epoch `{text}`", hint="choose `as published`, `final` or `best`")
 
 
-def _list(table: str | None, as_json: bool) -> None:
+def _list(table: str | None, texts: Sequence[str], family: str | None, as_json: bool) -> None:
+    from icdctl import reproducing
     from icdctl.methods import METHODS
     from icdctl.science import tables
 
@@ -120,7 +139,7 @@ def _list(table: str | None, as_json: bool) -> None:
                 "runs": cell.why_not(METHODS) or "yes",
                 "note": cell.note,
             }
-            for cell in tables.load(table).cells
+            for cell in reproducing.select(tables.load(table), texts=texts, family=family)
         ]
     if as_json:
         console.show_json({"tables" if table is None else "cells": rows})

@@ -18,7 +18,7 @@ from icdctl.config import RunConfig
 from icdctl.errors import UsageError, unknown_name
 from icdctl.methods import METHODS
 from icdctl.recipes import RECIPES, Recipe
-from icdctl.reproducing import grid_cell, name_of
+from icdctl.reproducing import folder_name, grid_cell, name_of
 from icdctl.science import paper, tables
 from icdctl.science.paper import FAMILIES, Config, Correction
 from icdctl.science.tables import SCALES, Cell
@@ -80,7 +80,7 @@ def find(name: str) -> Recipe | PaperRecipe:
     if name in RECIPES:
         return RECIPES[name]
     known = paper_recipes()
-    found = known.get(name.strip().removesuffix("-time").replace("/", "-"))
+    found = known.get(folder_name(name.strip()))
     if found is None:
         names = [*RECIPES, *(recipe.name for recipe in known.values())]
         raise unknown_name("recipe", name, names, listing=LISTING)

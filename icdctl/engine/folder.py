@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from icdctl import files
+from icdctl import files, registry
 from icdctl.config import RunConfig
 from icdctl.engine.checkpoint import checkpoint_path
 from icdctl.errors import ArtifactError, UsageError
+
+_WRITTEN = {"environment.json", "history.csv", "metrics.json", registry.WEIGHTS_FILE}
+"""What a run leaves beside its config.json."""
 
 
 @contextmanager
@@ -32,9 +35,7 @@ def claimed(config: RunConfig, *, resume: bool, waiting: Callable[[str], None] |
         UsageError, ArtifactError: it is in use, or holds something else.
     """
     out = Path(config.out)
-    busy = f"run folder `{out}` is in use by another process"
-    hint = "wait for it, or choose another folder with `--out`"
-    with files.locked(lock_path(out), busy=busy, hint=hint, waiting=waiting):
+    with held(out, waiting=waiting):
         existed = out.exists()
         if existed:
             _check_folder(out, config, resume=resume)
@@ -44,6 +45,31 @@ def claimed(config: RunConfig, *, resume: bool, waiting: Callable[[str], None] |
         finally:
             if not checkpoint_path(config.fingerprint).is_file():
                 _remove_new(out, existed)
+
+
+@contextmanager
+def held(out: Path, *, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold a run folder for one process, whatever is in it.
+
+    Two locks: one beside the folder, for all who can see it; one in the state folder, for a pipeline deletes a stage's
+    outputs, the first lock among them, while a trainer that outlived its pipeline may still be at work.
+
+    Args:
+        out: the run folder.
+        waiting: told that another process is at work in it, which is then waited for; None to fail at once.
+
+    Raises:
+        ArtifactError: it is in use, or can't be written to.
+    """
+    busy = f"run folder `{out}` is in use by another process"
+    hint = "wait for it, or choose another folder with `--out`"
+    name = files.sha256_bytes(str(out.resolve()).encode())[:20]
+    own = files.state_folder() / "locks" / f"{name}.lock"
+    with (
+        files.locked(own, busy=busy, hint=hint, waiting=waiting),
+        files.locked(lock_path(out), busy=busy, hint=hint, waiting=waiting),
+    ):
+        yield
 
 
 def lock_path(out: Path) -> Path:
@@ -70,6 +96,8 @@ def _check_folder(out: Path, config: RunConfig, *, resume: bool) -> None:
     if not inside:
         return
     if not stated.is_file():
+        if resume and _WRITTEN.issuperset(inside):  # by a run whose folder was taken away under it
+            return
         raise ArtifactError(
             f"`{out}` is not empty and holds no run (`{inside[0]}`)", hint="choose another folder with `--out`"
         )
@@ -78,20 +106,36 @@ def _check_folder(out: Path, config: RunConfig, *, resume: bool) -> None:
             f"run folder `{out}` exists",
             hint="go on with it by `--resume`, or choose another folder with `--out`",
         )
-    held = files.read_json(stated, what="config", hint=f"delete `{out}` and start again")
-    try:
-        earlier = RunConfig(**{**held, "out": config.out})
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"`{stated}` is no configuration of this version", hint=f"delete `{out}` and start again"
-        ) from error
-    if earlier.fingerprint != config.fingerprint:
-        new, old = config.identity, earlier.identity
-        changed = [_change(key, old[key], new[key]) for key in new if new[key] != old[key]]
+    changed = differences(read_config(out, now_at=config.out), config)
+    if changed:
         raise UsageError(
             f"run folder `{out}` holds a run with other settings: {', '.join(changed)}",
             hint="resume with the same settings, or choose another folder with `--out`",
         )
+
+
+def read_config(out: Path, *, now_at: str) -> RunConfig:
+    """The configuration of the run that a folder holds.
+
+    Args:
+        out: the run folder.
+        now_at: what `out` is to be, for folders are moved.
+
+    Raises:
+        ArtifactError: it can't be read, or is of another version.
+    """
+    path, hint = out / "config.json", f"delete `{out}` and start again"
+    stated = files.read_json(path, what="config", hint=hint)
+    try:
+        return RunConfig(**{**stated, "out": now_at})
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"`{path}` is no configuration of this version", hint=hint) from error
+
+
+def differences(earlier: RunConfig, config: RunConfig) -> list[str]:
+    """What makes two runs different, `gamma 4.0 -> 8.0`; nothing where one may go on with the other."""
+    new, old = config.identity, earlier.identity
+    return [_change(key, old[key], new[key]) for key in new if new[key] != old[key]]
 
 
 def _change(key: str, old: Any, new: Any) -> str:

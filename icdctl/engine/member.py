@@ -284,8 +284,21 @@ class Member:
             teacher_precision=self.config.teacher_precision,
         )
         self.writer.save(self.state_path, self.step, self.progress)
+        self._check_folder()
         write_history(self.out / "history.csv", self.progress.history)
         return row
+
+    def _check_folder(self) -> None:
+        """Stop where the run folder was taken away: whoever did it may be about to train something else there.
+
+        A pipeline that is started anew deletes the outputs of a stage, and its first trainer may have outlived it.
+        """
+        if not (self.out / "config.json").is_file():
+            raise ArtifactError(
+                f"run folder `{self.out}` was taken away during the run; the state after epoch {self.progress.epoch} "
+                "is saved",
+                hint="the same command with `--resume` goes on from there",
+            )
 
     def _row(self, log: Tensor, *, num_labelled: int) -> dict[str, float]:
         finite = log[torch.isfinite(log).all(dim=1)]
@@ -370,6 +383,7 @@ class Member:
 
     def finish(self, teacher_origin: Mapping[str, str | None], *, num_students: int) -> RunResult:
         """Weights and metrics of a run whose last epoch is done."""
+        self._check_folder()
         config, progress, dataset = self.config, self.progress, self.place.dataset
         metrics: dict[str, Any] = {
             **self._accuracy(progress.history),

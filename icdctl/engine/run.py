@@ -76,7 +76,8 @@ def run_together(
     precision = resolve_precision(configs[0].precision, device)
     observer = observer or SilentObserver()
     with ExitStack() as stack:
-        for config in configs:
+        # In the same order everywhere, or two processes that wait could wait for each other.
+        for config in sorted(configs, key=lambda config: config.out):
             waiting = observer.message if wait else None
             stack.enter_context(claimed(config, resume=resume, waiting=waiting))
         stack.enter_context(backend_settings(device, precision, deterministic=configs[0].deterministic))
@@ -157,14 +158,18 @@ class _Session:
         if not is_in_time and self._waiting():
             done = min(member.progress.epoch for member in self._waiting())
             self.observer.message(f"time limit: stopped after epoch {done}; `--resume` goes on")
-        return [
-            self.failures[number]
-            if number in self.failures
-            else member.finish(teacher_origin if member.config.teacher else {}, num_students=len(self.members))
-            if member.progress.done
-            else member.unfinished()
-            for number, member in enumerate(self.members)
-        ]
+        return [self._result(number, teacher_origin) for number in range(len(self.members))]
+
+    def _result(self, number: int, teacher_origin: Mapping[str, str | None]) -> RunResult | Failure:
+        """What a student leaves; where that can't be written, it is its own failure."""
+        member = self.members[number]
+        if number not in self.failures:
+            if not member.progress.done:
+                return member.unfinished()
+            with self._given_up(member, []):
+                origin = teacher_origin if member.config.teacher else {}
+                return member.finish(origin, num_students=len(self.members))
+        return self.failures[number]
 
     def _waiting(self) -> list[Member]:
         """Those that have not failed and are not done."""

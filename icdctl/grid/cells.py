@@ -1,4 +1,4 @@
-"""Cells of a grid: a set of options that is trained with several seeds, and how far its runs are.
+"""Cells of a grid: a set of options that is trained with several seeds.
 
 `params.yaml` names them: `seeds` is a list, `cells` a mapping from names to options of a run, the same as in its
 `train` section, which holds the defaults of all cells.
@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from icdctl import files
+from icdctl import files, methods, sources
 from icdctl.errors import ArtifactError, UsageError, unknown_name
 from icdctl.lists import parse_seeds
 from icdctl.sources import Options
 
-State = Literal["done", "begun", "missing"]
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LONGEST_NAME = 200
+_PLAIN = "ce"
+"""Trained without a teacher."""
 _OWN = ("seed", "out")
 """Options that the grid gives each run."""
 _AFTER = "after"
 """What a pipeline makes before a cell; `dvc.yaml` reads it, and nothing here."""
+_LARGEST_SEED = 2**31 - 1
 PARAMS_FILE = "params.yaml"
 
 
@@ -38,11 +39,13 @@ class GridCell:
     name: str
     options: Mapping[str, Any]
     """Of `icdctl.sources.Options`, but `seed` and `out`."""
+    method: str
+    """A name in `METHODS`, the project's default where the cell states none; as typed where there is no such method."""
 
     @property
     def command(self) -> Literal["train", "distill"]:
         """`train` for plain cross-entropy."""
-        return "train" if self.options.get("method", "ce") == "ce" else "distill"
+        return "train" if self.method == _PLAIN else "distill"
 
 
 @dataclass(frozen=True)
@@ -68,20 +71,13 @@ class GridRun:
         return {**own, "seed": self.seed, "out": str(self.folder)}
 
     @property
-    def state(self) -> State:
-        """By the files in its folder."""
-        if (self.folder / "metrics.json").is_file():
-            return "done"
-        return "begun" if (self.folder / "config.json").is_file() else "missing"
-
-    @property
-    def epochs_done(self) -> int:
-        """By the lines of its history."""
+    def history(self) -> list[dict[str, str]]:
+        """The lines of its history; none where it has not got that far."""
         try:
             with (self.folder / "history.csv").open(newline="", encoding="utf-8") as file:
-                return sum(1 for _ in csv.DictReader(file))
-        except OSError:
-            return 0
+                return list(csv.DictReader(file))
+        except (OSError, ValueError, csv.Error):
+            return []
 
     def metrics(self) -> dict[str, Any]:
         """Of a run that is done.
@@ -91,9 +87,10 @@ class GridRun:
         """
         hint = f"delete `{self.folder}`, and train it again"
         value = files.read_json(self.folder / "metrics.json", what="metrics", hint=hint)
-        if not isinstance(value, dict) or "final_top1" not in value:
-            raise ArtifactError(f"`{self.folder / 'metrics.json'}` states no `final_top1`", hint=hint)
-        return value
+        top1 = value.get("final_top1") if isinstance(value, dict) else None
+        if isinstance(top1, bool) or not isinstance(top1, int | float) or not math.isfinite(top1):
+            raise ArtifactError(f"`{self.folder / 'metrics.json'}` states no number `final_top1`", hint=hint)
+        return dict(value)
 
 
 @dataclass(frozen=True)
@@ -105,6 +102,8 @@ class Grid:
     folder: Path
     """Run folders are `<folder>/<cell>/s<seed>`."""
     origin: str = field(default=PARAMS_FILE, compare=False)
+    teachers: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Of paths that cells name as teachers: which models they hold."""
 
     @property
     def runs(self) -> tuple[GridRun, ...]:
@@ -125,38 +124,30 @@ class Grid:
         for name in wanted:
             if name not in known:
                 raise unknown_name(f"cell of `{self.origin}`", name, known, listing="icdctl grid status")
-        cells = tuple(cell for cell in self.cells if not wanted or cell.name in wanted)
-        return Grid(cells, self.seeds, self.folder, self.origin)
+        return replace(self, cells=tuple(cell for cell in self.cells if not wanted or cell.name in wanted))
 
     def given(self, options: Mapping[str, Any]) -> Grid:
         """With options that hold for all cells, in place of their own."""
-        cells = (GridCell(cell.name, {**cell.options, **options}) for cell in self.cells)
-        return Grid(tuple(cells), self.seeds, self.folder, self.origin)
-
-    def swept(self, axes: Mapping[str, Sequence[str]]) -> Grid:
-        """Each cell once for every combination of values of settings of its method.
-
-        Args:
-            axes: setting -> values.
-        """
-        cells = []
-        for cell, values in itertools.product(self.cells, itertools.product(*axes.values())):
-            chosen = dict(zip(axes, values, strict=True))
-            parts = [f"{key.replace('_', '')}{_short(value)}" for key, value in chosen.items()]
-            settings = {**(cell.options.get("settings") or {}), **chosen}
-            cells.append(GridCell("-".join([cell.name, *parts]), {**cell.options, "settings": settings}))
-        return Grid(tuple(cells), self.seeds, self.folder, self.origin)
+        cells = tuple(replace(cell, options={**cell.options, **options}) for cell in self.cells)
+        return replace(self, cells=cells)
 
 
-def make_cell(name: str, options: Mapping[str, Any], *, origin: str) -> GridCell:
+def make_cell(name: str, options: Mapping[Any, Any], *, origin: str, method: str | None = None) -> GridCell:
     """A cell whose name can be a folder's and whose options are known.
 
+    Args:
+        name: of the cell.
+        options: as params.yaml states them.
+        origin: where it is from, for messages.
+        method: of cells that state none.
+
     Raises:
-        UsageError: the name or a key can't be.
+        UsageError: the name or an option can't be.
     """
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
         raise UsageError(
-            f"`{name}` in {origin} can't be the name of a cell", hint="letters, digits, `.`, `_` and `-`, as a folder's"
+            f"`{name[:_LONGEST_NAME]}` in {origin} can't be the name of a cell",
+            hint="letters, digits, `.`, `_` and `-`, as a folder's",
         )
     own = {key: value for key, value in options.items() if key != _AFTER}
     for key in own:
@@ -168,7 +159,24 @@ def make_cell(name: str, options: Mapping[str, Any], *, origin: str) -> GridCell
             raise unknown_name(
                 f"option of cell `{name}`", str(key), Options.model_fields, listing="icdctl distill --dry-run"
             )
-    return GridCell(name, own)
+    settings = own.get("settings")
+    if settings is not None and not (isinstance(settings, dict) and all(isinstance(key, str) for key in settings)):
+        raise UsageError(
+            f"`settings` of cell `{name}` in {origin} is no mapping of names", hint="e.g. `settings: {gamma: 4}`"
+        )
+    stated = own.get("method") or method
+    if stated is None and own.get("teacher") is not None:
+        raise UsageError(
+            f"cell `{name}` in {origin} has a teacher, and no method", hint="e.g. `method: cd_sdd_dkd`, or no `teacher`"
+        )
+    return GridCell(name, own, _resolved(_PLAIN if stated is None else str(stated)))
+
+
+def _resolved(method: str) -> str:
+    try:
+        return methods.resolve(method)
+    except UsageError:  # told where the run is planned, with what else is wrong with it
+        return method
 
 
 def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
@@ -180,7 +188,7 @@ def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
 
     Raises:
         UsageError: the file has no cells, or a cell can't be.
-        ArtifactError: there is no such file, or it is no YAML.
+        ArtifactError: there is no such file, or it is no mapping.
     """
     path = root / PARAMS_FILE
     content = read_params(root)
@@ -190,15 +198,36 @@ def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
             f"`{path}` names no cells", hint="write e.g. `cells: {mine: {method: kd, teacher: res20, ...}}`"
         )
     origin = f"`{path}`"
-    made = []
+    usual = sources.gather({}).method
+    made: dict[str, GridCell] = {}
     for name, options in cells.items():
         if not isinstance(options, dict):
             raise UsageError(f"cell `{name}` in {origin} is no mapping of options", hint="e.g. `{method: kd, ...}`")
-        made.append(make_cell(str(name), options, origin=origin))
+        cell = make_cell(str(name), options, origin=origin, method=usual)
+        if cell.name in made:
+            raise UsageError(f"two cells in {origin} are called `{cell.name}`", hint="call one of them otherwise")
+        made[cell.name] = cell
     given = content.get("seeds", [0]) if seeds is None else parse_seeds(seeds)
-    if not isinstance(given, list) or not given or not all(type(seed) is int and seed >= 0 for seed in given):
-        raise UsageError(f"`seeds` in {origin} is no list of whole numbers", hint="e.g. `seeds: [0, 1, 2]`")
-    return Grid(tuple(made), tuple(given), root / "runs", str(path))
+    if not isinstance(given, list) or not given or not all(_is_seed(seed) for seed in given):
+        where = f"`seeds` in {origin}" if seeds is None else f"`--seeds {seeds}`"
+        raise UsageError(f"{where} is no list of whole numbers up to {_LARGEST_SEED}", hint="e.g. `seeds: [0, 1, 2]`")
+    twice = next((seed for seed in given if given.count(seed) > 1), None)
+    if twice is not None:
+        raise UsageError(f"`seeds` in {origin} names {twice} twice", hint="name each seed once")
+    return Grid(tuple(made.values()), tuple(given), root / "runs", str(path), _teacher_models(content))
+
+
+def _is_seed(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST_SEED
+
+
+def _teacher_models(content: Mapping[str, Any]) -> dict[str, str]:
+    """What the teachers that the pipeline makes are, by the paths that cells name them with."""
+    entries = content.get("teachers")
+    stated = entries.items() if isinstance(entries, dict) else ()
+    return {
+        f"teachers/{key}": str(entry["model"]) for key, entry in stated if isinstance(entry, dict) and "model" in entry
+    }
 
 
 def read_params(root: Path) -> dict[str, Any]:
@@ -206,33 +235,14 @@ def read_params(root: Path) -> dict[str, Any]:
 
     Raises:
         ArtifactError: there is no such file, or it is no mapping.
+        UsageError: it is no YAML.
     """
     path = root / PARAMS_FILE
     hint = "a grid is the `cells` and `seeds` of a project's params.yaml; `icdctl reproduce` brings its own"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ArtifactError(f"`{path}` can't be read: {str(error).splitlines()[0]}", hint=hint) from error
+        content = sources.read_yaml(path)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"`{path}` can't be read: there is no such file", hint=hint) from error
     if not isinstance(content, dict):
         raise ArtifactError(f"`{path}` holds no mapping", hint=hint)
     return content
-
-
-def parse_sweeps(given: Sequence[str]) -> dict[str, list[str]]:
-    """`["gamma=1,2,4", "temperature=2,4"]` as settings and their values.
-
-    Raises:
-        UsageError: one is not KEY=VALUES.
-    """
-    axes: dict[str, list[str]] = {}
-    for item in given:
-        key, equals, values = item.partition("=")
-        found = [value.strip() for value in values.split(",")]
-        if not equals or not key.strip() or "" in found or key.strip() in axes or len(set(found)) < len(found):
-            raise UsageError(f"sweep `{item}` is not KEY=VALUES, each once", hint="e.g. `--sweep gamma=1,2,4`")
-        axes[key.strip()] = found
-    return axes
-
-
-def _short(value: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "_", value)

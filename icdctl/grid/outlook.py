@@ -1,15 +1,21 @@
-"""How far a grid is, how long the rest may take, and what a comparison of so many seeds can show."""
+"""How far a grid is, and how long the rest may take."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
-from icdctl.grid.cells import Grid, GridCell, GridRun
+from icdctl import api
+from icdctl.errors import ArtifactError, IcdctlError
+from icdctl.grid.cells import Grid, GridCell
+from icdctl.grid.standing import Standing, standings
 
 EXTRAPOLATED_EPOCHS = 240
 """Of the runs that `icdctl bench` extrapolates to."""
+_ANY_TEACHER = api.StandIn(("custom", "", ""), None)
 
 
 @dataclass(frozen=True)
@@ -19,18 +25,23 @@ class CellOutlook:
     name: str
     done: int
     begun: int
+    stale: int
     missing: int
     top1: tuple[float, ...]
     """Final-epoch top-1 of the runs that are done, by seed."""
     hours_left: float | None
     """Of one process on one device; None where nothing says how long a run takes."""
+    note: str
+    """How stale runs differ from the cell, what is wrong with those that are done, or why it can't be trained."""
 
     def as_json(self) -> dict[str, Any]:
         """A line of `icdctl grid plan --json`."""
         return {**vars(self), "top1": list(self.top1)}
 
 
-def outlook(grid: Grid, *, bench: Mapping[str, Any] | None = None) -> list[CellOutlook]:
+def outlook(
+    grid: Grid, *, bench: Mapping[str, Any] | None = None, known: Sequence[Standing] | None = None
+) -> list[CellOutlook]:
     """Every cell with what is known of its runs.
 
     A run is taken to last as long as the cell's own runs that are done, on average; else as `icdctl bench` says.
@@ -38,47 +49,68 @@ def outlook(grid: Grid, *, bench: Mapping[str, Any] | None = None) -> list[CellO
     Args:
         grid: of the project.
         bench: what `icdctl bench --json` printed, if it was run.
-
-    Raises:
-        ArtifactError: the metrics of a run are broken.
+        known: how far its runs are, in order, where that was looked at.
     """
-    found = []
-    for cell in grid.cells:
-        runs = [run for run in grid.runs if run.cell is cell]
-        states = [run.state for run in runs]
-        metrics = [run.metrics() for run, state in zip(runs, states, strict=True) if state == "done"]
-        seconds = _seconds_a_run(cell, metrics, bench)
-        left = [run for run, state in zip(runs, states, strict=True) if state != "done"]
-        found.append(
-            CellOutlook(
-                cell.name,
-                done=states.count("done"),
-                begun=states.count("begun"),
-                missing=states.count("missing"),
-                top1=tuple(float(each["final_top1"]) for each in metrics),
-                hours_left=0.0 if not left else None if seconds is None else _hours(cell, left, seconds),
-            )
-        )
-    return found
+    planner = api.Planner()
+    states = standings(grid.runs, planner) if known is None else known
+    return [
+        _of_cell(cell, list(group), planner, bench, grid.teachers)
+        for cell, group in groupby(states, key=lambda standing: standing.run.cell)
+    ]
+
+
+def _of_cell(
+    cell: GridCell,
+    runs: Sequence[Standing],
+    planner: api.Planner,
+    bench: Mapping[str, Any] | None,
+    teachers: Mapping[str, str],
+) -> CellOutlook:
+    states = [standing.state for standing in runs]
+    notes = [standing.changes for standing in runs if standing.state == "stale"]
+    metrics = []
+    for run in [standing.run for standing in runs if standing.state == "done"]:
+        try:
+            metrics.append(run.metrics())
+        except ArtifactError as error:
+            notes.append(error.message)
+    try:
+        epochs = planner.plan(cell.command, cell.options, stand_in=_ANY_TEACHER).epochs
+    except IcdctlError as error:
+        epochs = None
+        notes.append(error.messages[0])
+    seconds = None if epochs is None else _seconds_a_run(cell, epochs, metrics, bench, teachers)
+    left = [standing for standing in runs if standing.state != "done"]
+    hours = 0.0 if not left else None
+    if left and seconds is not None and epochs is not None:
+        begun = [min(1.0, len(each.run.history) / epochs) for each in left if each.state == "begun"]
+        hours = (len(left) - sum(begun)) * seconds / 3600
+    return CellOutlook(
+        cell.name,
+        done=states.count("done"),
+        begun=states.count("begun"),
+        stale=states.count("stale"),
+        missing=states.count("missing"),
+        top1=tuple(float(each["final_top1"]) for each in metrics),
+        hours_left=hours,
+        note="; ".join(dict.fromkeys(notes)),
+    )
 
 
 def _seconds_a_run(
-    cell: GridCell, metrics: Sequence[Mapping[str, Any]], bench: Mapping[str, Any] | None
+    cell: GridCell,
+    epochs: int,
+    metrics: Sequence[Mapping[str, Any]],
+    bench: Mapping[str, Any] | None,
+    teachers: Mapping[str, str],
 ) -> float | None:
     timed = [float(each["seconds"]) for each in metrics if isinstance(each.get("seconds"), int | float)]
     if timed:
         return sum(timed) / len(timed)
-    pairs = (bench or {}).get("pairs", {})
-    row = pairs.get(f"{cell.options.get('teacher')}:{cell.options.get('student')}", {})
+    teacher = str(cell.options.get("teacher"))
     try:
+        row = (bench or {})["pairs"][f"{teachers.get(teacher, teacher)}:{cell.options.get('student')}"]
         whole = float(row["extrapolated"]["run_seconds"])
     except (KeyError, TypeError, ValueError):
         return None
-    return whole * float(cell.options.get("epochs", EXTRAPOLATED_EPOCHS)) / EXTRAPOLATED_EPOCHS
-
-
-def _hours(cell: GridCell, left: Sequence[GridRun], seconds: float) -> float:
-    """Of whole runs and of what is left of those that have begun."""
-    epochs = cell.options.get("epochs")
-    share = sum(1 - min(1.0, run.epochs_done / int(epochs)) if epochs else 1.0 for run in left)
-    return share * seconds / 3600
+    return whole * epochs / EXTRAPOLATED_EPOCHS if math.isfinite(whole) else None

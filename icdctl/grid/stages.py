@@ -14,6 +14,7 @@ from icdctl import api, files
 from icdctl.engine.observer import Observer
 from icdctl.errors import ArtifactError, UsageError, unknown_name
 from icdctl.grid.cells import PARAMS_FILE, Grid, GridRun, read_params
+from icdctl.grid.standing import standing
 from icdctl.registry import WEIGHTS_FILE
 from icdctl.sources import Options
 from icdctl.teachers import Wishes, fetch_teacher, find_published
@@ -78,15 +79,17 @@ def evaluate_cell(grid: Grid, root: Path) -> Path:
         `results/<cell>.json`.
 
     Raises:
-        ArtifactError: a run is not done, or its weights do not reach the number that it states.
+        ArtifactError: a run is not done, or of other settings than the cell's, or its weights do not reach the number
+            that it states.
     """
     (cell,) = grid.cells
-    seeds = {str(run.seed): _evaluated(run) for run in grid.runs}
+    planner = api.Planner()
+    seeds = {str(run.seed): _evaluated(run, planner) for run in grid.runs}
     finals = [float(row["final_top1"]) for row in seeds.values()]
     path = root / RESULTS / f"{cell.name}.json"
     summary: dict[str, Any] = {
         "cell": cell.name,
-        "method": cell.options.get("method", "ce"),
+        "method": cell.method,
         "seeds": seeds,
         "mean_final_top1": statistics.fmean(finals),
         "sd_final_top1": statistics.stdev(finals) if len(finals) > 1 else None,
@@ -95,8 +98,11 @@ def evaluate_cell(grid: Grid, root: Path) -> Path:
     return path
 
 
-def _evaluated(run: GridRun) -> dict[str, Any]:
-    if run.state != "done":
+def _evaluated(run: GridRun, planner: api.Planner) -> dict[str, Any]:
+    now = standing(run, planner)
+    if now.state == "stale":
+        raise now.error()
+    if now.state != "done":
         raise ArtifactError(f"run `{run.folder}` is not done", hint=f"`icdctl grid run {run.cell.name}`")
     metrics = run.metrics()
     options = run.cell.options

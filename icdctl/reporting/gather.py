@@ -158,8 +158,9 @@ def gather(paths: Sequence[Path]) -> Gathered:
 
 
 def _run_folders(path: Path) -> list[Path]:
-    """Folders of finished runs at or below a path, without the registry's copies."""
-    found = {each.parent for each in path.rglob("metrics.json")}
+    """Folders of finished runs at or below a path, without the registry's copies and what lies in hidden folders."""
+    inside = (each.relative_to(path) for each in path.rglob("metrics.json"))
+    found = {path / each.parent for each in inside if not any(part.startswith(".") for part in each.parts)}
     return sorted(
         folder for folder in found if (folder / "config.json").is_file() and not (folder.parent / _MANIFEST).is_file()
     )

@@ -1,0 +1,111 @@
+"""What a person who waits for a grid wants to see: a row for each pack that is at work, and how much is left."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from icdctl.grid.execute import Outcome, Pack
+
+COLUMNS = ("at work on", "on", "epoch", "top-1", "time", "left")
+
+
+@dataclass
+class _Work:
+    """A pack at work."""
+
+    pack: Pack
+    place: str
+    begun: float
+    epochs_before: int
+    """Of all its runs together."""
+    doing: str = ""
+
+
+class Board:
+    """Follows packs by the histories in their run folders, which is where other processes write too."""
+
+    def __init__(self, num_runs: int, num_before: int) -> None:
+        """
+        Args:
+            num_runs: to be trained.
+            num_before: done before.
+        """
+        self._num_runs, self._num_before = num_runs, num_before
+        self._work: dict[str, _Work] = {}
+        self._states: Counter[str] = Counter()
+        self._started = time.monotonic()
+
+    def begin(self, pack: Pack, place: str) -> None:
+        """A pack is at work."""
+        self._work[pack.label] = _Work(pack, place, time.monotonic(), _epochs(pack)[0])
+
+    def doing(self, pack: Pack, what: str) -> None:
+        """What it does other than training: its data are decoded, its teacher is asked ahead."""
+        if pack.label in self._work:
+            self._work[pack.label].doing = what
+
+    def end(self, pack: Pack, outcomes: Sequence[Outcome]) -> None:
+        """A pack is over."""
+        self._work.pop(pack.label, None)
+        self.count(outcomes)
+
+    def count(self, outcomes: Sequence[Outcome]) -> None:
+        """Runs are over, whether they were ever at work or not."""
+        self._states.update(outcome.state for outcome in outcomes)
+
+    @property
+    def at_work(self) -> list[Pack]:
+        """Packs that have begun and are not over."""
+        return [work.pack for work in list(self._work.values())]
+
+    @property
+    def counts(self) -> str:
+        """`5 of 12 runs done, 1 failed`."""
+        done = self._num_before + self._states["done"]
+        told = [f"{number} {state}" for state, number in sorted(self._states.items()) if state != "done"]
+        return ", ".join([f"{done} of {self._num_before + self._num_runs} runs done", *told])
+
+    def state(self) -> tuple[list[list[object]], str]:
+        """Rows under `COLUMNS`, and a line on the whole."""
+        now = time.monotonic()
+        rows = [self._row(work, now) for work in list(self._work.values())]
+        return rows, f"{self.counts}, {duration(now - self._started)} so far"
+
+    def _row(self, work: _Work, now: float) -> list[object]:
+        pack, spent = work.pack, now - work.begun
+        done, least, top1 = _epochs(pack)
+        new = done - work.epochs_before
+        left = max(0, len(pack.runs) * pack.epochs - done)
+        reached = f"{sum(top1) / len(top1):.2f}" if top1 else ""
+        return [
+            pack.label,
+            work.place,
+            f"{least}/{pack.epochs}" if new or not work.doing else work.doing,
+            reached,
+            duration(spent),
+            duration(spent / new * left) if new else "",
+        ]
+
+
+def _epochs(pack: Pack) -> tuple[int, int, list[float]]:
+    """Of its runs: epochs of all together, those of the one that is least far, and the last top-1 of each."""
+    histories = [run.history for run in pack.runs]
+    top1 = []
+    for history in histories:
+        try:
+            last = history[-1]
+            top1.append(float(last.get("test_top1") or last["val_top1"]))
+        except (IndexError, KeyError, TypeError, ValueError):
+            continue
+    return sum(map(len, histories)), min(map(len, histories)), top1
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 05 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,146 @@
+"""Sweeps: each cell once for every combination of values of some of its settings and options."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from icdctl import api, methods
+from icdctl.errors import ArtifactError, UsageError, unknown_name
+from icdctl.grid.cells import Grid, GridCell
+from icdctl.lists import settings_of
+from icdctl.sources import WITHOUT_FLAG
+
+_OPTIONS = WITHOUT_FLAG | {
+    "batch_size",
+    "epochs",
+    "image_size",
+    "lr",
+    "max_steps",
+    "optimizer",
+    "precision",
+    "recipe",
+    "scales",
+    "student",
+    "test_split",
+    "train_images",
+    "val_split",
+}
+"""That a sweep may change besides a method's settings. Method, teacher and data set make another cell."""
+_LISTS = ("crop_ratio", "crop_scale", "lr_decay_epochs", "scales")
+"""Their values are lists themselves; `;` stands between two of them."""
+_MOST_CELLS = 10_000
+_ANY_TEACHER = api.StandIn(("custom", "", ""), None)
+
+
+def parse_sweeps(given: Sequence[str]) -> dict[str, list[str]]:
+    """`["gamma=1,2,4", "scales=1,2;1,2,4"]` as what is swept and its values.
+
+    Raises:
+        UsageError: one is not KEY=VALUES, or names a key or a value twice.
+    """
+    axes: dict[str, list[str]] = {}
+    for item in given:
+        key, equals, values = item.partition("=")
+        name = key.strip().replace("-", "_")
+        found = [value.strip() for value in values.split(";" if name in _LISTS else ",")]
+        if not equals or not name or "" in found:
+            example = "scales=1,2;1,2,4" if name in _LISTS else "gamma=1,2,4"
+            raise UsageError(f"sweep `{item}` is not KEY=VALUES", hint=f"e.g. `--sweep '{example}'`")
+        if name in axes:
+            raise UsageError(f"`{name}` is swept twice", hint="give all its values at once")
+        if len({_plain(value) for value in found}) < len(found):
+            raise UsageError(f"sweep `{item}` names a value twice", hint="give each once")
+        axes[name] = found
+    return axes
+
+
+def swept(grid: Grid, axes: Mapping[str, Sequence[str]], *, taken: Collection[str]) -> tuple[Grid, list[str]]:
+    """Each cell once for every combination of values, called by it: `mine-gamma4-lr0.1`.
+
+    Args:
+        grid: the cells.
+        axes: setting of the cells' methods, or option -> values.
+        taken: names of other cells.
+
+    Returns:
+        The cells, and why others were left out: their methods do not have what is swept.
+
+    Raises:
+        UsageError: no cell has all that is swept, a value can't be, or two cells would have one name.
+    """
+    for key in axes:
+        if not any(_has(cell, key) for cell in grid.cells):
+            known = {*_OPTIONS, *(name for method in methods.METHODS for name in settings_of(method))}
+            if key in known:
+                raise UsageError(f"no cell that is swept has `{key}`: their methods do not read it", hint=_HINT)
+            raise unknown_name("setting or option to sweep", key, sorted(known), listing="icdctl list methods")
+    planner = api.Planner()
+    cells: dict[str, GridCell] = {}
+    left_out = []
+    for cell in grid.cells:
+        lacking = [key for key in axes if not _has(cell, key)]
+        if lacking:
+            left_out.append(f"`{cell.name}` is left out of the sweep: `{cell.method}` has no `{lacking[0]}`")
+            continue
+        for values in itertools.product(*axes.values()):
+            made = _changed(cell, dict(zip(axes, values, strict=True)))
+            if made.name in cells or made.name in taken:
+                raise UsageError(f"the sweep makes two cells `{made.name}`", hint="call the cells otherwise")
+            _check(made, planner)
+            cells[made.name] = made
+            if len(cells) > _MOST_CELLS:
+                raise UsageError(f"the sweep makes more than {_MOST_CELLS:,} cells", hint="give fewer values")
+    if not cells:
+        raise UsageError(f"no cell has all of `{'`, `'.join(axes)}`", hint=_HINT)
+    return replace(grid, cells=tuple(cells.values())), left_out
+
+
+_HINT = "`icdctl list methods` shows which method has which settings; name the cells to sweep"
+
+
+def _has(cell: GridCell, key: str) -> bool:
+    if key == "scales":
+        return cell.method in methods.METHODS and methods.METHODS[cell.method].needs_patches
+    return key in _OPTIONS or key in settings_of(cell.method)
+
+
+def _changed(cell: GridCell, values: Mapping[str, str]) -> GridCell:
+    options = dict(cell.options)
+    settings: dict[str, Any] = dict(options.get("settings") or {})
+    for key, value in values.items():
+        (settings if key in settings_of(cell.method) else options)[key] = value
+    if settings:
+        options["settings"] = settings
+    parts = [f"{key.replace('_', '')}{_short(value)}" for key, value in values.items()]
+    return replace(cell, name="-".join([cell.name, *parts]), options=options)
+
+
+def _check(cell: GridCell, planner: api.Planner) -> None:
+    """Refuse values before anything is trained; whether the teacher is there is another matter.
+
+    Raises:
+        UsageError: the configuration can't be.
+    """
+    try:
+        planner.plan(cell.command, cell.options, stand_in=_ANY_TEACHER)
+    except ArtifactError:
+        pass
+    except UsageError as error:
+        raise UsageError(f"swept cell `{cell.name}`: {error.message}", hint=error.hint) from error
+
+
+def _plain(value: str) -> float | str:
+    """Equal for two ways to write one value."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _short(value: str) -> str:
+    """As a part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", value).strip("_")
