@@ -1,5 +1,6 @@
 #!/bin/sh
-# Correctness, then speed, on the first CUDA device that comes along: at most ten minutes. Results go beside this script.
+# Correctness, then speed, on the first CUDA device that comes along: twelve minutes, three more with a reference. Results go
+# beside this script.
 # `sh benchmarks/gpu_check.sh [PYTHON]`, from an installation with `.[dev]`.
 set -u
 
@@ -39,6 +40,12 @@ if "$python" -m icdctl bench --help >"$out/bench-help.txt" 2>&1; then
     rm "$out/bench-help.txt"
     step bench.json 110 "$python" -m icdctl bench --device cuda --seconds 12 --json \
         --pairs res32x4:mv2,res32x4:shuv1,wrn40_2:vgg8
+    step compiled.json 110 "$python" -m icdctl bench --device cuda --seconds 8 --json --compile --pairs res32x4:mv2
+    # A checkout of the reference, where one is named: REFERENCE=DIR sh benchmarks/gpu_check.sh
+    if [ -n "${REFERENCE:-}" ]; then
+        step against.json 200 "$python" -m icdctl bench --device cuda --against "$REFERENCE" --pairs res32x4:mv2 \
+            --reference-variants published,workers,autocast --budget 150 --json
+    fi
 fi
 
 cat "$out/machine.txt" "$out/summary.txt"

@@ -136,6 +136,8 @@ class RunConfig(BaseModel):
     teacher_mode: TeacherMode
     teacher_precision: TeacherPrecision
     deterministic: bool
+    compile: bool = False
+    """Have torch.compile make kernels of the student's forward pass and the losses."""
     on_nonfinite: Literal["stop", "skip"]
     """What a loss or gradient that is not finite leads to."""
     ema_decay: float = Field(ge=0, lt=1)
@@ -198,6 +200,8 @@ class RunConfig(BaseModel):
         How the teacher is asked is not part of it: `auto` is decided when the run begins, and the checkpoint keeps it.
         """
         held = self.model_dump(mode="json", exclude=set(_NO_IDENTITY))
+        if not self.compile:
+            del held["compile"]  # as in runs that began before there was such a field
         return held | {"out": str(Path(self.out).resolve())}
 
     @property
@@ -359,6 +363,7 @@ _OWN_DEFAULTS: dict[str, Any] = {
     "teacher_mode": "auto",
     "teacher_precision": "auto",
     "deterministic": False,
+    "compile": False,
     "on_nonfinite": "stop",
     "ema_decay": 0.0,
     "init_weights": None,

@@ -101,6 +101,7 @@ class Options(BaseSettings):
     teacher_mode: Any = None
     teacher_precision: Any = None
     deterministic: Any = None
+    compile: Any = None
     on_nonfinite: Any = None
     ema_decay: Any = None
     init_weights: str | None = None

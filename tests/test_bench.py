@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import CommandLine
+from torch import Tensor
 
 from icdctl import models
-from icdctl.benchmark import against, ceilings, measure, speed, work, workload
+from icdctl.benchmark import against, ceilings, measure, reference, speed, work, workload
+from icdctl.engine import graph, member, teacher
 from icdctl.engine.teacher import InlineTeacher
-from icdctl.errors import ArtifactError
+from icdctl.errors import ArtifactError, IcdctlError
 
 TINY = ("--batch-size", "8", "--device", "cpu")
 
@@ -185,11 +189,14 @@ def test_a_measurement_has_every_part(icdctl: CommandLine) -> None:
     assert all(spent > 0 for spent in row["split_ms"].values())
     extra = row["extrapolated"]
     assert extra["steps_per_epoch"] == 6250
-    assert extra["epoch_seconds"] == pytest.approx(6.25 * row["step_ms"]["p50"] + extra["evaluation_seconds"])
+    between = [extra[f"{what}_seconds"] for what in ("start", "evaluation", "checkpoint")]
+    assert all(spent > 0 for spent in between)
+    assert extra["epoch_seconds"] == pytest.approx(6.25 * row["step_ms"]["p50"] + sum(between))
     assert extra["run_seconds"] == pytest.approx(240 * extra["epoch_seconds"])
     assert row["work"]["student_gflop"] == pytest.approx(3 * row["work"]["teacher_gflop"], rel=0.01)
     assert row["memory"]["peak_resident_bytes"] > 1e8
-    assert (row["host_syncs_per_step"], row["teacher_mode"]) == (None, "inline")
+    assert (row["host_syncs_per_step"], row["kernels_per_step"], row["cuda_graph"]) == (None, None, False)
+    assert (row["teacher_mode"], row["teacher_precision"]) == ("inline", "fp32")
     assert torch.get_num_threads() == threads
 
 
@@ -202,6 +209,141 @@ def test_what_is_printed_says_what_was_extrapolated(icdctl: CommandLine) -> None
     assert "extrapolated" in named["epoch"]
     assert "teacher 0.0 GFLOP" in named["work"]
     assert "host" not in named
+
+
+def test_each_type_of_number_has_its_own_ceiling(icdctl: CommandLine) -> None:
+    given = ("--pairs", "res8:res8", "--teacher-precision", "bf16", "--seconds", "0.1")
+    code, out, _ = icdctl("bench", *given, *TINY, "--json")
+    assert code == 0
+    found = json.loads(out)
+    rates, row = found["ceilings"], found["pairs"]["res8:res8"]
+    assert row["teacher_precision"] == "bf16"
+    work = row["work"]
+    seconds = 1e-3 * (
+        work["teacher_gflop"] / rates["matmul_bf16_tflops"] + work["student_gflop"] / rates["matmul_fp32_tflops"]
+    )
+    assert work["share_of_matmul_ceiling"] == pytest.approx(1e3 * seconds / row["step_ms"]["p50"])
+    kinds = [ceilings.teacher_kind(*pair) for pair in (("tf32", "fp32"), ("tf32", "fp16"), ("bf16", "fp32"))]
+    assert kinds == ["tf32", "fp16", "fp32"]
+
+
+@pytest.fixture
+def by_position(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on, steps go as on CUDA; in place of a graph's replay stands the function itself."""
+
+    def switch() -> None:
+        monkeypatch.setattr(member, "goes_by_position", lambda device: True)
+        monkeypatch.setattr(graph, "goes_by_position", lambda device: True)
+        monkeypatch.setattr(graph, "record", lambda step, stream, pool: step)
+
+    return switch
+
+
+def a_session(**changes: Any) -> workload.Session:
+    """Five steps an epoch."""
+    plan = workload.Plan(**{"method": "cd_sdd_dkd", "device": "cpu", "batch_size": 8, **changes})
+    (pair,) = workload.parse_pairs("res8:res8")
+    dataset = workload.random_dataset(40, 8, seed=0)
+    models_of_both = [workload.fresh_model("resnet8", dataset, seed=n, is_teacher=n == 0) for n in range(2)]
+    config = workload.build_config(plan, pair)
+    place: dict[str, Any] = {"device": torch.device("cpu"), "precision": "fp32"}
+    return workload.Session(config, dataset, *models_of_both, **place, message=pytest.fail)
+
+
+@pytest.mark.parametrize("mode", ["inline", "ahead", "cache"])
+def test_what_is_timed_on_cuda_learns_what_is_timed_on_a_cpu(
+    by_position: Callable[[], None], monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setattr(teacher, "_STEPS_AHEAD", 2)
+    # A table of every crop and flip is not for a benchmark.
+    changes = {"teacher_mode": mode, **({"recipe": "digits100"} if mode == "cache" else {})}
+
+    def learned() -> tuple[bool, dict[str, Tensor], Tensor]:
+        stepper = workload.Stepper(a_session(**changes))
+        for _ in range(13):  # into a third epoch
+            stepper()
+        stepper.check_finite()
+        step = stepper.session.member.step
+        return stepper.captures, step.student.state_dict(), step.log
+
+    with measure.threads(1):
+        is_captured, weights, log = learned()
+        by_position()
+        is_captured_now, weights_now, log_now = learned()
+    assert (is_captured, is_captured_now) == (False, True)
+    assert all(torch.equal(weights[key], tensor) for key, tensor in weights_now.items())
+    assert torch.equal(log, log_now)
+
+
+def test_no_speed_is_told_of_steps_that_are_not_finite(by_position: Callable[[], None]) -> None:
+    by_position()
+    stepper = workload.Stepper(a_session())
+    stepper()
+    stepper.session.member.step.log[0, 0] = torch.nan
+    for _ in range(4):
+        stepper()
+    with pytest.raises(IcdctlError, match="no speed is told"):
+        stepper()
+
+
+@pytest.mark.parametrize("mode", ["inline", "ahead"])
+def test_a_graph_is_split_by_graphs_that_end_earlier(
+    icdctl: CommandLine, by_position: Callable[[], None], mode: str
+) -> None:
+    by_position()
+    given = ("--pairs", "resnet8:res8", "--method", "cd_sdd_dkd", "--teacher-mode", mode, "--seconds", "0.5")
+    code, out, err = icdctl("bench", *given, *TINY, "--json")
+    assert (code, "without a CUDA graph" in err) == (0, False)
+    row = json.loads(out)["pairs"]["resnet8:res8"]
+    assert row["cuda_graph"]
+    assert row["first_step_seconds"] > 0
+    split = row["split_ms"]
+    assert set(split) == {"augment", "teacher", "student_forward", "loss", "backward", "clip_and_sgd"}
+    assert 0 < split["augment"] < sum(split.values())
+
+
+def test_where_nothing_can_be_captured_the_bench_says_so_once(
+    icdctl: CommandLine, by_position: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise RuntimeError("not while a test is looking")
+
+    by_position()
+    monkeypatch.setattr(graph, "record", refuse)
+    code, out, err = icdctl("bench", "--pairs", "res8:res8", "--seconds", "0.1", *TINY, "--json")
+    row = json.loads(out)["pairs"]["res8:res8"]
+    assert (code, row["cuda_graph"]) == (0, False)
+    assert err.count("res8:res8: warning: steps run without a CUDA graph") == 1
+    assert all(spent > 0 for spent in row["split_ms"].values())
+
+
+def test_kernels_that_nobody_sees_are_not_counted() -> None:
+    stepper = workload.Stepper(a_session())
+    assert speed._count_kernels(stepper) is None
+    assert bool(torch.isfinite(stepper.session.member.step.log).all())
+
+
+def test_the_beginning_of_a_step_does_what_the_step_does_so_far() -> None:
+    session = a_session()
+    step = session.member.step
+    part = session.part(session.draw(1), 0)
+    images, labels = session.place.store.inputs(part), session.place.labels[part.index]
+    before = [parameter.detach().clone() for parameter in step.student.parameters()]
+    for num_parts, has_gradients, has_moved in (
+        (0, False, False),
+        (2, False, False),
+        (3, True, False),
+        (4, True, True),
+    ):
+        beginning = speed._Beginning(
+            step.student, step.optimizer, step.rule, steps_per_epoch=5, device=torch.device("cpu")
+        )
+        beginning.num_parts = num_parts
+        beginning(0, images, labels, session.inline(images))
+        parameters = list(step.student.parameters())
+        assert all((parameter.grad is not None) == has_gradients for parameter in parameters)
+        moved = [not torch.equal(old, new) for old, new in zip(before, parameters, strict=True)]
+        assert any(moved) == has_moved
 
 
 def test_a_comparison_gates_then_times_both(icdctl: CommandLine, tmp_path: Path) -> None:
@@ -224,6 +366,51 @@ def test_a_comparison_gates_then_times_both(icdctl: CommandLine, tmp_path: Path)
     assert 0 < row["gate_differences"]["float32_gradient"] < 1e-3
     left = sorted(path.name for path in checkout.rglob("*") if path.suffix != ".py" and path.is_file())
     assert (left, (checkout / "data").exists()) == ([], False)
+
+
+def test_the_reference_is_timed_in_more_than_one_way(
+    icdctl: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(against, "_EPOCH_IMAGES", 160)
+    checkout = write_checkout(tmp_path / "checkout")
+    pace = ("--rounds", "2", "--budget", "4", "--reference-variants", "autocast,workers")
+    given = ("--against", checkout, "--pairs", "resnet8:res8", *pace)
+    code, out, err = icdctl("bench", *given, *TINY, "--json", "--require", "1000")
+    row = json.loads(out)["pairs"]["resnet8:res8"]
+    found = row["variants"]
+    assert list(found) == ["published", "autocast", "workers"]
+    assert {name: (one["workers"], one["autocast"]) for name, one in found.items()} == {
+        "published": (0, False),
+        "autocast": (0, True),
+        "workers": (min(2, os.cpu_count() or 1), False),
+    }
+    assert [one["clock"] for one in found.values()] == 2 * ["CPU seconds of the process"] + ["wall clock"]
+    assert all(0 < one["ratio_min"] <= one["ratio"] <= one["ratio_max"] for one in found.values())
+    assert row["reference_ms"] == found["published"]["reference_ms"]
+    # The slowest gain counts, whichever the variant.
+    assert code == 1
+    assert "resnet8:res8 (published)" in err
+    assert "resnet8:res8 (workers)" in err
+    code, out, _ = icdctl("bench", *given, *TINY)
+    assert code == 0
+    assert "ratio, autocast" in out
+    assert "workers: by the wall clock" in out
+
+
+def test_autocast_is_around_the_forward_pass_alone() -> None:
+    class Seen(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images @ images
+
+    held = reference.Reference()
+    module = Seen()
+    held._distiller = torch.nn.DataParallel(module)
+    images = torch.eye(2)
+    with held._autocast():
+        assert held._distiller(images).dtype == torch.bfloat16
+        assert (images @ images).dtype == torch.float32
+    assert held._distiller(images).dtype == torch.float32
+    assert "forward" not in vars(module)
 
 
 def test_a_checkout_that_computes_something_else_gets_no_speed(icdctl: CommandLine, tmp_path: Path) -> None:
@@ -253,6 +440,13 @@ def test_a_checkout_that_fails_is_named(icdctl: CommandLine, tmp_path: Path) -> 
         (("--pairs", "res8:res8,res8:res8"), 2, "pair `res8:res8` is named twice", "name it once"),
         (("--pairs", "res8:res8", "--teacher", "res8"), 2, "`--pairs` and `--teacher`", "name all models"),
         (("--require", "1.3"), 2, "`--require` needs `--against`", "name a checkout"),
+        (("--reference-variants", "workers"), 2, "`--reference-variants` needs `--against`", "name a checkout"),
+        (
+            ("--against", ".", "--reference-variants", "worker"),
+            2,
+            "unknown reference variant `worker`",
+            "choose some of published, workers, autocast",
+        ),
         (("--method", "ce"), 2, "method `ce` has no teacher", "choose another `--method`"),
         (("--method", "kdd"), 2, "unknown method `kdd`", "did you mean"),
         (("--device", "cuda:99"), 1, "device `cuda:99` is not there", "use `--device cpu`"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import CommandLine
 from test_engine import SMALL, Stop, history, weights
 from test_golden import CASES, TRAJECTORIES, check_loss, check_trajectory
 from test_graph import OPTIMIZERS, Listener
@@ -187,6 +188,32 @@ def test_a_teacher_in_half_precision_agrees(taught: Path, precision: Any) -> Non
     assert (half.logits - exact.logits).abs().max() <= (2.0**-8 if precision == "fp16" else 2.0**-5) * largest
     if precision == "fp16":
         assert _agree(exact.logits, half.logits)
+
+
+@pytest.mark.parametrize("mode", ["inline", "ahead"])
+def test_a_benchmark_times_graphs_that_never_wait(icdctl: CommandLine, mode: str) -> None:
+    given = ("--pairs", "res8x4:res8", "--teacher-mode", mode, "--seconds", "1", "--device", "cuda", "--json")
+    code, out, err = icdctl("bench", *given)
+    assert (code, "warning" in err) == (0, False)
+    row = json.loads(out)["pairs"]["res8x4:res8"]
+    assert (row["cuda_graph"], row["host_syncs_per_step"]) == (True, 0)
+    assert row["kernels_per_step"] is None or row["kernels_per_step"] > 50
+    assert row["memory"]["peak_allocated_bytes"] > 0
+    parts = ["augment", "teacher", "student_forward", "loss", "backward", "clip_and_sgd"]
+    assert list(row["split_ms"]) == parts
+    assert all(row["split_ms"][name] > 0 for name in ("augment", "student_forward", "backward"))
+
+
+def test_compiled_students_are_captured_too(taught: Path, tmp_path: Path, told: Listener) -> None:
+    given = {**ON_GPU, "method": "cd_sdd_dkd", "teacher": str(taught), "student": "res8", "teacher_precision": "fp32"}
+    rows = {}
+    for is_compiled in (False, True):
+        out = tmp_path / str(is_compiled)
+        result = library.distill(**given, lr=1e-3, compile=is_compiled, out=str(out), observer=told)
+        rows[is_compiled] = history(out)[0]
+    assert (told.said, result.metrics["compiled"]) == ([], True)
+    for key in ("ce", "kd", "cluster"):
+        assert rows[True][key] == pytest.approx(rows[False][key], rel=1e-2)
 
 
 def test_a_run_that_is_not_finite_stops_with_its_epoch_and_keeps_the_batch(taught: Path, tmp_path: Path) -> None:

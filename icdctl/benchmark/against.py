@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +39,16 @@ from icdctl.config import RunConfig
 from icdctl.data import Dataset
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
 from icdctl.engine.environment import git_state
-from icdctl.errors import ArtifactError, IcdctlError
+from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.models import Classifier
 
 PREFERRED = ("cd_sdd_dkd", "sdd_dkd", "dkd")
 """Methods to compare by where none is named: the first that the checkout has."""
 
-_NUM_BATCHES, _NUM_TEST = 80, 64
+VARIANTS = ("published", "workers", "autocast")
+"""Of the reference: with its own defaults, with more workers of its loader, and in half precision."""
+
+_EPOCH_IMAGES, _FEW_BATCHES, _NUM_TEST = 50_000, 80, 64
 _GATE_EPOCHS = (1, EPOCH, 30)
 """First, inside and after the distillation warm-up."""
 _RIGHT_SHARE = 0.7
@@ -55,10 +60,14 @@ _GRADIENT = "gradient norm"
 _DKD_KEYS = {"temperature": "T", "alpha": "ALPHA", "beta": "BETA", "ce_weight": "CE_WEIGHT", "warmup_epochs": "WARMUP"}
 _LONGEST_BLOCK_SECONDS = 12.0
 _BUDGET_FOR_BLOCKS = 0.9
-_WORKERS_ON_CUDA = 2
+_WORKERS = {"cpu": (0, 2), "cuda": (2, 16)}
+"""Of its loader: as published (none on a CPU, so that all its work is on its clock), and more."""
+_OURS, _WALL = "icdctl", "wall clock"
 _SHORTEST_PATIENCE_SECONDS = 120.0
 
 Tell = Callable[[str], None]
+Block = dict[str, dict[str, float]]
+"""Of one round: side -> its clocks, in seconds per step."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,43 @@ class Pace:
     """Seconds for everything; fewer rounds are taken where it runs out."""
 
 
-def compare(plan: Plan, pairs: Sequence[Pair], checkout: Path, pace: Pace, *, tell: Tell) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Variant:
+    """A way to run the reference without a change of its code."""
+
+    workers: int
+    """Of its loader, by its own option."""
+    autocast: bool
+    """Its forward pass in bfloat16 where torch's autocast chooses it, and on CUDA matrix products in TF32."""
+
+
+def parse_variants(text: str) -> tuple[str, ...]:
+    """`workers,autocast` as names; `published` is always there, and first.
+
+    Raises:
+        UsageError: a name is unknown.
+    """
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in VARIANTS:
+            raise UsageError(f"unknown reference variant `{name}`", hint=f"choose some of {', '.join(VARIANTS)}")
+    return tuple(dict.fromkeys((VARIANTS[0], *names)))
+
+
+def _variant(name: str, device: torch.device) -> Variant:
+    few, many = _WORKERS[device.type]
+    more = max(few, min(many, os.cpu_count() or 1))
+    if name == "workers":
+        return Variant(more, autocast=False)
+    if name == "autocast":
+        # On CUDA with the workers too, lest it waits for images; on a CPU without, for they are not on the CPU's clock.
+        return Variant(few if device.type == "cpu" else more, autocast=True)
+    return Variant(few, autocast=False)
+
+
+def compare(
+    plan: Plan, pairs: Sequence[Pair], checkout: Path, pace: Pace, *, variants: Sequence[str] = VARIANTS[:1], tell: Tell
+) -> dict[str, Any]:
     """Time both sides on each pair of models.
 
     Args:
@@ -79,12 +124,13 @@ def compare(plan: Plan, pairs: Sequence[Pair], checkout: Path, pace: Pace, *, te
         pairs: teachers and students.
         checkout: folder that holds `mdistiller`.
         pace: rounds and seconds.
+        variants: of the reference, from `parse_variants`.
         tell: told what is under way.
 
     Returns:
         `device`, `versions`, `reference` and, under `pairs`, by label: `ratio` (reference time by icdctl time, the
-        median over rounds), `ratio_min`, `ratio_max`, milliseconds a step and images per second of both, and the
-        gate's largest differences.
+        median over rounds), `ratio_min`, `ratio_max`, milliseconds a step and images per second of both, the gate's
+        largest differences, and under `variants` the same numbers for each variant of the reference.
 
     Raises:
         UsageError: a wrong option.
@@ -98,10 +144,13 @@ def compare(plan: Plan, pairs: Sequence[Pair], checkout: Path, pace: Pace, *, te
     found: dict[str, Any] = {}
     with measure.threads(plan.threads):
         described = {**measure.describe(device, precision), "threads": plan.threads}
+        if device.type == "cuda":
+            described["clock"] = _WALL  # two processes have no event in common
         stand_ins: list[str] = []
         for done, pair in enumerate(pairs):
             share = (pace.budget - (time.perf_counter() - started)) / (len(pairs) - done)
-            comparison = _Comparison(plan, pair, checkout, device, precision, tell)
+            ways = {name: _variant(name, device) for name in variants}
+            comparison = _Comparison(plan, pair, checkout, device, precision, ways, tell)
             found[pair.label], stand_ins = comparison.run(pace.rounds, share)
     described["load_after"] = measure.load()
     state = git_state(checkout) if (checkout / ".git").exists() else None
@@ -140,9 +189,16 @@ class _Comparison:
     """One pair of models, both sides."""
 
     def __init__(
-        self, plan: Plan, pair: Pair, checkout: Path, device: torch.device, precision: str, tell: Tell
+        self,
+        plan: Plan,
+        pair: Pair,
+        checkout: Path,
+        device: torch.device,
+        precision: str,
+        variants: Mapping[str, Variant],
+        tell: Tell,
     ) -> None:
-        self.plan, self.pair, self.checkout = plan, pair, checkout
+        self.plan, self.pair, self.checkout, self.variants = plan, pair, checkout, variants
         self.device, self.precision = device, precision
         self._tell = tell
 
@@ -158,7 +214,10 @@ class _Comparison:
         ):
             self._say("making images and models")
             batch_size = build_config(_with_method(self.plan, PREFERRED[0]), self.pair).batch_size
-            dataset = random_dataset(_NUM_BATCHES * batch_size, _NUM_TEST, seed=self.plan.seed)
+            # Workers start anew with each epoch, so theirs has as many steps as a real one.
+            has_workers = any(variant.workers for variant in self.variants.values())
+            num_batches = max(1, _EPOCH_IMAGES // batch_size) if has_workers else _FEW_BATCHES
+            dataset = random_dataset(num_batches * batch_size, _NUM_TEST, seed=self.plan.seed)
             keys = ("train_images", "train_labels", "test_images", "test_labels")
             torch.save({key: getattr(dataset, key) for key in keys}, Path(folder) / "images.pt")
             opened = ask(
@@ -179,17 +238,32 @@ class _Comparison:
             differences = self._gate(ask, Path(folder), config, dataset, teacher, student)
             with backend_settings(self.device, self.precision, deterministic=False):
                 session = self._session(config, dataset, teacher, student, self.precision)
-                blocks = self._blocks(ask, Stepper(session), rounds, budget - (time.perf_counter() - started))
+                step = Stepper(session)
+                blocks = self._blocks(ask, step, rounds, budget - (time.perf_counter() - started))
+                step.check_finite()
+        by_variant = {name: self._row(name, blocks, config.batch_size) for name in self.variants}
         numbers = {
             "method": method,
             "precision": self.precision,
             "teacher_precision": session.inline.precision,
             "batch_size": config.batch_size,
-            "reference_workers": prepared["workers"],
+            "cuda_graph": step.captures,
+            "compiled": session.member.is_compiled,
+            "reference_workers": prepared["workers"][VARIANTS[0]],
             "gate_differences": differences,
-            **_summary(blocks, config.batch_size, on_cpu=self.device.type == "cpu"),
+            **by_variant[VARIANTS[0]],
+            "variants": by_variant,
         }
         return numbers, opened["stand_ins"]
+
+    def _row(self, name: str, blocks: Sequence[Block], batch_size: int) -> dict[str, Any]:
+        """The numbers of one variant beside icdctl."""
+        variant = self.variants[name]
+        # Workers are processes of their own, whose CPU seconds are not on the clock of the one that trains.
+        on_cpu = self.device.type == "cpu" and not variant.workers
+        summary = _summary([(block[name], block[_OURS]) for block in blocks], batch_size, on_cpu=on_cpu)
+        clock = measure.clock_name(self.device) if on_cpu else _WALL
+        return {"workers": variant.workers, "autocast": variant.autocast, "clock": clock, **summary}
 
     def _say(self, what: str) -> None:
         self._tell(f"{self.pair.label}: {what}")
@@ -197,7 +271,7 @@ class _Comparison:
     def _session(
         self, config: RunConfig, dataset: Dataset, teacher: Classifier, student: Classifier, precision: str
     ) -> Session:
-        return Session(config, dataset, teacher, student, device=self.device, precision=precision)
+        return Session(config, dataset, teacher, student, device=self.device, precision=precision, message=self._say)
 
     def _request(self, config: RunConfig) -> dict[str, Any]:
         """Constants and names of this configuration as the reference spells them."""
@@ -205,7 +279,6 @@ class _Comparison:
         needs_patches = methods.METHODS[config.method].needs_patches
         values: dict[str, Any] = {
             "DATASET.TYPE": "cifar100",
-            "DATASET.NUM_WORKERS": 0 if self.device.type == "cpu" else _WORKERS_ON_CUDA,
             "DISTILLER.TYPE": config.method.upper(),
             "SOLVER.TYPE": "SGD",
             "SOLVER.BATCH_SIZE": config.batch_size,
@@ -230,6 +303,7 @@ class _Comparison:
             "student": _their_names(self.pair.student, needs_patches),
             "scales_text": values["M"],
             "config": values,
+            "variants": {name: asdict(variant) for name, variant in self.variants.items()},
             "epoch": EPOCH,
         }
 
@@ -253,10 +327,10 @@ class _Comparison:
                 own_student, own_teacher = own_student.double(), own_teacher.double()
             with backend_settings(self.device, "fp32", deterministic=False):
                 # A teacher in half precision is timed, but never compared.
-                exact = config.model_copy(update={"teacher_precision": "fp32"})
+                exact = config.model_copy(update={"teacher_precision": "fp32", "compile": False})
                 session = self._session(exact, dataset, own_teacher, own_student, "fp32")
                 batch = min(_DOUBLE_IMAGES, config.batch_size) if double else config.batch_size
-                ours = _gate_steps(Stepper(session), batch, folder / f"{dtype}.pt")
+                ours = _gate_steps(session, batch, folder / f"{dtype}.pt")
             theirs = ask("gate", double=double, batches=f"{dtype}.pt")
             clips = theirs["clip_norm"] is not None
             for own, other in zip(ours, theirs["batches"], strict=True):
@@ -289,14 +363,12 @@ class _Comparison:
             raise _disagreement(self.pair, f"its terms are {sorted(other['terms'])}, ours {sorted(own['terms'])}")
         return {name: (here[name], there[name], _relative_difference(here[name], there[name])) for name in here}
 
-    def _blocks(
-        self, ask: Ask, step: Stepper, rounds: int, budget: float
-    ) -> list[tuple[dict[str, float], dict[str, float]]]:
-        """Blocks of both sides, a pair each round: (reference, icdctl), seconds per step."""
+    def _blocks(self, ask: Ask, step: Stepper, rounds: int, budget: float) -> list[Block]:
+        """Blocks of all sides, one of each a round, in an order that turns round each time."""
         deadline = time.perf_counter() + budget
 
-        def theirs(count: int) -> dict[str, float]:
-            spent = ask("steps", count=count)
+        def theirs(variant: str, count: int) -> dict[str, float]:
+            spent = ask("steps", count=count, variant=variant)
             return {key: float(value) / count for key, value in spent.items()}
 
         def ours(count: int) -> dict[str, float]:
@@ -309,30 +381,28 @@ class _Comparison:
                 "wall_seconds": (time.perf_counter() - wall) / count,
             }
 
+        sides: dict[str, Callable[[int], dict[str, float]]] = {name: partial(theirs, name) for name in self.variants}
+        sides[_OURS] = ours
         self._say("warming up")
-        for side in (theirs, ours):
+        for side in sides.values():
             side(1)  # first calls choose and compile
-        slower = max(side(2)["wall_seconds"] for side in (theirs, ours))
-        room = _BUDGET_FOR_BLOCKS * (deadline - time.perf_counter()) / (2 * rounds)
+        slower = max(side(2)["wall_seconds"] for side in sides.values())
+        room = _BUDGET_FOR_BLOCKS * (deadline - time.perf_counter()) / (len(sides) * rounds)
         count = max(1, int(min(_LONGEST_BLOCK_SECONDS, room) / slower))
         found = []
         for number in range(rounds):
             self._say(f"round {number + 1} of {rounds}, {count} steps a block")
-            if number % 2 == 0:
-                first = theirs(count)
-                found.append((first, ours(count)))
-            else:
-                second = ours(count)
-                found.append((theirs(count), second))
-            if time.perf_counter() + 2 * count * slower > deadline and number + 1 < rounds:
+            names = list(sides) if number % 2 == 0 else list(reversed(sides))
+            found.append({name: sides[name](count) for name in names})
+            if time.perf_counter() + len(sides) * count * slower > deadline and number + 1 < rounds:
                 self._say(f"the budget is spent after {number + 1} of {rounds} rounds")
                 break
         return found
 
 
-def _gate_steps(step: Stepper, batch: int, path: Path) -> list[dict[str, Any]]:
+def _gate_steps(session: Session, batch: int, path: Path) -> list[dict[str, Any]]:
     """Our side of the gate, every step from the same weights; its batches are left for the other at `path`."""
-    session, member = step.session, step.session.member
+    member = session.member
     state = {key: tensor.clone() for key, tensor in member.student.state_dict().items()}
     dtype = next(member.student.parameters()).dtype
     views, _ = session.start_epoch(EPOCH)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,24 +17,25 @@ _COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 _CONVOLUTION = (64, 256, 8)
 """Images, channels, side of the map: a deep layer of res32x4 at batch 64."""
 _NUM_LAUNCHES = 1000
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def measure_ceilings(device: torch.device, precision: str, *, seconds: float, seed: int) -> dict[str, float]:
+def measure_ceilings(device: torch.device, kinds: Sequence[str], *, seconds: float, seed: int) -> dict[str, float]:
     """Rates on random data, medians of 3 to 10 repeats on the device's first clock.
 
     Args:
         device: to measure.
-        precision: of the student; the teacher multiplies in fp32, or tf32 on CUDA.
+        kinds: what is multiplied in: `fp32`, `tf32`, `bf16`, `fp16`.
         seconds: about, for each ceiling.
         seed: of the data.
 
     Returns:
-        `matmul_<precision>_tflops` (2 n^3 operations), `conv3x3_<precision>_tflops` (256 channels, 8 x 8, 64 images; by
+        `matmul_<kind>_tflops` (2 n^3 operations), `conv3x3_<kind>_tflops` (256 channels, 8 x 8, 64 images; by
         the plain count of operations, which a library may undercut), `copy_gb_per_second` (bytes read and written), and
         on CUDA `eager_launch_us` and `graph_node_us` of a kernel that adds 1 to one number.
     """
     found = {}
-    for kind in dict.fromkeys((teacher_precision(precision), precision)):
+    for kind in dict.fromkeys(kinds):
         found[f"matmul_{kind}_tflops"] = _matmul(device, kind, seconds, seed) / 1e12
         found[f"conv3x3_{kind}_tflops"] = _convolution(device, kind, seconds, seed) / 1e12
     found["copy_gb_per_second"] = _copy(device, seconds, seed) / 1e9
@@ -44,28 +45,33 @@ def measure_ceilings(device: torch.device, precision: str, *, seconds: float, se
     return found
 
 
-def teacher_precision(precision: str) -> str:
-    """What the teacher's forward pass multiplies in, for a student in `precision`."""
-    return "fp32" if precision == "bf16" else precision
+def teacher_kind(precision: str, teacher_precision: str) -> str:
+    """What the teacher's forward pass multiplies in.
+
+    Args:
+        precision: of the student, which goes with torch's switch for tf32.
+        teacher_precision: of the teacher.
+    """
+    return precision if (precision, teacher_precision) == ("tf32", "fp32") else teacher_precision
 
 
-def _matmul(device: torch.device, precision: str, seconds: float, seed: int) -> float:
+def _matmul(device: torch.device, kind: str, seconds: float, seed: int) -> float:
     """Operations per second."""
     side = _MATMUL_SIDE[device.type]
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = _DTYPES.get(kind, torch.float32)
     generator = torch.Generator(device).manual_seed(seed)
     left = torch.randn((side, side), generator=generator, device=device).to(dtype)
     right = torch.randn((side, side), generator=generator, device=device).to(dtype)
     out = torch.empty_like(left)
-    with _tf32_matmul(precision == "tf32"):
+    with _tf32_matmul(kind == "tf32"):
         spent = measure.repeat(lambda: torch.mm(left, right, out=out), seconds=seconds, device=device)
     return 2.0 * side**3 / spent
 
 
-def _convolution(device: torch.device, precision: str, seconds: float, seed: int) -> float:
+def _convolution(device: torch.device, kind: str, seconds: float, seed: int) -> float:
     """Operations per second, by the count of the plain algorithm."""
     images, channels, side = _CONVOLUTION
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = _DTYPES.get(kind, torch.float32)
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:

@@ -7,13 +7,11 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,6 @@ from icdctl import installed
 from icdctl.engine.environment import describe_device
 
 PACKAGES = ("icdctl", "torch", "torchvision", "numpy")
-_CPU_INFO = Path("/proc/cpuinfo")
 _FEWEST_STEPS = 3
 _EVENTS_AT_A_TIME = 100
 
@@ -167,7 +164,7 @@ def describe(device: torch.device, precision: str) -> dict[str, Any]:
     """The device that is measured, its name and size, and how busy the machine is."""
     described = {**describe_device(device), "precision": precision, "clock": clock_name(device)}
     if device.type == "cpu":
-        described |= {"name": _cpu_name(), "capability": torch.backends.cpu.get_cpu_capability()}
+        described["capability"] = torch.backends.cpu.get_cpu_capability()
     return {**described, "load_before": load()}
 
 
@@ -179,12 +176,3 @@ def load() -> float | None:
 def versions() -> dict[str, str | None]:
     """Of what a measurement depends on."""
     return installed.versions(PACKAGES)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = _CPU_INFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()

@@ -10,6 +10,8 @@ it is imported from where it lies. What is put in place of the world around it:
 - packages that are not installed and that a step does not need (yacs, wandb, tensorboardX) become stand-ins, named in
   the answer;
 - on a CPU `.cuda()` returns what it is called on.
+
+Its variants are its own option for the number of its loader's workers, and torch's autocast around its forward pass.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +133,8 @@ class Reference:
 
     def __init__(self) -> None:
         self._cuda = False
-        self._batches: Iterator[Any] = iter(())
+        self._variants: dict[str, Any] = {}
+        self._batches: dict[str, Iterator[Any]] = {}
         self._meters: dict[str, Any] = {}
 
     def open(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,11 +183,16 @@ class Reference:
     def prepare(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Build data, models, distiller and trainer as its own script does."""
         self._request = request
-        config = self._configuration(request)
         for name, module in list(sys.modules.items()):  # so that nothing is made in the checkout
             if name.startswith(f"{_PACKAGE}.") and hasattr(module, "get_data_folder"):
                 setattr(module, "get_data_folder", lambda: str(self._scratch))  # noqa: B010 (no module declares it)
-        train_loader, test_loader, *_ = self._table("get_dataset")(config)
+        loaders = {}
+        for name, variant in request["variants"].items():
+            config = self._configuration({**request["config"], "DATASET.NUM_WORKERS": variant["workers"]})
+            loaders[name] = self._table("get_dataset")(config)[:2]
+        self._variants = request["variants"]
+        self._train_loaders = {name: train_loader for name, (train_loader, _) in loaders.items()}
+        train_loader, test_loader = next(iter(loaders.values()))
         self._test_transform = test_loader.dataset.transform
         teacher = self._model(request["teacher"], request["scales_text"])
         student = self._model(request["student"], request["scales_text"])
@@ -192,11 +201,12 @@ class Reference:
         self._config, self._loaders = config, (train_loader, test_loader)
         self._student, self._teacher, self._distiller = student, teacher, distiller
         self._restart()
-        return {"workers": train_loader.num_workers, "trainer": type(self._trainer).__name__}
+        workers = {name: loader.num_workers for name, loader in self._train_loaders.items()}
+        return {"workers": workers, "trainer": type(self._trainer).__name__}
 
-    def _configuration(self, request: Mapping[str, Any]) -> Any:
+    def _configuration(self, values: Mapping[str, Any]) -> Any:
         config = self._table("CFG")
-        for path, value in request["config"].items():
+        for path, value in values.items():
             *groups, key = path.split(".")
             node = config
             for group in groups:
@@ -223,14 +233,15 @@ class Reference:
             model.load_state_dict(torch.load(self._scratch / f"{name}.pt", weights_only=True))
         trainer = self._table("trainer_dict")["base"]
         self._trainer = trainer("bench", self._distiller, *self._loaders, self._config)
-        self._batches = self._endless()
+        self._batches = {name: self._endless(loader) for name, loader in self._train_loaders.items()}
         meter = self._table("AverageMeter")
         self._meters = {key: meter() for key in ("training_time", "data_time", "losses", "top1", "top5")}
         self._distiller.train()
 
-    def _endless(self) -> Iterator[Any]:
+    @staticmethod
+    def _endless(loader: Any) -> Iterator[Any]:
         while True:
-            yield from self._loaders[0]
+            yield from loader
 
     def gate(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """One training step on each handed batch, every time from the handed weights, in float32 or float64."""
@@ -284,17 +295,34 @@ class Reference:
         return {"batches": found, "clip_norm": bounds[0][0] if bounds else None}
 
     def steps(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """So many training steps, timed as one."""
-        epoch, count = self._request["epoch"], request["count"]
-        wall, own = time.perf_counter(), time.process_time()
-        for _ in range(count):
-            told = self._trainer.train_iter(next(self._batches), epoch, self._meters)
-            if isinstance(told, tuple):  # its loop over an epoch then reads two of the losses
-                for key in ("loss_ce", "loss_kd"):
-                    told[1][key].item()
+        """So many training steps of a variant, timed as one."""
+        epoch, count, variant = self._request["epoch"], request["count"], request["variant"]
+        batches = self._batches[variant]
+        with self._autocast() if self._variants[variant]["autocast"] else nullcontext():
+            wall, own = time.perf_counter(), time.process_time()
+            for _ in range(count):
+                told = self._trainer.train_iter(next(batches), epoch, self._meters)
+                if isinstance(told, tuple):  # its loop over an epoch then reads two of the losses
+                    for key in ("loss_ce", "loss_kd"):
+                        told[1][key].item()
+            if self._cuda:
+                torch.cuda.synchronize()
+            return {"cpu_seconds": time.process_time() - own, "wall_seconds": time.perf_counter() - wall}
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        """Its forward passes in bfloat16 where torch's autocast chooses it, and on CUDA matrix products in TF32."""
+        module = self._distiller.module
+        before = torch.get_float32_matmul_precision()
         if self._cuda:
-            torch.cuda.synchronize()
-        return {"cpu_seconds": time.process_time() - own, "wall_seconds": time.perf_counter() - wall}
+            torch.set_float32_matmul_precision("high")
+        # The forward pass alone, as torch's manual wants it.
+        module.forward = torch.autocast("cuda" if self._cuda else "cpu", dtype=torch.bfloat16)(module.forward)
+        try:
+            yield
+        finally:
+            del module.forward
+            torch.set_float32_matmul_precision(before)
 
 
 def main() -> None:

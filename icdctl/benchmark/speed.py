@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 import sys
+import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +30,14 @@ from icdctl.benchmark.workload import (
     build_config,
     fresh_model,
     random_dataset,
+    teacher_precision,
 )
+from icdctl.data import Views
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
+from icdctl.engine.feed import Feed
+from icdctl.engine.graph import Loop
 from icdctl.engine.step import TrainingStep
-from icdctl.engine.teacher import Answer
+from icdctl.engine.teacher import Answer, Answers, AnswersByPosition, Teacher
 
 _METHOD = "cd_sdd_dkd"
 EPOCHS = 240
@@ -37,7 +47,10 @@ _PUBLISHED_IMAGES = {"train": 50_000, "test": 10_000}
 _TRAIN_IMAGES = 50_000
 _TEST_IMAGES = {"cpu": 500, "cuda": 10_000}
 _WARMUP_SHARE, _SPLIT_SHARE, _CEILING_SHARE, _LONGEST_CEILING = 0.15, 0.25, 0.05, 1.0
-_SYNC_STEPS = 10
+_SYNC_STEPS, _KERNEL_STEPS = 20, 4
+"""The first are enough for a teacher that runs ahead to be asked again."""
+_PARTS = ("augment", "student_forward", "loss", "backward", "clip_and_sgd")
+"""Of a step, the teacher's aside."""
 
 Tell = Callable[[str], None]
 
@@ -65,7 +78,8 @@ def measure_pairs(plan: Plan, pairs: list[Pair], *, seconds: float, tell: Tell) 
         described = measure.describe(device, precision)
         tell("measuring the device: matmul, copy")
         each = min(_LONGEST_CEILING, _CEILING_SHARE * seconds)
-        rates = ceiling.measure_ceilings(device, precision, seconds=each, seed=plan.seed)
+        kinds = (ceiling.teacher_kind(precision, teacher_precision(configs[0])), precision)
+        rates = ceiling.measure_ceilings(device, kinds, seconds=each, seed=plan.seed)
         found = {}
         for pair, config in zip(pairs, configs, strict=True):
             tell(f"{pair.label}: making models and images")
@@ -75,24 +89,48 @@ def measure_pairs(plan: Plan, pairs: list[Pair], *, seconds: float, tell: Tell) 
             dataset = random_dataset(num_train, _TEST_IMAGES[device.type], seed=plan.seed)
             teacher = fresh_model(pair.teacher, dataset, seed=plan.seed, is_teacher=True)
             student = fresh_model(pair.student, dataset, seed=plan.seed + 1, is_teacher=False)
-            session = Session(config, dataset, teacher, student, device=device, precision=precision)
+            session = Session(
+                config,
+                dataset,
+                teacher,
+                student,
+                device=device,
+                precision=precision,
+                message=partial(_tell_of, pair, tell),
+            )
             found[pair.label] = _measure(session, pair, rates, seconds=seconds, tell=tell)
     described["load_after"] = measure.load()
     return {"device": described, "versions": measure.versions(), "ceilings": rates, "pairs": found}
 
 
+def _tell_of(pair: Pair, tell: Tell, text: str) -> None:
+    tell(f"{pair.label}: {text}")
+
+
 def _measure(session: Session, pair: Pair, rates: Mapping[str, float], *, seconds: float, tell: Tell) -> dict[str, Any]:
     device, config = session.place.device, session.config
+    is_cuda = device.type == "cuda"
+    if is_cuda:  # what the ceilings took is no matter of a step
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     step = Stepper(session)
+    first_step = _wall_seconds(step, device)
     tell(f"{pair.label}: timing steps for {seconds:g} s, after {_WARMUP_SHARE * seconds:g} s of warm-up")
     measure.time_steps(step, seconds=_WARMUP_SHARE * seconds, device=device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     timing = measure.time_steps(step, seconds=seconds, device=device)
+    step.check_finite()
     memory = _peak_memory(device)
-    tell(f"{pair.label}: evaluation, parts of a step, work")
-    evaluation = measure.repeat(session.evaluate, seconds=0.0, device=device, fewest=1)
-    split = _split(session, seconds=_SPLIT_SHARE * seconds)
+    tell(f"{pair.label}: what comes between epochs, parts of a step, work")
+    between = {
+        "start_seconds": measure.repeat(step.start_epoch, seconds=0.0, device=device),
+        "evaluation_seconds": measure.repeat(session.evaluate, seconds=0.0, device=device, fewest=1),
+        "checkpoint_seconds": _checkpoint_seconds(session),
+    }
+    syncs = _count_syncs(step) if is_cuda else None
+    kernels = _count_kernels(step) if is_cuda else None
+    is_captured = step.captures
+    split_seconds = _SPLIT_SHARE * seconds
+    split = _split_graph(session, split_seconds) if is_captured else _split(session, seconds=split_seconds)
     step_ms = measure.percentile(timing.step_ms, 50)
     counted = _count(session)
     return {
@@ -102,17 +140,22 @@ def _measure(session: Session, pair: Pair, rates: Mapping[str, float], *, second
         "batch_size": config.batch_size,
         "precision": session.place.precision,
         "teacher_mode": session.teacher_mode,
+        "teacher_precision": session.inline.precision,
+        "cuda_graph": is_captured,
+        "compiled": session.member.is_compiled,
+        "first_step_seconds": first_step,
         "num_steps": len(timing.step_ms),
         "step_ms": _percentiles(timing.step_ms),
         "wall_step_ms": _percentiles(timing.wall_ms),
         "images_per_second": 1e3 * config.batch_size / step_ms,
         "wall_images_per_second": 1e3 * config.batch_size / measure.percentile(timing.wall_ms, 50),
-        "evaluation": {"images": len(session.place.watched_images), "seconds": evaluation},
-        "extrapolated": _extrapolate(session, step_ms, evaluation),
+        "evaluation": {"images": len(session.place.watched_images), "seconds": between["evaluation_seconds"]},
+        "extrapolated": _extrapolate(session, step_ms, between),
         "split_ms": split,
-        "work": _shares(counted, session.place.precision, rates, step_ms),
+        "work": _shares(counted, session, rates, step_ms),
         "memory": memory,
-        "host_syncs_per_step": _count_syncs(step) if device.type == "cuda" else None,
+        "host_syncs_per_step": syncs,
+        "kernels_per_step": kernels,
     }
 
 
@@ -120,14 +163,33 @@ def _percentiles(times: tuple[float, ...]) -> dict[str, float]:
     return {f"p{share}": measure.percentile(times, share) for share in (50, 90, 99)}
 
 
-def _extrapolate(session: Session, step_ms: float, evaluation: float) -> dict[str, Any]:
-    """An epoch and a run of CIFAR-100, from the median step and the timed evaluation; nobody ran them."""
+def _wall_seconds(step: Callable[[], None], device: torch.device) -> float:
+    """Of the first step, in which libraries choose their algorithms and graphs are captured."""
+    before = time.perf_counter()
+    step()
+    measure.synchronize(device)
+    return time.perf_counter() - before
+
+
+def _checkpoint_seconds(session: Session) -> float:
+    """Wall seconds until a state is on disk; on CUDA a run trains on meanwhile."""
+    member = session.member
+    with tempfile.TemporaryDirectory(prefix="icdctl-bench-") as folder:
+        before = time.perf_counter()
+        member.writer.save(Path(folder) / "state", member.step, member.progress)
+        member.writer.wait()
+        return time.perf_counter() - before
+
+
+def _extrapolate(session: Session, step_ms: float, between: Mapping[str, float]) -> dict[str, Any]:
+    """An epoch and a run of CIFAR-100, from the median step and what comes between epochs; nobody ran them."""
     steps = math.ceil(_PUBLISHED_IMAGES["train"] / session.config.batch_size)
-    evaluation_seconds = evaluation * _PUBLISHED_IMAGES["test"] / len(session.place.watched_images)
-    epoch = 1e-3 * steps * step_ms + evaluation_seconds
+    per_image = between["evaluation_seconds"] / len(session.place.watched_images)
+    between = {**between, "evaluation_seconds": per_image * _PUBLISHED_IMAGES["test"]}
+    epoch = 1e-3 * steps * step_ms + sum(between.values())
     return {
         "steps_per_epoch": steps,
-        "evaluation_seconds": evaluation_seconds,
+        **between,
         "epoch_seconds": epoch,
         "epochs": EPOCHS,
         "run_seconds": EPOCHS * epoch,
@@ -191,6 +253,87 @@ def _split(session: Session, *, seconds: float) -> dict[str, float]:
     return clock.medians_ms()
 
 
+class _Beginning(TrainingStep):
+    """A training step that ends after so many of its parts."""
+
+    num_parts: int
+
+    def __call__(self, index: int | Tensor, images: Tensor, labels: Tensor, answer: Answer | None) -> None:
+        if self.num_parts == 0:
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        logits, patches = self.forward(images)
+        if self.num_parts == 1:
+            return
+        terms = self.losses(logits, patches, labels, answer)
+        if self.num_parts == 2:
+            return
+        total = self.backward(terms)
+        if self.num_parts == 3:
+            return
+        self.update(total)
+
+
+class _Known:
+    """A teacher whose answer to every batch is there already."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    def epoch(self, views: Views, batch_size: int) -> Answers:
+        """See `Teacher`."""
+        return lambda index, part, images: self._answer
+
+    def by_position(self, feed: Feed) -> AnswersByPosition:
+        """See `Teacher`."""
+        return self
+
+    def prepare(self, index: int) -> None:
+        """See `AnswersByPosition`."""
+
+    def __call__(self, views: Views, images: Tensor) -> Answer:
+        """See `AnswersByPosition`."""
+        return self._answer
+
+
+def _split_graph(session: Session, seconds: float) -> dict[str, float]:
+    """Milliseconds of each part of a step as a graph holds it: what a graph that ends after it takes longer than one
+    that ends before it. Clocks around the parts would time the launches that a graph does without.
+
+    The teacher's time is what it takes with no student beside it: one that runs ahead hides it behind the students.
+    """
+    place, member = session.place, session.member
+    first = session.part(session.draw(EPOCH), 0).to(place.device)
+    known = _Known(session.inline(place.store.inputs(first)))
+
+    def spent(num_parts: int, teacher: Teacher) -> float:
+        beginning = _Beginning(
+            member.student,
+            member.step.optimizer,
+            member.step.rule,
+            steps_per_epoch=place.num_steps,
+            device=place.device,
+        )
+        beginning.num_parts = num_parts
+        loop = Loop(place.store, place.labels, place.batch_size, teacher, session.message)
+        indices = itertools.cycle(range(place.num_steps))
+
+        def take() -> None:
+            index = next(indices)
+            if index == 0:
+                loop.start_epoch(session.draw(EPOCH))
+            loop.step(index, [beginning], place.batch_size)
+
+        take()
+        timing = measure.time_steps(take, seconds=seconds / (len(_PARTS) + 1), device=place.device)
+        # A mean, for a teacher that runs ahead is asked in few of the steps.
+        return statistics.fmean(timing.step_ms)
+
+    lengths = [spent(num_parts, known) for num_parts in range(len(_PARTS))]
+    parts = {name: after - before for name, before, after in zip(_PARTS[1:], lengths, lengths[1:], strict=False)}
+    return {_PARTS[0]: lengths[0], "teacher": spent(0, session.teacher) - lengths[0], **parts}
+
+
 def _count(session: Session) -> work.Work:
     views, _ = session.start_epoch(EPOCH)
     images = session.place.store.inputs(session.part(views, 0))
@@ -199,12 +342,13 @@ def _count(session: Session) -> work.Work:
     return work.count(ask, lambda: member.step.forward(images), member.student)
 
 
-def _shares(counted: work.Work, precision: str, rates: Mapping[str, float], step_ms: float) -> dict[str, float]:
+def _shares(counted: work.Work, session: Session, rates: Mapping[str, float], step_ms: float) -> dict[str, float]:
     """The counted work, and how much of a step it would fill at the measured ceilings."""
-    teacher_kind = ceiling.teacher_precision(precision)
+    precision = session.place.precision
+    kind_of_teacher = ceiling.teacher_kind(precision, session.inline.precision)
 
     def share(kind: str) -> float:
-        teacher_rate, student_rate = rates[f"{kind}_{teacher_kind}_tflops"], rates[f"{kind}_{precision}_tflops"]
+        teacher_rate, student_rate = rates[f"{kind}_{kind_of_teacher}_tflops"], rates[f"{kind}_{precision}_tflops"]
         seconds = 1e-12 * (counted.teacher_flop / teacher_rate + counted.student_flop / student_rate)
         return 1e3 * seconds / step_ms
 
@@ -235,6 +379,7 @@ def _peak_memory(device: torch.device) -> dict[str, float]:
 
 def _count_syncs(step: Stepper) -> float:
     """How often a step made the host wait for the device, as torch warns of it."""
+    step.start_epoch()
     step()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -245,3 +390,21 @@ def _count_syncs(step: Stepper) -> float:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(item.message) for item in caught) / _SYNC_STEPS
+
+
+def _count_kernels(step: Stepper) -> float | None:
+    """What the device runs in a step, copies and fills included: the nodes of its graph, where it is one.
+
+    A teacher that runs ahead is asked at the first step of an epoch, which is not counted. None where torch's profiler
+    sees nothing of the device, as in containers that may not ask for its counters.
+    """
+    device = step.session.place.device
+    step.start_epoch()
+    step()
+    measure.synchronize(device)
+    with torch.profiler.profile() as profile:
+        for _ in range(_KERNEL_STEPS):
+            step()
+        measure.synchronize(device)
+    seen = sum(event.device_type.name == "CUDA" for event in profile.events() or [])
+    return seen / _KERNEL_STEPS if seen else None

@@ -5,7 +5,7 @@ Shapes: N images, B images of a batch, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,12 @@ from icdctl import config as configuration
 from icdctl import data, methods, models
 from icdctl.config import RunConfig
 from icdctl.data import Dataset, Views
+from icdctl.engine.compiled import Compiler
+from icdctl.engine.graph import Loop
 from icdctl.engine.member import Member, make_place
-from icdctl.engine.teacher import AheadTeacher, Answers, CachedTeacher, InlineTeacher, Teacher
-from icdctl.errors import UsageError
+from icdctl.engine.run import step_by_position
+from icdctl.engine.teacher import AheadTeacher, Answers, CachedTeacher, InlineTeacher, Teacher, TeacherPrecision
+from icdctl.errors import IcdctlError, UsageError
 from icdctl.evaluation import Evaluation
 from icdctl.models import Classifier
 from icdctl.sources import Options
@@ -60,6 +63,7 @@ class Plan:
     seed: int = 0
     threads: int = 1
     """Of the CPU."""
+    compile: bool = False
 
 
 def parse_pairs(text: str) -> list[Pair]:
@@ -100,6 +104,7 @@ def build_config(plan: Plan, pair: Pair) -> RunConfig:
         precision=plan.precision,
         teacher_mode=plan.teacher_mode,
         teacher_precision=plan.teacher_precision,
+        compile=plan.compile,
         out="bench",
     )
     config = configuration.build("distill", options, teacher=(pair.teacher, "", ""))
@@ -173,6 +178,11 @@ def fresh_model(name: str, dataset: Dataset, *, seed: int, is_teacher: bool) -> 
     return model
 
 
+def teacher_precision(config: RunConfig) -> TeacherPrecision:
+    """`auto` is float32: whether half precision agrees is a question to a trained teacher."""
+    return "fp32" if config.teacher_precision == "auto" else config.teacher_precision
+
+
 class Session:
     """A student on its way through its steps, as a run has it, with its teacher."""
 
@@ -185,6 +195,7 @@ class Session:
         *,
         device: torch.device,
         precision: str,
+        message: Callable[[str], None],
     ) -> None:
         """
         Args:
@@ -194,18 +205,20 @@ class Session:
             student: from `fresh_model`; it is trained.
             device: where it runs.
             precision: of the student.
+            message: told where steps can't be compiled or captured.
 
         Raises:
             UsageError: the images don't fill a batch, or the table of a cached teacher would be too large.
         """
         self.config = config
         self.place = make_place(config, dataset, device, precision)
-        self.member = Member(config, self.place, student)
+        self.member = Member(config, self.place, student, Compiler(message))
+        self.message = message
         self.inline = InlineTeacher(
             teacher,
             needs_cells=methods.METHODS[config.method].needs_patches,
             device=device,
-            precision="fp32" if config.teacher_precision == "auto" else config.teacher_precision,
+            precision=teacher_precision(config),
         )
         self.teacher_mode = config.teacher_mode
         if config.teacher_mode == "auto":
@@ -226,11 +239,15 @@ class Session:
         answer = self.inline.of_views(store, store.numbered(torch.arange(store.num_images)))
         return CachedTeacher(store, answer.logits, answer.cells)
 
-    def start_epoch(self, epoch: int) -> tuple[Views, Answers]:
-        """The epoch's views on the device, and the teacher's answers to them; the student ready, its log empty."""
+    def draw(self, epoch: int) -> Views:
+        """The epoch's views on the CPU; the student ready, its log empty."""
         self.member.start_epoch()
         self.member.step.start_epoch(epoch)
-        views = self.place.store.epoch(seed=self.config.seed, epoch=epoch).to(self.place.device)
+        return self.place.store.epoch(seed=self.config.seed, epoch=epoch)
+
+    def start_epoch(self, epoch: int) -> tuple[Views, Answers]:
+        """The same on the device, and the teacher's answers to them."""
+        views = self.draw(epoch).to(self.place.device)
         return views, self.teacher.epoch(views, self.config.batch_size)
 
     def part(self, views: Views, index: int) -> Views:
@@ -243,12 +260,52 @@ class Session:
 
 
 class Stepper:
-    """Takes a session's training steps one after another, as a run does, epoch after epoch."""
+    """Takes a session's training steps one after another, as a run on its device does, epoch after epoch."""
 
     def __init__(self, session: Session) -> None:
+        """
+        Args:
+            session: whose student learns.
+        """
         self.session = session
-        self._epoch, self._index = EPOCH, 0
-        self._views, self._answers = session.start_epoch(EPOCH)
+        self._loop: Loop | None = None
+        self._epoch, self._index = EPOCH - 1, 0
+        self.start_epoch()
+
+    @property
+    def captures(self) -> bool:
+        """Whether a step is one CUDA graph."""
+        return self._loop is not None and self._loop.captures
+
+    def start_epoch(self) -> None:
+        """Go to the first step of the next epoch.
+
+        Raises:
+            IcdctlError: a step of the last one was not finite.
+        """
+        self.check_finite()
+        session, place = self.session, self.session.place
+        self._epoch, self._index = self._epoch + 1, 0
+        drawn = session.draw(self._epoch)
+        if place.by_position and drawn.key is None:
+            if self._loop is None:
+                self._loop = Loop(place.store, place.labels, place.batch_size, session.teacher, session.message)
+            self._loop.start_epoch(drawn)
+            return
+        self._views = drawn.to(place.device)
+        self._answers = session.teacher.epoch(self._views, place.batch_size)
+
+    def check_finite(self) -> None:
+        """Look at the log of the epoch so far, which waits for the device; a run does it at the end of each.
+
+        Raises:
+            IcdctlError: a loss term or the gradient is not a number.
+        """
+        if not bool(torch.isfinite(self.session.member.step.log[: self._index]).all()):
+            raise IcdctlError(
+                "a loss or gradient of the random images is not finite, so no speed is told",
+                hint="choose other values by `--set`, or another `--recipe`",
+            )
 
     def __call__(self) -> None:
         """One step.
@@ -256,12 +313,14 @@ class Stepper:
         Raises:
             IcdctlError: a loss term or the gradient is not finite.
         """
-        session = self.session
+        session, member = self.session, self.session.member
         if self._index == session.place.num_steps:
-            self._epoch, self._index = self._epoch + 1, 0
-            self._views, self._answers = session.start_epoch(self._epoch)
-        part = session.part(self._views, self._index)
-        images = session.place.store.inputs(part)
-        answer = self._answers(self._index, part, images)
-        session.member.train(self._index, part, images, session.place.labels[part.index], answer)
+            self.start_epoch()
+        if self._loop is not None:
+            step_by_position(self._loop, [member], self._index)
+        else:
+            part = session.part(self._views, self._index)
+            images = session.place.store.inputs(part)
+            answer = self._answers(self._index, part, images)
+            member.train(self._index, part, images, session.place.labels[part.index], answer)
         self._index += 1

@@ -49,6 +49,7 @@ def bench(
     precision: options.Precision = None,
     teacher_mode: options.TeacherMode = None,
     teacher_precision: options.TeacherPrecision = None,
+    compile_: options.Compile = None,
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 1,
     seconds: Annotated[
         float, typer.Option(min=0.01, help="Of timed steps, for each pair.", rich_help_panel=_HOW)
@@ -67,9 +68,18 @@ def bench(
     budget: Annotated[
         float, typer.Option(min=1.0, help="With --against: seconds for everything.", rich_help_panel=_HOW)
     ] = 540.0,
+    reference_variants: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="With --against: the reference as `published`, with more loader `workers`, or under `autocast`.",
+            show_default="published",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
     require: Annotated[
         float | None,
-        typer.Option(metavar="RATIO", help="With --against: exit 1 where a pair's lowest ratio is below."),
+        typer.Option(metavar="RATIO", help="With --against: exit 1 where a lowest ratio, of any variant, is below."),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -79,8 +89,9 @@ def bench(
     """
     if pairs is not None and (teacher is not None or student is not None):
         raise UsageError("`--pairs` and `--teacher` or `--student` are given", hint="name all models in `--pairs`")
-    if require is not None and against is None:
-        raise UsageError("`--require` needs `--against`", hint="name a checkout of the reference by `--against DIR`")
+    for flag, given in (("--require", require), ("--reference-variants", reference_variants)):
+        if given is not None and against is None:
+            raise UsageError(f"`{flag}` needs `--against`", hint="name a checkout of the reference by `--against DIR`")
     from icdctl.benchmark.workload import Plan, parse_pairs
 
     wanted = parse_pairs(pairs if pairs is not None else f"{teacher or _TEACHER}:{student or _STUDENT}")
@@ -96,6 +107,7 @@ def bench(
         recipe=recipe,
         seed=seed,
         threads=threads,
+        compile=bool(compile_),
     )
     if against is None:
         from icdctl.benchmark import speed
@@ -103,18 +115,24 @@ def bench(
         result = speed.measure_pairs(plan, wanted, seconds=seconds, tell=console.talk)
         console.show_json(result) if as_json else _show_speed(result)
         return
-    from icdctl.benchmark.against import Pace, compare
+    from icdctl.benchmark.against import VARIANTS, Pace, compare, parse_variants
 
-    result = compare(plan, wanted, against, Pace(rounds, budget), tell=console.talk)
+    variants = parse_variants(reference_variants or VARIANTS[0])
+    result = compare(plan, wanted, against, Pace(rounds, budget), variants=variants, tell=console.talk)
     _report(result, require, as_json)
 
 
 def _report(result: dict[str, Any], require: float | None, as_json: bool) -> None:
     """Print the comparison; exit 1 where it is below what is required, with the numbers and the reason."""
-    slow = {name: row for name, row in result["pairs"].items() if require is not None and row["ratio_min"] < require}
+    ratios = {
+        label if len(row["variants"]) == 1 else f"{label} ({name})": variant["ratio_min"]
+        for label, row in result["pairs"].items()
+        for name, variant in row["variants"].items()
+    }
+    slow = {name: ratio for name, ratio in ratios.items() if require is not None and ratio < require}
     error = None
     if slow:
-        told = ", ".join(f"{name} {row['ratio_min']:.2f}" for name, row in slow.items())
+        told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in slow.items())
         error = IcdctlError(
             f"the lowest ratio is below {require:g}: {told}",
             hint="repeat on a quiet machine with more `--rounds`; `icdctl bench` shows what a step is made of",
@@ -146,16 +164,22 @@ def _speed_lines(label: str, row: Mapping[str, Any]) -> list[tuple[str, str]]:
     hours = extra["run_seconds"] / 3600
     shares = {name: f"{100 * work[f'share_of_{name}_ceiling']:.0f} %" for name in ("matmul", "conv3x3", "copy")}
     memory = ", ".join(f"{key.replace('_bytes', '')} {size / 1e9:.2f} GB" for key, size in row["memory"].items())
+    teacher = f"teacher {row['teacher_mode']} in {row['teacher_precision']}"
+    how = "medians of a run of their own"
+    if row["cuda_graph"]:
+        how = f"graphs that end before and after each{', teacher hidden' if row['teacher_mode'] == 'ahead' else ''}"
+    if row["compiled"]:
+        how += ", not compiled"
     lines = [
-        ("pair", f"{label}, {row['method']}, batch {row['batch_size']}, teacher {row['teacher_mode']}"),
+        ("pair", f"{label}, {row['method']}, batch {row['batch_size']}, {teacher}{', compiled' * row['compiled']}"),
         ("step", f"p50 {step['p50']:.2f} ms, {tail}; wall p50 {wall['p50']:.2f}"),
         ("rate", f"{row['images_per_second']:,.1f} images/s; wall {row['wall_images_per_second']:,.1f} images/s"),
-        ("split", f"{split} (ms, medians of a run of their own)"),
+        ("split", f"{split} (ms, {how})"),
         ("evaluation", f"{row['evaluation']['seconds']:.2f} s for {row['evaluation']['images']:,} images"),
         (
             "epoch",
-            f"{extra['epoch_seconds']:,.1f} s with evaluation; {extra['epochs']} epochs: {hours:,.2f} h (both "
-            "extrapolated from the median step and the evaluation)",
+            f"{extra['epoch_seconds']:,.1f} s with evaluation and checkpoint; {extra['epochs']} epochs: {hours:,.2f} h "
+            "(both extrapolated from the median step and one of each)",
         ),
         ("work", f"teacher {work['teacher_gflop']:,.1f} GFLOP, student {work['student_gflop']:,.1f} GFLOP a step"),
         (
@@ -166,7 +190,13 @@ def _speed_lines(label: str, row: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("memory", memory),
     ]
     if row["host_syncs_per_step"] is not None:
-        lines.append(("host syncs", f"{row['host_syncs_per_step']:g} a step"))
+        kernels = row["kernels_per_step"]
+        told = "not counted: torch's profiler sees nothing of the device" if kernels is None else f"{kernels:g} a step"
+        form = "one CUDA graph a step" if row["cuda_graph"] else "launched one by one"
+        lines += [
+            ("kernels", f"{told}; {form}, after {row['first_step_seconds']:.1f} s for the first"),
+            ("host syncs", f"{row['host_syncs_per_step']:g} a step"),
+        ]
     return lines
 
 
@@ -178,6 +208,9 @@ def _show_comparison(result: Mapping[str, Any]) -> None:
     console.show_line(f"reference   {commit}; stand-ins for packages that are missing: {stand_ins}")
     console.show_line("")
     columns = ["pair", "method", "reference ms", "ms of icdctl", "reference img/s", "icdctl img/s", "ratio", "min..max"]
+    first = next(iter(result["pairs"].values()))["variants"]
+    others = list(first)[1:]
+    columns += [f"{what}, {name}" for name in others for what in ("ms", "ratio")]
     rows = [
         [
             label,
@@ -188,13 +221,22 @@ def _show_comparison(result: Mapping[str, Any]) -> None:
             round(row["icdctl_images_per_second"], 1),
             round(row["ratio"], 2),
             f"{row['ratio_min']:.2f}..{row['ratio_max']:.2f} ({row['rounds']} rounds)",
+            *(told for name in others for told in _variant_columns(row["variants"][name])),
         ]
         for label, row in result["pairs"].items()
     ]
     console.show_table(columns, rows)
+    by_wall = [name for name in others if first[name]["clock"] != result["device"]["clock"]]
+    if by_wall:
+        console.show_line(f"{', '.join(by_wall)}: by the wall clock, for workers are not on the process's own")
     worst = {key: max(row["gate_differences"][key] for row in result["pairs"].values()) for key in _GATES}
     told = ", ".join(f"{key.replace('_', ' ')} {gap:.1e}" for key, gap in worst.items())
     console.show_line(f"largest relative differences of the same steps: {told}")
+
+
+def _variant_columns(variant: Mapping[str, Any]) -> tuple[float, str]:
+    low, high = variant["ratio_min"], variant["ratio_max"]
+    return round(variant["reference_ms"], 2), f"{variant['ratio']:.2f} ({low:.2f}..{high:.2f})"
 
 
 def _show_machine(result: Mapping[str, Any]) -> None:

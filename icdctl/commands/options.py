@@ -185,6 +185,15 @@ Deterministic = Annotated[
     bool,
     typer.Option("--deterministic", help="Only algorithms that repeat bit for bit.", rich_help_panel=_WHERE),
 ]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Have torch.compile fuse the student's kernels: minutes at first, other rounding; never tried on a GPU.",
+        show_default="no",
+        rich_help_panel=_WHERE,
+    ),
+]
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="A run's config.json, to repeat it.", rich_help_panel=_WHERE),

@@ -27,7 +27,10 @@ _REHEARSALS = 3
 
 
 class Loop:
-    """Steps of students that see the same images in the same order."""
+    """Steps of students that see the same images in the same order.
+
+    Where a capture fails, they go down a ladder: compiled students to plain ones, then graphs to plain calls.
+    """
 
     def __init__(
         self,
@@ -54,6 +57,11 @@ class Loop:
         # Graphs share their memory: they run one after the other, and nothing in it outlives a step.
         self._pool = None if self._stream is None else torch.cuda.graph_pool_handle()
         self._steps: dict[tuple[tuple[int, ...], int], Callable[[], object]] = {}
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps become graphs; False once that has failed."""
+        return self._can_capture
 
     def start_epoch(self, drawn: Views) -> None:
         """Go to the first step of an epoch whose views were drawn on the CPU, without seeds of random augmentation."""
@@ -98,6 +106,12 @@ class Loop:
             join(self._stream)
             return record(step, self._stream, self._pool)
         except RuntimeError as error:
+            compilers = {student.compiler for student in students if student.compiler is not None}
+            if any(compiler.is_on for compiler in compilers):
+                # One rung down: what was compiled may be what can't be captured.
+                for compiler in compilers:
+                    compiler.give_up(error)
+                return self._made(students, size)
             self._can_capture = False
             reason = (str(error).splitlines() or ["no reason given"])[0]
             self._message(f"warning: steps run without a CUDA graph, slower, with the same numbers: {reason}")

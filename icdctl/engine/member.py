@@ -16,6 +16,7 @@ from icdctl import files, models, registry, targets
 from icdctl.config import RunConfig
 from icdctl.data import UNLABELED, Dataset, ImageStore, Views
 from icdctl.engine.checkpoint import CheckpointWriter, Progress, checkpoint_path, load_checkpoint
+from icdctl.engine.compiled import Compiler
 from icdctl.engine.device import goes_by_position
 from icdctl.engine.environment import describe_environment
 from icdctl.engine.folder import write_history
@@ -25,6 +26,7 @@ from icdctl.engine.teacher import Answer
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.evaluation import Evaluation, batch_size_on, evaluate_logits, module_predictor, predict_all
 from icdctl.models import Classifier
+from icdctl.models.external import Adapted
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,15 @@ class NotFiniteError(IcdctlError):
 class Member:
     """One student on its way through its epochs."""
 
-    def __init__(self, config: RunConfig, place: Place, student: Classifier | None) -> None:
+    def __init__(
+        self, config: RunConfig, place: Place, student: Classifier | None, compiler: Compiler | None = None
+    ) -> None:
         """
         Args:
             config: of its run.
             place: the images.
             student: an own module in place of the one that the configuration names.
+            compiler: for a run that is to be compiled.
 
         Raises:
             ArtifactError: its checkpoint or its first weights can't be read, or are of other images.
@@ -166,7 +171,16 @@ class Member:
             skip_nonfinite=config.on_nonfinite == "skip",
             ema_decay=config.ema_decay,
         )
-        self.step = TrainingStep(self.student, optimizer, rule, steps_per_epoch=place.num_steps, device=place.device)
+        # A module from outside runs as it is: what its Python does beside the numbers would be compiled away.
+        may_compile = config.compile and not isinstance(self.student, Adapted)
+        self.step = TrainingStep(
+            self.student,
+            optimizer,
+            rule,
+            steps_per_epoch=place.num_steps,
+            device=place.device,
+            compiler=compiler if may_compile else None,
+        )
         self.limit_steps = config.epochs * place.num_steps
         if config.max_steps is not None:
             self.limit_steps = min(self.limit_steps, config.max_steps)
@@ -192,6 +206,11 @@ class Member:
                 hint=f"`--image-size {student.smallest_image}` or more, or another model",
             )
         return student
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether its forward pass and losses go through torch.compile, up to now."""
+        return self.step.compiler is not None and self.step.compiler.is_on
 
     @property
     def images_left(self) -> int:
@@ -392,6 +411,7 @@ class Member:
             "seconds": progress.seconds,
             "images_per_second": self.place.images_of(progress.steps) / progress.seconds,
             "students_at_once": num_students,
+            **({"compiled": self.is_compiled} if config.compile else {}),
             "nonfinite_steps": progress.nonfinite_steps,
             "params": sum(parameter.numel() for parameter in self.student.parameters()),
             "variant": config.settings["variant"],

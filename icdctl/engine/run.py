@@ -11,6 +11,7 @@ from typing import Any
 from icdctl.config import RunConfig
 from icdctl.data import Dataset, Views
 from icdctl.engine.answers import Demand, choose_mode, make_teacher, plan_table
+from icdctl.engine.compiled import Compiler
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision, wait_for
 from icdctl.engine.folder import claimed
 from icdctl.engine.graph import Loop
@@ -133,7 +134,10 @@ class _Session:
     ) -> None:
         self.place, self.observer = place, observer
         self.teacher_model = teacher
-        self.members = [Member(config, place, student) for config, student in zip(configs, students, strict=True)]
+        compiler = Compiler(observer.message)
+        self.members = [
+            Member(config, place, student, compiler) for config, student in zip(configs, students, strict=True)
+        ]
         self.failures: dict[int, Failure] = {}
         self._loop: Loop | None = None
 
@@ -254,12 +258,7 @@ class _Session:
             self._loop = Loop(place.store, place.labels, place.batch_size, teacher, self.observer.message)
         self._loop.start_epoch(drawn)
         for index in range(max(member.steps_of_epoch for member in members)):
-            learning = [member for member in members if index < member.steps_of_epoch]
-            size = min(place.batch_size, len(drawn) - index * place.batch_size)
-            for member in learning:
-                member.set_learning_rate(index)
-            self._loop.step(index, [member.step for member in learning], size)
-            self.observer.advance(size * len(learning))
+            self.observer.advance(step_by_position(self._loop, members, index))
         wait_for(place.device)
 
     @contextmanager
@@ -317,6 +316,26 @@ class _Session:
             advance=self.observer.advance,
             message=self.observer.message,
         )
+
+
+def step_by_position(loop: Loop, members: Sequence[Member], index: int) -> int:
+    """One step of those whose epoch has so many, driven from the device, which is not waited for.
+
+    Args:
+        loop: at this step of an epoch.
+        members: of one data stream.
+        index: of the step in its epoch, from 0.
+
+    Returns:
+        How many images they saw together.
+    """
+    learning = [member for member in members if index < member.steps_of_epoch]
+    place = learning[0].place
+    size = min(place.batch_size, place.num_images - index * place.batch_size)
+    for member in learning:
+        member.set_learning_rate(index)
+    loop.step(index, [member.step for member in learning], size)
+    return size * len(learning)
 
 
 def _decided(key: str, members: Sequence[Member]) -> str:

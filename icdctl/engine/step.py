@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from icdctl import methods
+from icdctl.engine.compiled import Compiler
 from icdctl.engine.teacher import Answer
 from icdctl.methods import METHODS, Settings
 from icdctl.models import Classifier
@@ -62,6 +63,7 @@ class TrainingStep:
         *,
         steps_per_epoch: int,
         device: torch.device,
+        compiler: Compiler | None = None,
     ) -> None:
         self.student = student
         self.optimizer = optimizer
@@ -78,6 +80,9 @@ class TrainingStep:
         self.num_averaged = torch.zeros((), dtype=torch.float32, device=device)
         """Steps that the average has seen."""
         self._epoch = torch.ones((), dtype=torch.float64, device=device)
+        self.compiler = compiler
+        """Of the forward pass and the losses, or None."""
+        self._compiled = None if compiler is None else compiler.compiled(self.outcome)
         self._buffers = list(student.buffers()) if rule.skip_nonfinite else []
         self._kept_buffers = [buffer.clone() for buffer in self._buffers]
 
@@ -109,8 +114,7 @@ class TrainingStep:
         for kept, buffer in zip(self._kept_buffers, self._buffers, strict=True):
             kept.copy_(buffer)
         self.optimizer.zero_grad(set_to_none=True)
-        logits, patches = self.forward(images)
-        terms = self.losses(logits, patches, labels, answer)
+        logits, terms = (self._compiled or self.outcome)(images, labels, answer)
         total = self.backward(terms)
         gradient_norm = self.update(total)
         with torch.no_grad():
@@ -123,6 +127,11 @@ class TrainingStep:
             self.num_right += (logits.argmax(dim=1) == labels).sum()
             if self.average is not None:
                 self._update_average(self.average)
+
+    def outcome(self, images: Tensor, labels: Tensor, answer: Answer | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's logits [B, K] and the loss terms."""
+        logits, patches = self.forward(images)
+        return logits, self.losses(logits, patches, labels, answer)
 
     # The phases of a step are methods of their own so that `bench` can time each.
 

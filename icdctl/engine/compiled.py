@@ -1,0 +1,61 @@
+"""torch.compile for the part of a step that calls the student, and the way back where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any, TypeVar, cast
+
+import torch
+
+_BACKEND = "inductor"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Compiler:
+    """Compiles a function of each student of a process, and lets all of them be as they are once that has failed."""
+
+    def __init__(self, message: Callable[[str], None]) -> None:
+        """
+        Args:
+            message: told once where compiling fails.
+        """
+        self._message = message
+        self.is_on = True
+        """False once it has failed."""
+
+    def give_up(self, error: Exception) -> None:
+        """Compile nothing any more, and call nothing that was compiled."""
+        if self.is_on:
+            self.is_on = False
+            cause = getattr(error, "inner_exception", error)  # where torch wraps what its backend said
+            reason = (str(cause).splitlines() or ["no reason given"])[0]
+            self._message(f"warning: students run without torch.compile, with another rounding: {reason}")
+
+    def compiled(self, method: F) -> F:
+        """A bound method, compiled at its first call with each size of batch; if that fails, it is called as it is."""
+        try:
+            fast: Callable[..., Any] = torch.compile(_apart(method), backend=_BACKEND, fullgraph=True, dynamic=False)
+        except RuntimeError as error:  # this Python or system has none
+            self.give_up(error)
+            return method
+
+        def run(*arguments: Any) -> Any:
+            if self.is_on:
+                try:
+                    # The whole function is one graph: nothing has run where compiling fails.
+                    return fast(*arguments)
+                except Exception as error:  # of torch's many own; one of the function itself comes again below
+                    self.give_up(error)
+            return method(*arguments)
+
+        return cast(F, run)
+
+
+def _apart(method: Any) -> Any:
+    """The same method with code of its own: torch counts compilations by code, and gives up after a few."""
+    function = method.__func__
+    code = function.__code__.replace()
+    own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    return MethodType(own, method.__self__)
