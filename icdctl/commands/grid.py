@@ -98,6 +98,17 @@ def run(
     time_limit: many.TimeLimit = None,
     replace: many.Replace = False,
     only: many.Only = None,
+    search: Annotated[
+        str | None,
+        typer.Option(
+            metavar="optuna",
+            help="Try values of `--sweep`, ranges `0.5..8` too, on held-out training images; then train the best.",
+            show_default=False,
+        ),
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Of a search, in all.", min=1)] = 20,
+    trial_seeds: Annotated[int, typer.Option(help="Seeds of each trial.", min=1)] = 1,
+    val_split: Annotated[float, typer.Option(help="Share of the training images that trials are judged on.")] = 0.1,
     outcomes: many.Outcomes = None,
     as_json: options.Json = False,
 ) -> None:
@@ -108,13 +119,31 @@ def run(
 
     Example: icdctl grid run --gpus 0,1
     """
+    slots = many.Slots(jobs=jobs, gpus=gpus, together=together)
+    if search is not None:
+        from icdctl.commands.search import run_search
+
+        run_search(
+            search,
+            _grid(cells, seeds, None),
+            sweep or [],
+            slots=slots,
+            replace=replace,
+            time_limit=time_limit,
+            device=device,
+            trials=trials,
+            num_seeds=trial_seeds,
+            val_split=val_split,
+            as_json=as_json,
+        )
+        return
     grid = _grid(cells, seeds, sweep, tells=outcomes is None)
     again = ["grid", "run", *(cells or []), *many.flags(seeds=seeds, device=device)]
     again += [part for item in sweep or [] for part in ("--sweep", item)]
     done = many.train_missing(
         grid,
         again=again,
-        slots=many.Slots(jobs=jobs, gpus=gpus, together=together),
+        slots=slots,
         replace=replace,
         time_limit=time_limit,
         device=device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -104,8 +105,9 @@ def train_missing(
     replace: bool,
     time_limit: str | None,
     device: str | None,
-    only: Sequence[str] | None,
-    outcomes: Path | None,
+    only: Sequence[str] | None = None,
+    outcomes: Path | None = None,
+    is_tested: bool = True,
 ) -> Done:
     """Train every run of a grid that is not done.
 
@@ -118,6 +120,8 @@ def train_missing(
         device: of all of them, in place of their own.
         only: labels of runs, for such a process.
         outcomes: where such a process writes what became of them; who asked for it then tells and logs it.
+        is_tested: whether accuracies on the test images are told and logged; not those of trials, which must not be
+            chosen by them.
 
     Raises:
         UsageError: the GPUs are no list, the time limit no duration, or there is no such device.
@@ -142,7 +146,7 @@ def train_missing(
     is_child = outcomes is not None
     num_before = sum(each.state == "done" for each in states)
     counts = (len(states) - num_before, num_before)
-    training = _Training(grid, counts, slots, limit, replace=replace, is_child=is_child)
+    training = _Training(grid, counts, slots, limit, replace=replace, is_child=is_child, is_tested=is_tested)
     training.board.count(found)
     if is_child:  # done by another process since this one was asked for them
         found += [execute.done_before(each.run) for each in states if each.state == "done"]
@@ -229,6 +233,7 @@ class _Training:
         *,
         replace: bool,
         is_child: bool,
+        is_tested: bool,
     ) -> None:
         """
         Args:
@@ -238,11 +243,12 @@ class _Training:
             limit: of all together, in seconds.
             replace: whether runs of other settings are moved out of the way.
             is_child: whether another process asked for it, and tells and logs what becomes of it.
+            is_tested: whether accuracies on the test images are told and logged.
         """
         from icdctl.grid.board import Board
 
         self._folder, self._slots, self._limit = grid.folder, slots, limit
-        self._replace, self._is_child = replace, is_child
+        self._replace, self._is_child, self._is_tested = replace, is_child, is_tested
         self.board = Board(*counts)
         self._started = time.monotonic()
         self._is_over = False
@@ -326,6 +332,8 @@ class _Training:
     def _end(self, pack: Pack, outcomes: list[Outcome]) -> list[Outcome]:
         from icdctl.grid import execute
 
+        if not self._is_tested:
+            outcomes = [dataclasses.replace(outcome, top1=None) for outcome in outcomes]
         self.board.end(pack, outcomes)
         self._is_over |= any(outcome.state == "stopped" for outcome in outcomes)
         if not self._is_child:

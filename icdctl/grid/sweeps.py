@@ -87,7 +87,7 @@ def swept(grid: Grid, axes: Mapping[str, Sequence[str]], *, taken: Collection[st
             left_out.append(f"`{cell.name}` is left out of the sweep: `{cell.method}` has no `{lacking[0]}`")
             continue
         for values in itertools.product(*axes.values()):
-            made = _changed(cell, dict(zip(axes, values, strict=True)))
+            made = changed(cell, dict(zip(axes, values, strict=True)))
             if made.name in cells or made.name in taken:
                 raise UsageError(f"the sweep makes two cells `{made.name}`", hint="call the cells otherwise")
             _check(made, planner)
@@ -108,7 +108,8 @@ def _has(cell: GridCell, key: str) -> bool:
     return key in _OPTIONS or key in settings_of(cell.method)
 
 
-def _changed(cell: GridCell, values: Mapping[str, str]) -> GridCell:
+def changed(cell: GridCell, values: Mapping[str, str]) -> GridCell:
+    """A cell with these values of its method's settings or of options, called by them."""
     options = dict(cell.options)
     settings: dict[str, Any] = dict(options.get("settings") or {})
     for key, value in values.items():
