@@ -18,14 +18,16 @@ from conftest import CommandLine
 from grid_support import write_run
 
 from icdctl import api, evaluation
+from icdctl.engine.observer import SilentObserver
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.evaluation import Evaluation
-from icdctl.reporting import figures, measure
+from icdctl.reporting import Wishes, build_report, figures, measure, pictures, tables
+from icdctl.reporting.asking import Asked
 from icdctl.reporting.drawing import Picture, drawing, finish
-from icdctl.reporting.gather import gather
+from icdctl.reporting.gather import Group, gather
 from icdctl.reporting.page import Page, Section, Table, render_markdown, render_page
 from icdctl.reproducing import grid_cell, name_of
-from icdctl.science import tables
+from icdctl.science import tables as papers
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TINY: dict[str, Any] = {"dataset": "digits100", "train_images": 100, "test_images": 300, "epochs": 2, "device": "cpu"}
@@ -205,7 +207,7 @@ def test_a_judged_table_joins_the_page(icdctl: CommandLine, project: Path, tmp_p
     code, _, err = icdctl(*given)
     assert (code, "no run of table `icd-gamma`" in err) == (1, True)
     name = "cub200-res32x4-shuv1-cd_sdd_kd-gamma1"
-    (found,) = [each for each in tables.load("icd-gamma").cells if name_of(each) == name]
+    (found,) = [each for each in papers.load("icd-gamma").cells if name_of(each) == name]
     cell = grid_cell(found, {})
     for seed, top1 in enumerate((65.6, 65.7, 65.8, 65.7, 65.7)):
         metrics = {"final_top1": top1 - 0.3, "best_top1": top1}
@@ -292,6 +294,220 @@ def test_cells_are_compared_with_what_they_build_on(inside: Path) -> None:
     assert [cell.config.settings["gamma"] for cell in group.drawn if cell.config.method == "cd_sdd_dkd"] == [2.0]
 
 
+def copied(inside: Path, out: Path, changes: dict[str, dict[str, Any]]) -> Path:
+    """The first seeds of some cells, each with a configuration of other values."""
+    for name, change in changes.items():
+        shutil.copytree(inside / "runs" / name / "s0", out / name)
+        path = out / name / "config.json"
+        held = json.loads(path.read_text())
+        settings = {**held["settings"], **change.get("settings", {})}
+        path.write_text(json.dumps({**held, **change, "settings": settings}))
+    return out
+
+
+def named(group: Group) -> list[tuple[str, str]]:
+    return [(first.label, second.label) for first, second in group.comparisons]
+
+
+def test_only_what_was_trained_alike_is_compared(inside: Path, tmp_path: Path) -> None:
+    changes: dict[str, dict[str, Any]] = {"plain": {}, "dkd": {"epochs": 1}, "sdd_dkd": {}, "cd_sdd_dkd": {"lr": 0.5}}
+    (group,) = gather([copied(inside, tmp_path, changes)]).groups
+    assert [cell.label for cell in group.cells] == ["ce", "dkd epochs=1", "sdd_dkd", "cd_sdd_dkd lr=0.5"]
+    assert group.usual == {"epochs": 2, "lr": 0.1}
+    assert named(group) == [("sdd_dkd", "ce")]
+    assert [(cell.label, base.label) for cell, base in group.unmatched] == [
+        ("dkd epochs=1", "ce"),
+        ("cd_sdd_dkd lr=0.5", "sdd_dkd"),
+    ]
+    table, told = tables.comparisons(Asked(group))
+    assert table is not None
+    assert [row[0] for row in table.rows] == ["sdd_dkd - ce"]
+    assert "dkd epochs=1 is compared with nothing that it builds on: ce was trained with other `epochs`." in told
+    # With one seed nothing is tested, and nothing is said of tests.
+    assert not any("Holm" in note for note in table.notes)
+
+
+def test_what_else_differs_is_told(inside: Path, tmp_path: Path) -> None:
+    changes: dict[str, dict[str, Any]] = {"dkd": {"settings": {"beta": 8.0}}, "sdd_dkd": {}}
+    (group,) = gather([copied(inside, tmp_path, changes)]).groups
+    assert named(group) == [("sdd_dkd", "dkd")]
+    assert tables.comparisons(Asked(group))[1] == ["sdd_dkd and dkd also differ in beta (2, 8)."]
+
+
+def test_the_training_that_most_methods_share_is_drawn(inside: Path, tmp_path: Path) -> None:
+    copied(inside, tmp_path, {"plain": {}, "dkd": {}, "sdd_dkd": {}})
+    copied(inside, tmp_path / "short", {"dkd": {"max_steps": 1}})
+    (group,) = gather([tmp_path]).groups
+    assert [cell.label for cell in group.cells] == ["ce", "dkd", "dkd max_steps=1", "sdd_dkd"]
+    assert [cell.label for cell in group.drawn] == ["ce", "dkd", "sdd_dkd"]
+
+
+def test_teachers_of_one_model_are_told_apart(inside: Path, tmp_path: Path) -> None:
+    other = {"teacher_sha256": "f" * 64, "teacher_weights": None}
+    first, second = gather([copied(inside, tmp_path, {"plain": {}, "dkd": {}, "sdd_dkd": other})]).groups
+    assert [cell.label for cell in first.cells] == ["ce", "dkd"]
+    assert second.title == "res14 ffffff to res8 on digits100"
+    assert first.teacher_label == f"res14 {(first.teacher_sha256 or '')[:6]}"
+    (picture,) = pictures.pareto([Asked(first), Asked(second)])
+    assert picture.alternative.count("res8, ce ") == 1
+    assert f"res8, dkd, of {first.teacher_label} " in picture.alternative
+    assert "res8, sdd_dkd, of res14 ffffff " in picture.alternative
+
+
+def test_test_images_of_one_name_are_told_apart(inside: Path, tmp_path: Path) -> None:
+    groups = gather([copied(inside, tmp_path, {"dkd": {}, "sdd_dkd": {"test_images": 200}})]).groups
+    assert {group.images for group in groups} == {"digits100 (test images 1)", "digits100 (test images 2)"}
+    assert len({group.title for group in groups}) == 2
+
+
+def test_runs_that_watch_held_out_images_have_curves_of_their_own(inside: Path, tmp_path: Path) -> None:
+    copied(inside, tmp_path, {"plain": {}, "dkd": {"val_split": 0.1}})
+    path = tmp_path / "dkd/history.csv"
+    path.write_text(path.read_text().replace("test_top1", "val_top1"))
+    (group,) = gather([tmp_path]).groups
+    on_test, held_out = pictures.curves(group)
+    assert "ce " in on_test.alternative
+    assert "dkd" not in on_test.alternative
+    assert "dkd val_split=0.1 " in held_out.alternative
+    assert held_out.title == "Learning curves on held-out images"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("metrics.json", '"final_top1": ', '"final_top1": NaN, "was": ', "`final_top1` is no number"),
+        ("metrics.json", '"seconds": ', '"seconds": "long", "was": ', "`seconds` is no number"),
+        ("metrics.json", '"best_top1": ', '"was": ', "best_top1"),
+        ("history.csv", "test_top1", "top1", "has no accuracy"),
+        ("environment.json", '"versions": {', '"versions": [], "was": {', "holds something else"),
+    ],
+)
+def test_a_run_with_broken_numbers_is_told(
+    inside: Path, tmp_path: Path, file: str, old: str, new: str, message: str
+) -> None:
+    path = copied(inside, tmp_path, {"dkd": {}}) / "dkd" / file
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ArtifactError, match=message):
+        gather([tmp_path / "dkd"])
+
+
+@pytest.mark.parametrize("name", ["index.html", "report.json", "summary.md"])
+def test_files_of_others_are_left_alone(icdctl: CommandLine, inside: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/mine.png").write_text("mine")
+    (tmp_path / name).write_text('{"figures": 3}')
+    code, _, err = icdctl("report", inside / "runs/plain", "--out", tmp_path, "--no-latency")
+    assert (code, "is of no report that icdctl wrote" in err) == (1, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["figures", name])
+    assert (tmp_path / "figures/mine.png").read_text() == "mine"
+
+
+def test_a_report_that_can_not_be_written_leaves_the_earlier_page(
+    icdctl: CommandLine, inside: Path, tmp_path: Path
+) -> None:
+    given = ("report", inside / "runs/plain", "--out", tmp_path / "report", "--no-latency")
+    assert icdctl(*given)[0] == 0
+    (tmp_path / "report/figures/mine.txt").write_text("mine")
+    before = (tmp_path / "report/index.html").read_bytes()
+    assert icdctl(*given, "--title", "another")[0] == 0
+    assert (tmp_path / "report/figures/mine.txt").read_text() == "mine"
+    assert (tmp_path / "report/index.html").read_bytes() != before
+    shutil.rmtree(tmp_path / "report/figures")
+    (tmp_path / "report/figures").write_text("in the way")
+    before = (tmp_path / "report/index.html").read_bytes()
+    code, _, err = icdctl(*given, "--title", "a third")
+    assert (code, "can't be written" in err) == (1, True)
+    assert (tmp_path / "report/index.html").read_bytes() == before
+    assert icdctl("report", inside / "runs/plain", "--out", tmp_path / "report/index.html/deep")[0] == 1
+
+
+def test_a_list_of_figures_reaches_no_other_folder(icdctl: CommandLine, inside: Path, tmp_path: Path) -> None:
+    given = ("report", inside / "runs/plain", "--out", tmp_path / "report", "--no-latency")
+    assert icdctl(*given)[0] == 0
+    (tmp_path / "mine.svg").write_text("mine")
+    path = tmp_path / "report/report.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "figures": ["../../mine.svg", "../index.html", "gone.svg"]})
+    )
+    assert icdctl(*given)[0] == 0
+    assert (tmp_path / "mine.svg").read_text() == "mine"
+    assert json.loads(path.read_text())["figures"] == sorted(
+        each.name for each in (tmp_path / "report/figures").iterdir()
+    )
+
+
+def test_broken_and_missing_caches_change_nothing(
+    icdctl: CommandLine, inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def page_of(name: str) -> bytes:
+        code, _, err = icdctl("report", inside / "runs/dkd", "--out", tmp_path / name, "--no-latency")
+        assert (code, "not measured" in err) == (0, False), err
+        return (tmp_path / name / "index.html").read_bytes()
+
+    monkeypatch.setenv("ICDCTL_HOME", str(tmp_path / "state"))
+    first = page_of("first")
+    broken = [b"", b"[1", b"\xff", b'{"numbers": 3}', b'{"numbers": NaN}', b"[]"]
+    kept = sorted((tmp_path / "state/cache/evaluated").glob("*.json"))
+    assert len(kept) == 3  # the teacher and two seeds
+    for path, content in zip(kept, broken, strict=False):
+        path.write_bytes(content)
+    assert page_of("second") == first
+    for path, content in zip(kept, broken[3:], strict=True):
+        path.write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    assert page_of("third") == first
+    # A state folder that can't be written to costs time, and no result.
+    shutil.rmtree(tmp_path / "state/cache/evaluated")
+    (tmp_path / "state/cache/evaluated").write_text("in the way")
+    assert page_of("fourth") == first
+
+
+class Listener(SilentObserver):
+    """Remembers which models were asked."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def begin(self, what: str, total: int) -> None:
+        self.heard.append(what)
+
+
+def test_a_teacher_of_several_students_is_asked_once(
+    inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ICDCTL_HOME", str(tmp_path / "state"))
+    options = {**TINY, "epochs": 1, "teacher": "runs/teacher", "method": "kd"}
+    api.distill(student="shuv2", out=str(tmp_path / "shuv2"), **options)
+    listener = Listener()
+    paths = [inside / "runs/dkd", inside / "runs/sdd_dkd", tmp_path / "shuv2"]
+    build_report(paths, tmp_path / "out", Wishes(latency=False, device="cpu"), observer=listener)
+    # Once for its own numbers, and once for its logits, which both groups and all figures then share.
+    assert listener.heard.count("asking res14") == 2
+
+
+def test_what_is_registered_is_told(
+    icdctl: CommandLine, inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "registry").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("runs/teacher", "runs/dkd/s0"):
+        assert icdctl("registry", "add", inside / path)[0] == 0
+    code, _, err = icdctl("report", inside / "runs/dkd", "--out", "out", "--no-latency")
+    assert code == 0, err
+    summary = (tmp_path / "out/summary.md").read_text()
+    assert "registry: digits100/res14-ce@v1 |" in summary
+    assert "| registry: digits100/res8-dkd@v1 | res8, dkd, seed 0, of res14 |" in summary
+
+
+def test_lineage_of_plain_runs_has_no_teacher(icdctl: CommandLine, inside: Path, tmp_path: Path) -> None:
+    code, _, err = icdctl("report", inside / "runs/plain", "--out", tmp_path, "--no-latency")
+    assert code == 0, err
+    drawn = (tmp_path / "figures/lineage.svg").read_text()
+    assert "students" in drawn
+    assert "teacher" not in drawn
+
+
 def test_reliability_by_hand() -> None:
     # Three images of two classes: sure and right (0.8), sure and wrong (0.8), unsure and right (0.6).
     probabilities = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.4, 0.6]], dtype=torch.float64)
@@ -316,6 +532,31 @@ def test_correlation_and_gram_by_hand() -> None:
     assert measure.gram_of(cells, 4).shape == (16, 16)
 
 
+def test_as_many_styles_as_points() -> None:
+    labels = [*(f"cell {number}" for number in range(100)), "a (teacher)", "b (teacher)"]
+    styles = [style for _, *style in figures._styled(labels)]
+    assert len({tuple(style) for style in styles}) == len(labels)
+
+
+def test_labels_of_any_length_and_kind_leave_figures_whole() -> None:
+    names = {0: "_hidden", 1: "$x^2$ <b>猫</b> & a class with a name that nobody reads to its end"}
+    placed = {"m " * 40: np.arange(12.0).reshape(6, 2)}
+    labels = np.arange(6) % 2
+    made = figures.feature_maps("f", placed, labels, names, perplexity=5 / 3)
+    assert "_hidden" in made.svg
+    assert "$x^2$ &lt;b&gt;猫&lt;/b&gt; &amp; a" in made.svg
+    assert "its end" not in made.svg
+    assert "perplexity 1.67" in made.caption
+    gains = figures.per_class_gains("g", {("first " * 20, "second"): [0.0, 0.0]})
+    assert "0 classes better, 0 worse" in gains.alternative
+
+
+def test_spread_by_hand() -> None:
+    assert figures.spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    assert figures.spread([0.1234], 3) == "0.123"
+    assert figures.spread([1.0, None]) == figures.spread([]) == figures.spread(None) == ""
+
+
 def test_the_frontier_is_what_nothing_cheaper_beats() -> None:
     points = [(1.0, 50.0), (2.0, 40.0), (3.0, 60.0), (3.0, 55.0), (4.0, 60.0)]
     assert figures._frontier(points) == [(1.0, 50.0), (3.0, 60.0)]
@@ -326,7 +567,9 @@ def test_few_and_equal_features_still_make_a_map() -> None:
     placed = measure.feature_map(features)
     assert placed.shape == (6, 2)
     assert np.isfinite(placed).all()
-    made = figures.feature_maps("f", {"m": placed}, np.arange(6), {number: f"c{number}" for number in range(6)})
+    made = figures.feature_maps(
+        "f", {"m": placed}, np.arange(6), {number: f"c{number}" for number in range(6)}, perplexity=2
+    )
     assert "not defined" in made.alternative
 
 
@@ -361,6 +604,7 @@ def test_a_figure_is_the_same_whatever_the_users_style(tmp_path: Path) -> None:
 def test_tables_align_numbers_and_escape_text() -> None:
     table = Table("t", ("a", "b", "c"), (("x|y", "1,000", ""), ("<i>", "-2.5 ± 0.1", "< 0.001")))
     assert table.numeric == [False, True, True]
+    assert Table("none", ("a", "b"), ()).numeric == [False, False]
     made = Page("p", ["a `b` <c>"], [Section("s", "S", tables=[table])], ["left `one"])
     html = render_page(made)
     assert "a <code>b</code> &lt;c&gt;" in html

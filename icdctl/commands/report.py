@@ -56,7 +56,7 @@ def report(
     from icdctl import reporting, reproducing
 
     root = files.project_root()
-    judgements = [reproducing.judged(name) for name in table or []]
+    judgements = [reproducing.judged(name) for name in dict.fromkeys(table or [])]
     paths = list(runs or []) or _default_runs(root)
     wishes = reporting.Wishes(
         title=title,

@@ -17,10 +17,17 @@ from icdctl.reporting.drawing import COLOURS, INK, MARKERS, RULE, Picture, drawi
 Matrix = NDArray[np.float64]
 TEACHER = "(teacher)"
 """What ends a teacher's label; it is drawn in ink, everywhere."""
+_TEACHERS_MARKERS = ("*", "p", "H", "8")
 _FEWEST_SHARE = 0.005
 """Of the images: what a bin must have to be a point of a reliability diagram."""
 _PANEL = 2.35
 """Side of a square panel, in inches."""
+_LINE = 0.2
+"""Height of a line of a legend, in inches."""
+_LONG, _ROOM = 22, 60
+"""Characters of a label: from how many on legends have fewer columns, and how many they have room for."""
+_TITLE, _CLASS, _BOX = 30, 24, 34
+"""Characters that a panel's title, a class and a box of the lineage have room for."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +39,18 @@ class Curve:
     """[seeds][epochs], in percent."""
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """`93.10 ± 0.21`, the standard deviation over seeds; the mean alone where there is one."""
-    mean = f"{fmean(values):.{digits}f}"
-    return f"{mean} ± {stdev(values):.{digits}f}" if len(values) > 1 else mean
+def spread(values: Sequence[float | None] | None, digits: int = 2) -> str:
+    """`93.10 ± 0.21`, the standard deviation over seeds; the mean alone where there is one; empty without."""
+    held = [value for value in values or () if value is not None]
+    if not held or len(held) < len(values or ()):
+        return ""
+    mean = f"{fmean(held):.{digits}f}"
+    return f"{mean} ± {stdev(held):.{digits}f}" if len(held) > 1 else mean
+
+
+def brief(text: str, length: int) -> str:
+    """The text, cut where it is longer than there is room for."""
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
 def learning_curves(name: str, curves: Sequence[Curve], *, title: str, watched: str = "test") -> Picture:
@@ -47,7 +62,8 @@ def learning_curves(name: str, curves: Sequence[Curve], *, title: str, watched: 
         title: of the figure.
         watched: which images it was measured on.
     """
-    with drawing(7.2, 3.9) as figure:
+    legend_columns = 2 if max(len(curve.label) for curve in curves) < _LONG else 1
+    with drawing(7.2, 3.3 + _LINE * (1 + -(-len(curves) // legend_columns))) as figure:
         from matplotlib.ticker import MaxNLocator
 
         axes = figure.add_subplot()
@@ -60,7 +76,7 @@ def learning_curves(name: str, curves: Sequence[Curve], *, title: str, watched: 
             axes.plot(
                 epochs,
                 values.mean(axis=0),
-                label=f"{curve.label}: {final} ({seeds})",
+                label=f"{brief(curve.label, _ROOM)}: {final} ({seeds})",
                 color=colour,
                 marker=marker,
                 markersize=3.5,
@@ -71,8 +87,10 @@ def learning_curves(name: str, curves: Sequence[Curve], *, title: str, watched: 
         axes.set_xlabel("epoch")
         axes.set_ylabel(f"top-1 on the {watched} images, %")
         axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(title="final epoch", loc="outside lower center", ncols=2)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if all(len(row) == 1 for curve in curves for row in curve.rows):
+            axes.set_xlim(0.5, 1.5)
+        figure.legend(title="final epoch", loc="outside lower center", ncols=legend_columns)
         finals = "; ".join(f"{curve.label} {spread([row[-1] for row in curve.rows])}" for curve in curves)
         return finish(
             figure,
@@ -96,13 +114,14 @@ def correlation_differences(name: str, differences: Mapping[str, Matrix], *, tea
     rows = -(-len(differences) // columns)
     sizes = {label: float(np.abs(matrix).mean()) for label, matrix in differences.items()}
     limit = max(1e-6, max(float(np.quantile(np.abs(matrix), 0.995)) for matrix in differences.values()))
-    with drawing(columns * _PANEL + 0.7, rows * (_PANEL + 0.3)) as figure:
+    with drawing(columns * _PANEL + 0.9, rows * (_PANEL + 0.35)) as figure:
+        figure.set_layout_engine("compressed")
         axes = panels(figure, len(differences), columns=columns)
         image = None
         for each, (label, matrix) in zip(axes, differences.items(), strict=True):
             image = each.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
             plain(each)
-            each.set_title(f"{label}\nmean |difference| {sizes[label]:.3f}", fontsize=8.5)
+            each.set_title(f"{brief(label, _TITLE)}\nmean |difference| {sizes[label]:.3f}", fontsize=8.5)
         if image is not None:
             bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=24)
             bar.outline.set_visible(False)
@@ -142,7 +161,8 @@ def gram_maps(
     kinds = ("teacher", "student", "difference")
     headers = ["image", *(f"{kind}, {scale}x{scale}" for scale in scales for kind in kinds)]
     gaps = {scale: fmean(float(np.abs(row[scale][1] - row[scale][0]).mean()) for row in grams) for scale in scales}
-    with drawing(1.22 * len(headers) + 0.6, 1.25 * len(images) + 0.5) as figure:
+    with drawing(1.22 * len(headers) + 0.6, 1.13 * len(images) + 0.35) as figure:
+        figure.set_layout_engine("compressed")
         grid = figure.subplots(len(images), len(headers), squeeze=False)
         shown = None
         for row, (pixels, each_name, matrices) in enumerate(zip(images, names, grams, strict=True)):
@@ -157,7 +177,7 @@ def gram_maps(
                 plain(axes)
                 if row == 0:
                     axes.set_title(header, fontsize=7.5)
-            grid[row][0].set_ylabel(each_name, fontsize=7.5, color=INK)
+            grid[row][0].set_ylabel(each_name, fontsize=7, color=INK)
         if shown is not None:
             bar = figure.colorbar(shown, ax=grid[:, -1], shrink=0.8, aspect=24)
             bar.outline.set_visible(False)
@@ -175,7 +195,12 @@ def gram_maps(
 
 
 def feature_maps(
-    name: str, placed: Mapping[str, Matrix], labels: NDArray[np.int64], class_names: Mapping[int, str]
+    name: str,
+    placed: Mapping[str, Matrix],
+    labels: NDArray[np.int64],
+    class_names: Mapping[int, str],
+    *,
+    perplexity: float,
 ) -> Picture:
     """t-SNE of what each model's head reads.
 
@@ -184,11 +209,15 @@ def feature_maps(
         placed: label of a model -> [F, 2].
         labels: [F].
         class_names: of the classes among them.
+        perplexity: that the maps were made with.
     """
     columns = min(3, len(placed))
     rows = -(-len(placed) // columns)
     apart = {label: _silhouette(points, labels) for label, points in placed.items()}
-    with drawing(columns * _PANEL + 1.3, rows * (_PANEL + 0.25)) as figure:
+    shown_names = [brief(each, _CLASS) for each in class_names.values()]
+    legend_width = 0.6 + 0.085 * max(map(len, shown_names))
+    with drawing(columns * _PANEL + legend_width, rows * (_PANEL + 0.35)) as figure:
+        figure.set_layout_engine("compressed")
         axes = panels(figure, len(placed), columns=columns)
         handles: list[Any] = []
         for each, (label, points) in zip(axes, placed.items(), strict=True):
@@ -205,16 +234,17 @@ def feature_maps(
                 for index, number in enumerate(class_names)
             ]
             plain(each)
-            each.set_title(f"{label}\nsilhouette {apart[label]}", fontsize=8.5)
-        figure.legend(handles, list(class_names.values()), loc="outside right center", title="class", markerscale=1.6)
+            each.set_box_aspect(1)
+            each.set_title(f"{brief(label, _TITLE)}\nsilhouette {apart[label]}", fontsize=8.5)
+        figure.legend(handles, shown_names, loc="outside right center", title="class", markerscale=1.6)
         listed = "; ".join(f"{label} {value}" for label, value in apart.items())
         return finish(
             figure,
             name,
             title="Features before the classifier, by t-SNE",
             caption=f"Penultimate features of {len(labels)} test images of {len(class_names)} classes, classes and "
-            "images drawn by a fixed seed; t-SNE with perplexity 30, started from principal components. Distances "
-            "between clusters mean little. Silhouette: of the points as drawn. First seed.",
+            f"images drawn by a fixed seed; t-SNE with perplexity {perplexity:.3g}, started from principal components. "
+            "Distances between clusters mean little. Silhouette: of the points as drawn. First seed.",
             alternative=f"Maps of features of {len(labels)} test images. Silhouette of the classes: {listed}.",
         )
 
@@ -229,30 +259,35 @@ def _silhouette(points: Matrix, labels: NDArray[np.int64]) -> str:
     return f"{silhouette_score(points, labels):.2f}"
 
 
-def per_class_gains(name: str, gains: Mapping[str, Sequence[float]]) -> Picture:
+def per_class_gains(name: str, gains: Mapping[tuple[str, str], Sequence[float]]) -> Picture:
     """Which classes win and which lose by what a method adds, a panel a comparison.
 
     Args:
         name: of the files.
-        gains: `first - second` -> points of top-1 for each class, mean over the seeds that both have.
+        gains: first and second label -> points of top-1 for each class with test images, mean over
+            the seeds that both have.
     """
     told = {}
     columns = min(3, len(gains))
     rows = -(-len(gains) // columns)
-    with drawing(columns * 2.3 + 0.4, rows * 2.3 + 0.2) as figure:
-        for axes, (label, values) in zip(panels(figure, len(gains), columns=columns), gains.items(), strict=True):
+    with drawing(columns * 2.3 + 0.4, rows * 2.4 + 0.2) as figure:
+        for axes, ((first, second), values) in zip(
+            panels(figure, len(gains), columns=columns), gains.items(), strict=True
+        ):
+            label = f"{first} - {second}"
             ordered = np.sort(np.array(values))[::-1]
             places = np.arange(len(ordered))
             axes.bar(places[ordered >= 0], ordered[ordered >= 0], width=1.0, color=COLOURS[0], linewidth=0)
             axes.bar(places[ordered < 0], ordered[ordered < 0], width=1.0, color=COLOURS[3], linewidth=0)
             axes.axhline(0, color=INK, linewidth=0.7)
-            limit = 1.08 * max(1e-6, float(np.abs(ordered).max()))
+            limit = 1.08 * (float(np.abs(ordered).max()) or 1.0)
             axes.set_ylim(-limit, limit)
             axes.set_xlabel("classes, by gain")
             axes.set_xticks([])
             better, worse = int((ordered > 0).sum()), int((ordered < 0).sum())
             told[label] = f"{better} classes better, {worse} worse, mean {ordered.mean():+.2f}"
-            axes.set_title(f"{label}\n{better} better, {worse} worse", fontsize=8.5)
+            title = f"{brief(first, _TITLE)}\n- {brief(second, _TITLE)}" if len(label) > _TITLE else label
+            axes.set_title(f"{title}\n{better} better, {worse} worse", fontsize=8)
         figure.supylabel("points of top-1 within the class", fontsize=9)
         listed = "; ".join(f"{label}: {text}" for label, text in told.items())
         return finish(
@@ -275,7 +310,7 @@ def reliability(name: str, bins: Mapping[str, Sequence[Bin]], ece: Mapping[str, 
         ece: label -> calibration error of each seed.
     """
     total = {label: sum(each.images for each in several) for label, several in bins.items()}
-    with drawing(6.6, 3.9) as figure:
+    with drawing(5.2, 3.9 + _LINE * (1 + len(bins))) as figure:
         axes = figure.add_subplot()
         axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label="perfect")
         for label, colour, marker in _styled(list(bins)):
@@ -286,14 +321,14 @@ def reliability(name: str, bins: Mapping[str, Sequence[Bin]], ece: Mapping[str, 
                 color=colour,
                 marker=marker,
                 markersize=4,
-                label=f"{label}: ECE {spread(ece[label])}",
+                label=f"{brief(label, _ROOM)}: ECE {spread(ece[label])}",
             )
         axes.set_xlabel("probability of the chosen class, %")
         axes.set_ylabel("share of these images that is right, %")
         axes.set_xlim(0, 100)
         axes.set_ylim(0, 100)
         axes.set_aspect("equal")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        figure.legend(loc="outside lower center")
         listed = "; ".join(f"{label} {spread(values)}" for label, values in ece.items())
         return finish(
             figure,
@@ -331,7 +366,7 @@ def agreements(
                 )
                 axes.plot([fmean(each)], [place], marker="|", color=INK, markersize=13, markeredgewidth=1.8)
             axes.set_xlabel(title)
-        left.set_yticks(range(len(labels)), labels)
+        left.set_yticks(range(len(labels)), [brief(label, _TITLE) for label in labels])
         left.set_ylim(len(labels) - 0.5, -0.5)
         listed = "; ".join(
             f"{label} {spread(shares[label])} %, {spread(divergences[label], 3)} nats" for label in labels
@@ -373,7 +408,8 @@ def pareto(name: str, points: Sequence[Point], *, hardware: str) -> Picture:
     ]
     if timed:
         kinds.append(("latency, ms an image", [(point.latency_ms or 0.0, point) for point in timed]))
-    with drawing(3.9 * len(kinds) + 0.6, 3.9) as figure:
+    legend_columns = 3 if max(len(point.label) for point in points) < 2 * _LONG else 2
+    with drawing(3.9 * len(kinds) + 0.6, 3.3 + _LINE * -(-len(points) // legend_columns)) as figure:
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
         all_axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
@@ -387,9 +423,9 @@ def pareto(name: str, points: Sequence[Point], *, hardware: str) -> Picture:
                     yerr=stdev(point.top1) if len(point.top1) > 1 else None,
                     color=colour,
                     marker=marker,
-                    markersize=9 if marker == "*" else 6,
+                    markersize=9 if marker in _TEACHERS_MARKERS else 6,
                     linestyle="",
-                    label=point.label,
+                    label=brief(point.label, _ROOM),
                     capsize=2,
                 )
             line = _frontier([(cost, fmean(point.top1)) for cost, point in placed])
@@ -402,7 +438,7 @@ def pareto(name: str, points: Sequence[Point], *, hardware: str) -> Picture:
             axes.margins(x=0.25)
         all_axes[0].set_ylabel("top-1, final epoch, %")
         handles, labels = all_axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns)
         listed = "; ".join(
             f"{point.label} {spread(point.top1)} %, {point.megabytes:.2f} MB"
             + ("" if point.latency_ms is None else f", {point.latency_ms:.2f} ms")
@@ -475,7 +511,14 @@ def lineage(name: str, nodes: Sequence[Node], headers: Sequence[str]) -> Picture
                     linewidth=0.8,
                 )
                 axes.add_patch(box)
-                axes.text(left + 0.95, middle, "\n".join(node.lines), ha="center", va="center", fontsize=7.2)
+                axes.text(
+                    left + 0.95,
+                    middle,
+                    "\n".join(brief(line, _BOX) for line in node.lines),
+                    ha="center",
+                    va="center",
+                    fontsize=7.2,
+                )
                 for parent in node.parents:
                     start = places[parent]
                     axes.add_patch(
@@ -508,10 +551,16 @@ def lineage(name: str, nodes: Sequence[Node], headers: Sequence[str]) -> Picture
 
 def _styled(items: Sequence[Any]) -> list[tuple[Any, str, str]]:
     """Labels, or what has one, with a colour and a marker each, by place; a teacher takes none of them."""
-    styles = iter(zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False))
+    # After as many as there are colours, each has the next marker.
+    styles = (
+        (colour, MARKERS[(place + turn) % len(MARKERS)])
+        for turn in itertools.count()
+        for place, colour in enumerate(COLOURS)
+    )
+    teachers = itertools.cycle(_TEACHERS_MARKERS)
     found = []
     for item in items:
         label = item if isinstance(item, str) else item.label
-        colour, marker = (INK, "*") if label.endswith(TEACHER) else next(styles)
+        colour, marker = (INK, next(teachers)) if label.endswith(TEACHER) else next(styles)
         found.append((item, colour, marker))
     return found

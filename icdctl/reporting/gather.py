@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +17,16 @@ from pydantic import ValidationError
 from icdctl import data, files
 from icdctl.config import RunConfig
 from icdctl.errors import ArtifactError, UsageError
-from icdctl.methods import METHODS
+from icdctl.methods import METHODS, SCALES
 from icdctl.registry import WEIGHTS_FILE
 
 _AGAIN = "train it again, or name the run folders that you want"
 _MANIFEST = "manifest.json"
 """What a registered copy of a run has beside it."""
+_OF_METHOD = ("command", "method", "recipe", "scales", "settings", "teacher", "teacher_sha256")
+"""What may differ between a method and the one it builds on; `recipe` is a name for numbers that stand beside it."""
+_SHORT_HASH = 6
+_NUMBERS = ("final_top1", "final_top5", "best_top1", "seconds")
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,18 @@ class Cell:
         """Seed -> final-epoch top-1."""
         return {run.config.seed: run.top1 for run in self.runs}
 
+    @property
+    def training(self) -> dict[str, Any]:
+        """How it was trained, whatever the method."""
+        return _training(self.config)
+
+    def unlike(self, other: Cell) -> dict[str, tuple[Any, Any]]:
+        """Settings that both methods have, and that are not the same: name -> values of this cell and the other."""
+        mine, theirs = ({**cell.config.settings, "scales": cell.config.scales} for cell in (self, other))
+        names = sorted(mine.keys() & theirs.keys()) if _loss(self) == _loss(other) else ["variant"]
+        found = {name: (mine[name], theirs[name]) for name in names if mine[name] != theirs[name]}
+        return {name: pair for name, pair in found.items() if pair[0] != () and pair[1] != ()}
+
 
 @dataclass(frozen=True)
 class Group:
@@ -69,9 +87,13 @@ class Group:
     """Short, of letters, digits and dashes, and its own."""
     dataset: str
     """As weights and reports say it."""
+    images: str
+    """The same, numbered where runs of that name are tested on different images."""
     teacher: str | None
     """The model; None where all cells learn from labels alone."""
     teacher_sha256: str | None
+    teacher_label: str | None
+    """The model, with the first digits of the hash where another teacher is of the same model."""
     student: str
     cells: tuple[Cell, ...]
     """By method, from plain to CD."""
@@ -79,8 +101,13 @@ class Group:
     @property
     def title(self) -> str:
         """For people."""
-        pair = f"{self.teacher} to {self.student}" if self.teacher else f"{self.student} alone"
-        return f"{pair} on {self.dataset}"
+        pair = f"{self.teacher_label} to {self.student}" if self.teacher else f"{self.student} alone"
+        return f"{pair} on {self.images}"
+
+    @property
+    def pair(self) -> str:
+        """Teacher and student, short."""
+        return f"{self.teacher_label} : {self.student}" if self.teacher else self.student
 
     @property
     def drawn(self) -> tuple[Cell, ...]:
@@ -91,15 +118,37 @@ class Group:
         return tuple(first.values())
 
     @property
+    def usual(self) -> dict[str, Any]:
+        """Training that is not the same in all cells: name -> the value of those whose label does not say another."""
+        return _usual([cell.training for cell in self.cells])
+
+    @property
     def comparisons(self) -> tuple[tuple[Cell, Cell], ...]:
-        """Each drawn cell with the one whose method it adds something to: CD with SDD, SDD with the plain method."""
-        drawn = {cell.config.method: cell for cell in self.drawn}
+        """Each drawn cell with one that was trained alike and whose method it adds something to: CD with SDD, SDD with
+        the plain method."""
         found = []
-        for method, cell in drawn.items():
-            base = next((name for name in _bases(method) if name in drawn), None)
+        for cell in self.drawn:
+            base = next((base for base in self._built_on(cell) if base.training == cell.training), None)
             if base is not None:
-                found.append((cell, drawn[base]))
+                found.append((cell, base))
         return tuple(found)
+
+    @property
+    def unmatched(self) -> tuple[tuple[Cell, Cell], ...]:
+        """Drawn cells that stand in no comparison, for what they build on was trained in another way: with that."""
+        matched = {first.label for first, _ in self.comparisons}
+        bases = [(cell, self._built_on(cell)) for cell in self.drawn if cell.label not in matched]
+        return tuple((cell, found[0]) for cell, found in bases if found)
+
+    def _built_on(self, cell: Cell) -> list[Cell]:
+        """Cells of the methods it builds on; the nearest method first, then the nearest settings."""
+        ranks = {method: rank for rank, method in enumerate(_bases(cell.config.method))}
+        found = [other for other in self.cells if other.config.method in ranks]
+        return sorted(found, key=lambda other: (ranks[other.config.method], len(cell.unlike(other))))
+
+
+def _loss(cell: Cell) -> str:
+    return METHODS[cell.config.method].loss
 
 
 def _bases(method: str) -> list[str]:
@@ -179,8 +228,9 @@ def read_run(folder: Path) -> Run:
     try:
         config = RunConfig(**files.read_json(folder / "config.json", what="config", hint=_AGAIN))
         history = tuple(read_history(folder))
-        if not isinstance(metrics["final_top1"], int | float) or not history:
-            raise ValueError("no accuracy")
+        broken = [key for key in _NUMBERS if not _is_number(metrics[key])]
+        if broken or metrics["final_top1"] is None:
+            raise ValueError(f"`{(broken or ['final_top1'])[0]}` is no number")
     except (ValidationError, ValueError, TypeError, KeyError, OSError) as error:
         reason = f"{error.error_count()} fields" if isinstance(error, ValidationError) else str(error)
         raise ArtifactError(f"run `{folder}` is broken, or of another version: {reason}", hint=_AGAIN) from error
@@ -189,7 +239,14 @@ def read_run(folder: Path) -> Run:
         if (folder / "environment.json").is_file()
         else {}
     )
+    if not isinstance(environment, dict) or not isinstance(environment.get("versions", {}), dict):
+        raise ArtifactError(f"run `{folder}` is broken: its environment.json holds something else", hint=_AGAIN)
     return Run(folder, config, metrics, history, environment, files.sha256_file(folder / WEIGHTS_FILE))
+
+
+def _is_number(value: Any) -> bool:
+    """Or nothing: runs that watch held-out images have no best epoch on the test images."""
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
@@ -199,7 +256,10 @@ def read_history(folder: Path) -> list[dict[str, float]]:
         OSError, ValueError: it is not there, or broken.
     """
     with (folder / "history.csv").open(newline="", encoding="utf-8") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    if not rows or not rows[0].keys() & {"test_top1", "val_top1"}:
+        raise ValueError("history.csv has no accuracy")
+    return rows
 
 
 def _grouped(runs: Sequence[Run]) -> tuple[tuple[Group, ...], dict[str, Run]]:
@@ -222,16 +282,27 @@ def _grouped(runs: Sequence[Run]) -> tuple[tuple[Group, ...], dict[str, Run]]:
         if not beside:
             keys[(*place, "", "")] = plain
     names: dict[str, int] = {}
+    weights = {(teacher, sha256) for *_, teacher, sha256 in keys}
+    alike = Counter(teacher for teacher, _ in weights)
+    sets: dict[str, list[str]] = {}
+    for key in sorted(keys):
+        of_dataset = sets.setdefault(data.public_name(keys[key][0].config.dataset), [])
+        if key[0] not in of_dataset:
+            of_dataset.append(key[0])
     groups = []
     for key in sorted(keys):
-        _, student, teacher, sha256 = key
+        tested_on, student, teacher, sha256 = key
         dataset = data.public_name(keys[key][0].config.dataset)
+        number = sets[dataset].index(tested_on) + 1
+        images = dataset if len(sets[dataset]) == 1 else f"{dataset} (test images {number})"
         plain_name = "-".join(part for part in (dataset.replace(":", "-"), teacher, student) if part)
         name = "".join(char if char.isascii() and (char.isalnum() or char in "-_.") else "-" for char in plain_name)
         names[name] = names.get(name, 0) + 1
         if names[name] > 1:
             name = f"{name}-{names[name]}"
-        groups.append(Group(name, dataset, teacher or None, sha256 or None, student, _cells(keys[key])))
+        label = f"{teacher} {sha256[:_SHORT_HASH]}" if alike[teacher] > 1 else teacher
+        cells = _cells(keys[key])
+        groups.append(Group(name, dataset, images, teacher or None, sha256 or None, label or None, student, cells))
     return tuple(groups), teachers
 
 
@@ -250,7 +321,7 @@ def _cells(runs: Sequence[Run]) -> tuple[Cell, ...]:
     """
     by_identity: dict[str, list[Run]] = {}
     for run in runs:
-        by_identity.setdefault(json.dumps(_settings(run.config), sort_keys=True), []).append(run)
+        by_identity.setdefault(_as_text(_settings(run.config)), []).append(run)
     for same in by_identity.values():
         same.sort(key=lambda run: run.config.seed)
         for first, second in itertools.pairwise(same):
@@ -259,41 +330,78 @@ def _cells(runs: Sequence[Run]) -> tuple[Cell, ...]:
                     f"`{first.folder}` and `{second.folder}` are the same run, seed {first.config.seed}",
                     hint="name one of them",
                 )
-    order = list(METHODS)
-    held = sorted(by_identity.values(), key=lambda same: (order.index(same[0].config.method), _plainness(same[0])))
+    held = list(by_identity.values())
+    kinds = {(same[0].config.method, _as_text(_training(same[0].config))) for same in held}
+    num_methods = Counter(training for _, training in kinds)
+    held.sort(key=lambda same: _place(same[0].config, num_methods))
     labels = _labels([same[0].config for same in held])
     return tuple(Cell(label, tuple(same)) for label, same in zip(labels, held, strict=True))
 
 
-def _plainness(run: Run) -> tuple[int, str]:
-    """Cells with the method's own settings come first."""
-    config = run.config
-    defaults = METHODS[config.method].defaults
-    own = sum(value != defaults.get(key, value) for key, value in config.settings.items() if key != "warmup_epochs")
-    return own + (config.scales not in ((), (1, 2, 4))), json.dumps(_settings(config), sort_keys=True)
+def _place(config: RunConfig, num_methods: Mapping[str, int]) -> tuple[int, int, int, str]:
+    """Order of cells: by method, then the training that most methods share, then the method's own settings.
+
+    Args:
+        config: of a cell.
+        num_methods: how many methods were trained in a way.
+    """
+    method = METHODS[config.method]
+    ours = {key: value for key, value in config.settings.items() if key != "warmup_epochs"}
+    own = sum(value != method.defaults.get(key, value) for key, value in ours.items())
+    own += config.scales not in ((), SCALES)
+    return (
+        list(METHODS).index(config.method),
+        -num_methods[_as_text(_training(config))],
+        own,
+        _as_text(_settings(config)),
+    )
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """What decides a run, but for seed and folder, on one level."""
-    held = {key: value for key, value in config.identity.items() if key not in ("seed", "out")}
-    settings = held.pop("settings")
-    return {**held, **settings}
+    held = {key: value for key, value in config.identity.items() if key not in ("seed", "out", "settings")}
+    return {**held, **config.settings}
+
+
+def _training(config: RunConfig) -> dict[str, Any]:
+    """What decides a run besides its seed, method and teacher."""
+    return {key: value for key, value in config.identity.items() if key not in (*_OF_METHOD, "seed", "out")}
+
+
+def _as_text(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
 
 
 def _labels(configs: Sequence[RunConfig]) -> list[str]:
-    """The method of each, and the settings in which cells of one method differ."""
+    """The method of each, the settings in which cells of that method differ, and what is unusual in its training."""
+    trainings = [_training(config) for config in configs]
+    usual = _usual(trainings)
     labels = []
-    for config in configs:
-        alike = [_settings(other) for other in configs if other.method == config.method]
+    for config, training in zip(configs, trainings, strict=True):
         mine = _settings(config)
-        apart = [key for key in mine if any(other.get(key) != mine[key] for other in alike)]
-        labels.append(" ".join([config.method, *(f"{key}={_short(mine[key])}" for key in sorted(apart))]))
+        alike = [_settings(other) for other in configs if other.method == config.method]
+        of_method = mine.keys() - training.keys()
+        told = sorted(key for key in of_method if any(other.get(key) != mine[key] for other in alike))
+        told += [key for key, value in usual.items() if training[key] != value]
+        labels.append(" ".join([config.method, *(f"{key}={short(mine[key])}" for key in told)]))
     return labels
 
 
-def _short(value: Any) -> str:
+def _usual(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of what is not the same in all, the value that most have; of equally many, the one that is switched off."""
+    found = {}
+    for key in sorted(trainings[0]):
+        several = Counter(json.dumps(training[key]) for training in trainings)
+        if len(several) > 1:
+            is_on = {text: json.loads(text) not in (None, 0, [], "none") for text in several}
+            found[key] = json.loads(min(several, key=lambda text: (-several[text], is_on[text], text)))
+    return found
+
+
+def short(value: Any) -> str:
+    """A setting for people: `1,2,4`, `0.5`."""
     if isinstance(value, Iterable) and not isinstance(value, str):
-        return ",".join(map(_short, value))
+        return ",".join(map(short, value))
     if isinstance(value, float):
         return f"{value:g}"
     return str(value)

@@ -8,6 +8,7 @@ Shapes: N test images, K classes, C channels.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from icdctl import evaluation, files, installed, targets, teachers
+from icdctl.config import CUSTOM_MODEL
 from icdctl.data import Dataset
 from icdctl.engine.observer import Observer
 from icdctl.errors import ArtifactError, UsageError
@@ -32,9 +34,6 @@ from icdctl.reporting.gather import Group, Run
 from icdctl.targets import Target
 
 Matrix = NDArray[np.float64]
-
-BROKEN = (ArtifactError, UsageError)
-"""What keeps a model from being asked: its file is gone, or icdctl can't build it."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,9 @@ def run_target(run: Run) -> Target:
     """The weights of a run.
 
     Raises:
-        ArtifactError, UsageError: they can't be used.
+        ArtifactError, UsageError: they can't be used, or the model is the user's own module.
     """
+    _refuse_custom(run.config.student)
     return targets.resolve(str(run.folder))
 
 
@@ -122,6 +122,7 @@ def teacher_target(group: Group, dataset: Dataset) -> Target | None:
     """
     if group.teacher is None:
         return None
+    _refuse_custom(group.teacher)
     run = next(run for cell in group.cells for run in cell.runs if run.config.teacher is not None)
     place = run.config.teacher_weights or ""
     at = str(place) if place and Path(place).is_file() else group.teacher
@@ -134,19 +135,27 @@ def teacher_target(group: Group, dataset: Dataset) -> Target | None:
     return found
 
 
+def _refuse_custom(model: str) -> None:
+    if model == CUSTOM_MODEL:
+        raise ArtifactError(
+            "the model is a module of one's own, which icdctl can't build", hint="its numbers are those of its run"
+        )
+
+
 class Examiner:
     """Asks models of one data set; holds its test images.
 
     Args:
         dataset: whose test images they are asked on.
         device: that they run on.
+        observer: told of the progress.
     """
 
     def __init__(self, dataset: Dataset, device: torch.device, observer: Observer) -> None:
         self.dataset, self._device, self._observer = dataset, device, observer
         pixels = dataset.test_images.contiguous().numpy().tobytes()
         self._data = files.sha256_bytes(pixels + dataset.test_labels.numpy().tobytes())
-        self._logits: dict[str, Tensor] = {}
+        self._of_teachers: dict[str, Tensor] = {}
 
     def measure(self, target: Target, *, teacher: Target | None) -> Measured:
         """Numbers of a model, and how alike it and its teacher are.
@@ -164,22 +173,26 @@ class Examiner:
         path = _cache_path("evaluated", facts)
         held = _held(path)
         try:
-            return Measured(Evaluation.from_json(held["numbers"]), held["agreement"], held["fidelity"])
+            alike = [None if teacher is None else float(held[key]) for key in ("agreement", "fidelity")]
+            return Measured(Evaluation.from_json(held["numbers"]), *alike)
         except (KeyError, TypeError, ValueError):
             pass  # never measured, or a broken file
         logits = self._all_logits(target)
         found = Measured(evaluation.evaluate_logits(logits, self.dataset.test_labels))
         if teacher is not None:
-            if teacher.sha256 not in self._logits:
-                self._logits = {teacher.sha256: self._all_logits(teacher)}
-            theirs = self._logits[teacher.sha256]
+            theirs = self._teachers_logits(teacher)
             found = Measured(found.numbers, evaluation.agreement(logits, theirs), evaluation.fidelity(logits, theirs))
         whole = {"numbers": found.numbers.as_json(), "agreement": found.agreement, "fidelity": found.fidelity}
-        files.write_json(path, {**whole, "of": facts})
+        _keep(path, {**whole, "of": facts})
         return found
 
-    def look(self, target: Target, chosen: Chosen) -> View:
+    def look(self, target: Target, chosen: Chosen, *, is_teacher: bool = False) -> View:
         """What a model makes of all test images, and of the chosen ones in detail.
+
+        Args:
+            target: the model.
+            chosen: the images.
+            is_teacher: it is asked for several groups.
 
         Raises:
             IcdctlError: it can't be built.
@@ -191,7 +204,14 @@ class Examiner:
             return cell_logits(model.outputs(images).feature_map, model.head)
 
         cells = self._over(chosen.shown, cells_of)
-        return View(self._all_logits(target), pooled, cells)
+        logits = self._teachers_logits(target) if is_teacher else self._all_logits(target)
+        return View(logits, pooled, cells)
+
+    def _teachers_logits(self, teacher: Target) -> Tensor:
+        """Of all test images; kept, for a teacher has many students."""
+        if teacher.sha256 not in self._of_teachers:
+            self._of_teachers[teacher.sha256] = self._all_logits(teacher)
+        return self._of_teachers[teacher.sha256]
 
     def _ready(self, target: Target) -> Classifier:
         return target.load().to(self._device).to(memory_format=torch.channels_last)
@@ -237,7 +257,7 @@ def latency_ms(target: Target, cpu: str) -> float:
         file = Path(name) / "model.onnx"
         file.write_bytes(onnx_bytes(target))
         measured = OnnxClassifier(file).latency_ms()
-    files.write_json(path, {"ms": measured, "of": facts})
+    _keep(path, {"ms": measured, "of": facts})
     return measured
 
 
@@ -246,10 +266,20 @@ def _cache_path(kind: str, facts: dict[str, Any]) -> Path:
     return files.state_folder() / "cache" / kind / f"{key}.json"
 
 
+def _keep(path: Path, value: dict[str, Any]) -> None:
+    """For the next report; one whose state folder can't be written to measures again."""
+    with contextlib.suppress(ArtifactError):
+        files.write_json(path, value)
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} was never measured")
+
+
 def _held(path: Path) -> dict[str, Any]:
     """What was measured before; nothing where it was not, or where the file is broken."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -274,6 +304,11 @@ def gram_of(cells: Tensor, scale: int) -> Matrix:
     return matrix
 
 
+def perplexity(num_images: int) -> float:
+    """Of a map of so many images: 30, or what few allow."""
+    return min(30.0, max(1.0, (num_images - 1) / 3))
+
+
 def feature_map(features: Tensor) -> Matrix:
     """A map of the plane by t-SNE, from a fixed seed: [F, C] -> [F, 2], of at least `FEWEST_MAPPED` images.
 
@@ -281,8 +316,9 @@ def feature_map(features: Tensor) -> Matrix:
     """
     from sklearn.manifold import TSNE
 
-    perplexity = min(30.0, max(1.0, (features.shape[0] - 1) / 3))
     values = features.double()
     start = "pca" if float(values.std(dim=0).max()) > 0 else "random"  # without any spread there are no components
-    placed = TSNE(random_state=_SEED, init=start, perplexity=perplexity, n_jobs=1).fit_transform(values.numpy())
+    placed = TSNE(random_state=_SEED, init=start, perplexity=perplexity(len(values)), n_jobs=1).fit_transform(
+        values.numpy()
+    )
     return np.asarray(placed, dtype=np.float64)

@@ -27,6 +27,8 @@ class Table:
     @property
     def numeric(self) -> list[bool]:
         """Columns whose cells begin with a number, for alignment and sorting."""
+        if not self.rows:
+            return [False] * len(self.headers)
         return [
             any(cells) and all(not cell or _is_number(cell) for cell in cells)
             for cells in (list(column) for column in zip(*self.rows, strict=True))

@@ -1,0 +1,194 @@
+"""Which figures a report has, and what is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from icdctl import evaluation, methods, models
+from icdctl.data import Dataset
+from icdctl.engine.environment import cpu_name
+from icdctl.reporting import figures, measure
+from icdctl.reporting.asking import Asked
+from icdctl.reporting.drawing import Picture
+from icdctl.reporting.figures import Curve, Point
+from icdctl.reporting.gather import Cell, Group
+from icdctl.reporting.measure import Chosen, Examiner, View
+from icdctl.targets import Target
+
+_NUM_SHOWN = 4
+_BYTES = 4e-6
+"""Megabytes of a number in float32."""
+
+
+def curves(group: Group) -> list[Picture]:
+    """Learning curves of the drawn cells: a figure for those that watched the test images, one for the others."""
+    pictures = []
+    for column, kind, name in (("test_top1", "test", "curves"), ("val_top1", "held-out", "curves-held-out")):
+        watching = [cell for cell in group.drawn if all(column in run.history[0] for run in cell.runs)]
+        if watching:
+            rows = [Curve(cell.label, [[row[column] for row in run.history] for run in cell.runs]) for cell in watching]
+            title = "Learning curves" if kind == "test" else "Learning curves on held-out images"
+            pictures.append(figures.learning_curves(f"{group.name}-{name}", rows, title=title, watched=kind))
+    return pictures
+
+
+def in_detail(found: Asked, examiner: Examiner, *, shown: Sequence[int] | None) -> list[Picture]:
+    """The figures of a group that need its models.
+
+    Args:
+        found: the group.
+        examiner: of its images.
+        shown: numbers of the test images whose Gram matrices are drawn; None for four by a fixed seed.
+
+    Raises:
+        UsageError: there is no image of that number.
+    """
+    group, name, dataset = found.group, found.group.name, examiner.dataset
+    cells = [cell for cell in group.drawn if found.of(cell)]
+    pictures = []
+    gains = {}
+    for first, second in group.comparisons:
+        values = _class_gains(found, first, second, dataset)
+        if values is not None:
+            gains[first.label, second.label] = values
+    if gains:
+        pictures.append(figures.per_class_gains(f"{name}-classes", gains))
+    bins = {cell.label: _together([each.numbers for each in found.of(cell)]) for cell in cells}
+    ece = {cell.label: [each.numbers.ece for each in found.of(cell)] for cell in cells}
+    if found.teacher_numbers is not None:
+        label = f"{group.teacher_label} {figures.TEACHER}"
+        bins = {label: found.teacher_numbers.numbers.reliability, **bins}
+        ece = {label: [found.teacher_numbers.numbers.ece], **ece}
+    if bins:
+        pictures.append(figures.reliability(f"{name}-reliability", bins, ece))
+    if not cells:
+        return pictures
+    chosen = measure.choose_images(dataset.test_labels, num_shown=_NUM_SHOWN, shown=shown)
+    views = {cell.label: examiner.look(found.targets[cell.label], chosen) for cell in cells}
+    placed = {label: view.features for label, view in views.items()}
+    if found.teacher is not None and group.teacher is not None:
+        theirs = examiner.look(found.teacher, chosen, is_teacher=True)
+        pictures.append(_agreement(found, cells, group.teacher))
+        differences = {
+            label: measure.correlation(view.logits) - measure.correlation(theirs.logits)
+            for label, view in views.items()
+        }
+        pictures.append(figures.correlation_differences(f"{name}-correlation", differences, teacher=group.teacher))
+        placed = {f"{group.teacher_label} {figures.TEACHER}": theirs.features, **placed}
+        pictures += [
+            _gram_picture(found, cell, views[cell.label], theirs, dataset, chosen) for cell in _clustered(cells)
+        ]
+    if len(chosen.mapped) >= measure.FEWEST_MAPPED:
+        maps = {label: measure.feature_map(features) for label, features in placed.items()}
+        names = {number: dataset.class_names[number] for number in chosen.classes}
+        labels = dataset.test_labels[chosen.mapped].numpy()
+        used = measure.perplexity(len(labels))
+        pictures.append(figures.feature_maps(f"{name}-features", maps, labels, names, perplexity=used))
+    return pictures
+
+
+def _clustered(cells: Sequence[Cell]) -> list[Cell]:
+    """Whose Gram matrices are drawn: those with the cluster term, and the same without; else the last one."""
+    clustered = [cell for cell in cells if methods.METHODS[cell.config.method].cluster]
+    losses = {methods.METHODS[cell.config.method].loss for cell in clustered}
+    beside = [
+        cell
+        for cell in cells
+        if cell not in clustered
+        and methods.METHODS[cell.config.method].patches
+        and methods.METHODS[cell.config.method].loss in losses
+    ]
+    return [*beside, *clustered] or list(cells[-1:])
+
+
+def _gram_picture(found: Asked, cell: Cell, view: View, theirs: View, dataset: Dataset, chosen: Chosen) -> Picture:
+    scales = [scale for scale in (cell.config.scales or methods.SCALES) if scale > 1] or [
+        scale for scale in methods.SCALES if scale > 1
+    ]
+    images = dataset.test_images[chosen.shown].numpy()
+    names = [
+        f"{figures.brief(dataset.class_names[int(dataset.test_labels[number])], 12)} (no. {number})"
+        for number in chosen.shown.tolist()
+    ]
+    grams = [
+        {
+            scale: (measure.gram_of(theirs.cells[place], scale), measure.gram_of(view.cells[place], scale))
+            for scale in scales
+        }
+        for place in range(len(names))
+    ]
+    name = f"{found.group.name}-patches-{cell.config.method}"
+    return figures.gram_maps(name, images, names, grams, student=cell.label, teacher=str(found.group.teacher))
+
+
+def _agreement(found: Asked, cells: Sequence[Cell], teacher: str) -> Picture:
+    shares, divergences = {}, {}
+    for cell in cells:
+        held = found.of(cell)
+        shares[cell.label] = [each.agreement for each in held if each.agreement is not None]
+        divergences[cell.label] = [each.fidelity for each in held if each.fidelity is not None]
+    return figures.agreements(f"{found.group.name}-agreement", shares, divergences, teacher=teacher)
+
+
+def _class_gains(found: Asked, first: Cell, second: Cell, dataset: Dataset) -> list[float] | None:
+    """Points for each class that has test images, over the seeds that both have; None where none is measured."""
+    sides = [
+        {run.config.seed: found.measured[run.folder] for run in cell.runs if run.folder in found.measured}
+        for cell in (first, second)
+    ]
+    seeds = sorted(sides[0].keys() & sides[1].keys())
+    if not seeds:
+        return None
+    gains = [np.array(sides[0][seed].numbers.per_class) - np.array(sides[1][seed].numbers.per_class) for seed in seeds]
+    tested = sorted(set(dataset.test_labels.tolist()))
+    return [float(value) for value in np.mean(gains, axis=0)[tested]]
+
+
+def _together(several: Sequence[evaluation.Evaluation]) -> tuple[evaluation.Bin, ...]:
+    """The bins of several models as one."""
+    found = []
+    for same in zip(*(each.reliability for each in several), strict=True):
+        images = sum(each.images for each in same)
+        share = max(images, 1)
+        confidence = sum(each.images * each.confidence for each in same) / share
+        accuracy = sum(each.images * each.accuracy for each in same) / share
+        found.append(evaluation.Bin(images, confidence, accuracy))
+    return tuple(found)
+
+
+def pareto(asked: Sequence[Asked]) -> list[Picture]:
+    """A figure for each set of test images: its teachers, and the cells of its students."""
+    pictures = []
+    for images in dict.fromkeys(each.group.images for each in asked):
+        points: dict[str, Point] = {}  # by weights: the same plain students stand beside each teacher's
+        here = [each for each in asked if each.group.images == images]
+        has_several_teachers = len({each.group.teacher_label for each in here if each.group.teacher}) > 1
+        for each in here:
+            if each.teacher is not None and each.teacher_numbers is not None:
+                label = f"{each.group.teacher_label} {figures.TEACHER}"
+                latency = each.latencies.get(each.teacher.model)
+                size = _BYTES * num_parameters(each.teacher)
+                points[each.teacher.sha256] = Point(label, [each.teacher_numbers.numbers.top1], size, latency)
+            for cell in each.group.drawn:
+                params = cell.runs[0].metrics.get("params")
+                if isinstance(params, int):
+                    label = f"{each.group.student}, {cell.label}"
+                    if has_several_teachers and cell.config.teacher is not None:
+                        label += f", of {each.group.teacher_label}"
+                    latency = each.latencies.get(each.group.student)
+                    points[cell.runs[0].sha256] = Point(label, list(cell.top1.values()), _BYTES * params, latency)
+        if len(points) > 1:
+            slug = "".join(char if char.isalnum() and char.isascii() else "-" for char in images)
+            hardware = cpu_name() if any(point.latency_ms for point in points.values()) else ""
+            pictures.append(figures.pareto(f"pareto-{slug}", list(points.values()), hardware=hardware))
+    return pictures
+
+
+def num_parameters(target: Target) -> int:
+    """Of a model, without what its batch norms have counted."""
+    with torch.device("meta"):
+        made = models.create(target.model, target.num_classes, image_size=target.preprocessing.size)
+    return sum(parameter.numel() for parameter in made.parameters())
