@@ -603,8 +603,11 @@ def test_a_figure_is_the_same_whatever_the_users_style(tmp_path: Path) -> None:
 
 def test_tables_align_numbers_and_escape_text() -> None:
     table = Table("t", ("a", "b", "c"), (("x|y", "1,000", ""), ("<i>", "-2.5 ± 0.1", "< 0.001")))
-    assert table.numeric == [False, True, True]
-    assert Table("none", ("a", "b"), ()).numeric == [False, False]
+    assert table.kinds == ["", "number", "number"]
+    assert Table("t", ("a", "sha256", "c"), (("x", "ab12", "word " * 20),)).kinds == ["", "hash", "long"]
+    assert Table("t", ("a", "b"), ()).kinds == ["", ""]
+    less = Table("t", ("a", "b", "c"), (("1", "", "x"), ("", "", "y")), ("n",)).without_empty_columns()
+    assert (less.headers, less.rows, less.notes) == (("a", "c"), (("1", "x"), ("", "y")), ("n",))
     made = Page("p", ["a `b` <c>"], [Section("s", "S", tables=[table])], ["left `one"])
     html = render_page(made)
     assert "a <code>b</code> &lt;c&gt;" in html

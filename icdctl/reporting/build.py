@@ -150,7 +150,10 @@ def _judged(judgements: Sequence[Judgement]) -> list[Section]:
             f"table-{judgement.table.name}",
             f"Reproduction: {judgement.table.name}",
             [", ".join(f"{number} {status}" for status, number in judgement.counts.items())],
-            tables=[Table(sheet.title, sheet.headers, sheet.rows, sheet.notes) for sheet in sheets(judgement)],
+            tables=[
+                Table(sheet.title, sheet.headers, sheet.rows, sheet.notes).without_empty_columns()
+                for sheet in sheets(judgement)
+            ],
         )
         for judgement in judgements
     ]

@@ -13,6 +13,8 @@ from icdctl.installed import versions
 from icdctl.reporting.drawing import Picture
 
 TEMPLATE = "page.html.jinja"
+_LONG = 60
+"""Characters: a cell of more takes several lines."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,25 @@ class Table:
     notes: Sequence[str] = ()
 
     @property
-    def numeric(self) -> list[bool]:
-        """Columns whose cells begin with a number, for alignment and sorting."""
-        if not self.rows:
-            return [False] * len(self.headers)
-        return [
-            any(cells) and all(not cell or _is_number(cell) for cell in cells)
-            for cells in (list(column) for column in zip(*self.rows, strict=True))
-        ]
+    def kinds(self) -> list[str]:
+        """Of each column: `number` where all its cells begin with one, for alignment and sorting; `hash`; `long` where
+        a cell is, so that it is not squeezed; empty for the rest."""
+        columns = zip(*self.rows, strict=True) if self.rows else ((),) * len(self.headers)
+        return [_kind(header, column) for header, column in zip(self.headers, columns, strict=True)]
+
+    def without_empty_columns(self) -> Table:
+        """The same, with columns left out that say nothing in any row."""
+        said = [place for place in range(len(self.headers)) if any(row[place] for row in self.rows)]
+        rows = tuple(tuple(row[place] for place in said) for row in self.rows)
+        return Table(self.title, tuple(self.headers[place] for place in said), rows, self.notes)
+
+
+def _kind(header: str, column: Sequence[str]) -> str:
+    if any(column) and all(not cell or _is_number(cell) for cell in column):
+        return "number"
+    if header == "sha256":
+        return "hash"
+    return "long" if any(len(cell) > _LONG for cell in column) else ""
 
 
 def _is_number(text: str) -> bool:

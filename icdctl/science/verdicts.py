@@ -348,8 +348,14 @@ def _cell_sheet(judgement: Judgement) -> Sheet:
         f"reproduced: equivalent within {judgement.margin:g} {unit} of the published number (two one-sided t tests, "
         f"alpha {judgement.alpha:g}); not reproduced: the {100 * (1 - judgement.alpha):.4g} % interval, with the "
         "spread of the published number in it, is wholly beyond; underpowered: neither.",
-        f"Each verdict has its own error rate: of {judged} judged cells, up to about "
-        f"{judgement.alpha * judged:.1f} may be wrong.",
+        *(
+            [
+                f"Each verdict has its own error rate: of {judged} judged cells, up to about "
+                f"{judgement.alpha * judged:.1f} may be wrong."
+            ]
+            if judged
+            else []
+        ),
         *judgement.table.notes,
     )
     return Sheet(f"{judgement.table.name}: {judgement.table.about}", headers, rows, notes)
