@@ -1,7 +1,8 @@
 """Entries written into a params.yaml that a person keeps: every byte of the rest, comments included, stays as it is.
 
 The places of keys and values are read off the YAML parser's events, entries are put there as text, and the result is
-parsed again before it counts.
+parsed again before it counts. ruamel.yaml keeps comments too, but puts a new last cell behind the comment of the
+section that follows, and respaces collections in braces.
 """
 
 from __future__ import annotations
