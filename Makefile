@@ -22,8 +22,8 @@ lint: $(INSTALLED)
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
-test: lint  ## Style, types, tests: what CI runs.
-	$(RUN)/python -m pytest
+test: lint  ## Style, types, tests: what CI runs; two processes of one thread each.
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile
 
 test-methods: $(INSTALLED)  ## The methods against each other, trained on the embedded digits (4 minutes).
 	$(RUN)/python -m pytest -m slow tests/test_methods_trained.py

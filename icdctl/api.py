@@ -444,6 +444,7 @@ class EvaluationResult:
     target: str
     dataset: str
     num_images: int
+    class_names: tuple[str, ...]
     numbers: evaluation.Evaluation
     agreement: float | None
     """With the teacher, in percent."""
@@ -491,7 +492,7 @@ def evaluate(
         raise UsageError("nothing says what size of images the module reads", hint="pass `image_size`, e.g. 224")
     known, predict = _ready(target, named, place)
     wanted = _own_images(known, dataset, data_dir=data_dir, test_images=test_images)
-    other = None if teacher is None else _ready(teacher, data.describe(wanted), place)
+    other = None if teacher is None else _ready(_of_model(teacher, wanted), data.describe(wanted), place)
     if other is not None and dataset is None and other[0].dataset not in (None, known.dataset):
         raise UsageError(
             f"`{other[0].label}` was trained on `{other[0].dataset}`, `{known.label}` on `{known.dataset}`",
@@ -512,6 +513,7 @@ def evaluate(
         target=known.label,
         dataset=held.name,
         num_images=logits.shape[0],
+        class_names=held.class_names,
         numbers=evaluation.evaluate_logits(logits, held.test_labels),
         agreement=None if others is None else evaluation.agreement(logits, others),
         fidelity=None if others is None else evaluation.fidelity(logits, others),
@@ -557,6 +559,13 @@ def _ready(target: Model, dataset: Description | None, device: torch.device) -> 
     found = targets.resolve(label, dataset=dataset)
     model = found.load().to(device).to(memory_format=torch.channels_last)
     return _known_of(found), evaluation.module_predictor(model, found.preprocessing, device)
+
+
+def _of_model(teacher: Model, wanted: Request) -> Model:
+    """The weights that a model's name stands for, as for `distill`; anything else as it is."""
+    if isinstance(teacher, nn.Module) or teachers.model_of(str(teacher)) is None:
+        return teacher
+    return str(teachers.find(str(teacher), dataset=data.describe(wanted)).path)
 
 
 def _run_beside(folder: Path) -> RunConfig | None:

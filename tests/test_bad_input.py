@@ -123,6 +123,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 # --- names ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_folder_of_images_named_alone_is_told_how(icdctl: CommandLine) -> None:
+    Path("photos").mkdir()
+    failure = fails(icdctl("train", "--model", "res8", "--dataset", "photos"), 2)
+    assert failure == (["unknown data set `photos`"], ["images of your own go by `imagefolder:photos`"])
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "error", "hint"),
     [

@@ -90,6 +90,8 @@ def test_a_model_trained_as_teacher_is_found_by_its_name(icdctl: CommandLine, tm
     for _ in range(2):  # the second time it is there already
         code, stdout, _ = icdctl(*given)
         assert (code, json.loads(stdout)["artifact"]) == (0, "digits100/res8-ce@v1")
+    code, stdout, err = icdctl("eval", tmp_path / "teacher", "--teacher", "res8", "--test-images", "50", "--json")
+    assert (code, json.loads(stdout)["agreement"]) == (0, 100.0), err
     plan = ("distill", "--method", "kd", "--teacher", "res8", "--student", "mv2", "--dataset", "digits100", "--dry-run")
     weights = Path(json.loads(icdctl(*plan)[1])["teacher_weights"])
     assert weights.read_bytes() == (tmp_path / "teacher" / "student.safetensors").read_bytes()

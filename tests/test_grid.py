@@ -72,7 +72,7 @@ def test_a_run_of_other_settings_is_stale_until_it_is_replaced(icdctl: CommandLi
     assert "temperature 4.0 -> 2.0" in found["note"]
     code, out, err = icdctl("grid", "run")
     assert code == 1
-    assert "error: `kd/s0`: `" in err
+    assert "error: `kd/s0`: the folder holds another run than the cell asks for: temperature 4.0 -> 2.0" in err
     assert "temperature 4.0 -> 2.0" in err
     assert "--replace" in err
     assert re.search(r"plain/s0 +done", out)
@@ -215,6 +215,7 @@ def test_a_sweep_takes_settings_and_options(icdctl: CommandLine, teacher: Path) 
         (["method=kd"], "unknown setting or option to sweep `method`"),
         (["alpha=1", "gamma=1"], "no cell has all of"),
         (["lr=0.1"], "two cells `kd-lr0.1`"),
+        (["temperature=1..4"], "sweep `temperature=1..4` is a range"),
         (["seed=1"], "unknown setting or option to sweep `seed`"),
         (["label_smoothing=0.1", "beta=1"], "their methods do not read it"),
     ],
@@ -235,6 +236,17 @@ def test_a_sweep_that_can_not_be_is_refused_before_anything_is_trained(
         code, _, err = icdctl("grid", verb, *given)
         assert (code, message in err) == (2, True), err
     assert not Path("runs").exists()
+
+
+def test_one_cause_is_told_once_for_all_its_runs(icdctl: CommandLine) -> None:
+    lost = {**KD, "teacher": "runs/teacher"}
+    write_params({"kd": lost, "other": lost}, train=QUICK, seeds=[0, 1])
+    code, _, err = icdctl("grid", "run")
+    assert code == 1
+    assert "0 of 4 runs to train, 0 done before, 4 can't be trained" in err
+    assert err.count("error: ") == 1
+    assert "error: `kd/s0` and 3 more: teacher `runs/teacher` does not exist" in err
+    assert "`icdctl train --model MODEL --dataset digits100 --out runs/teacher`" in err
 
 
 def test_packs_fill_the_slots_and_are_of_one_size(teacher: Path) -> None:

@@ -103,6 +103,7 @@ def test_all_of_a_cell_is_shown(icdctl: CommandLine) -> None:
     assert ["lr", "0.05", "the", "cell"] in lines
     assert ["momentum", "0.9", "recipe", "cifar100"] in lines
     assert ["temperature", "4", "default", "of", "cd_sdd_kd"] in lines
+    assert ["crop_scale", "none", "recipe", "cifar100"] in lines
     assert "iCD:eval.sh:312" in text
 
 
@@ -337,6 +338,14 @@ def test_a_file_of_the_reference_keeps_what_it_says_and_its_faults_are_told(icdc
         "DKD.BETA 6.0 is left out: `cd_sdd_kd` never reads it",
         "LOG.WANDB False is left out: it has no place here",
     ]
+
+
+def test_a_train_section_that_a_cell_can_not_have_is_a_warning(icdctl: CommandLine) -> None:
+    Path("params.yaml").write_text("train: {dataset: digits100, train_images: 400}\n")
+    code, out, err = icdctl("recipes", "copy", "cifar100/vgg13-mv2-kd")
+    assert (code, "cifar100-vgg13-mv2-kd:" in out) == (0, True), err
+    assert "can't be trained with `train` of this file: `--train-images` is given" in err
+    assert "cifar100-vgg13-mv2-kd" in params()["cells"]
 
 
 def test_settings_families_and_scales_of_a_file(icdctl: CommandLine) -> None:

@@ -243,7 +243,6 @@ def test_models_that_can_not_be_asked_are_told(icdctl: CommandLine, inside: Path
     ("arguments", "code", "message"),
     [
         (["nowhere"], 1, "holds no finished run"),
-        (["runs/plain", "runs/plain/s0", "runs/copy"], 2, "are the same run, seed 0"),
         (["runs/unfinished"], 1, "is not finished"),
         (["runs/old"], 1, "is broken, or of another version"),
         (["runs/plain", "--images", "300", "--detail", "res8"], 2, "there is no test image 300"),
@@ -280,6 +279,17 @@ def test_runs_of_another_version_in_a_folder_are_left_out(inside: Path, tmp_path
     (tmp_path / "plain/s0/config.json").write_text("{}")
     with pytest.raises(ArtifactError, match="no run of 2 can be read"):
         gather([tmp_path])
+
+
+def test_a_run_that_is_there_twice_counts_once_and_trials_do_not(inside: Path, tmp_path: Path) -> None:
+    shutil.copytree(inside / "runs/plain", tmp_path / "runs/plain")
+    shutil.copytree(inside / "runs/plain/s1", tmp_path / "runs/sweep/s1")
+    shutil.copytree(inside / "runs/dkd/s0", tmp_path / "runs/dkd-search/temperature4/s0")
+    (tmp_path / "runs/dkd-search/search.json").write_text("{}")
+    found = gather([tmp_path / "runs"])
+    ((cell,),) = (group.cells for group in found.groups)
+    assert [run.config.seed for run in cell.runs] == [0, 1]
+    assert found.notes == (f"{tmp_path}/runs/sweep/s1 is left out: the same run as {tmp_path}/runs/plain/s1",)
 
 
 def test_cells_are_compared_with_what_they_build_on(inside: Path) -> None:

@@ -13,7 +13,7 @@ from grid_support import PLAIN, write_params
 
 from icdctl.errors import IcdctlError, UsageError
 from icdctl.grid.cells import read_grid
-from icdctl.grid.search import Range, Search, Trial, parse_space
+from icdctl.grid.search import Range, Search, Trial, parse_space, searchable
 
 pytest.importorskip("optuna", reason="optuna is not installed (`pip install 'icdctl[search]'`)")
 
@@ -87,11 +87,36 @@ def test_trials_are_judged_on_held_out_images_and_the_best_is_trained_on_all(icd
     # The same again trains nothing; more trials go on from these.
     code, out, err = icdctl(*SEARCH, "--trials", "3", "--json")
     assert (code, json.loads(out)["runs"], json.loads(out)["already_done"]) == (0, [], 2)
+    code, out, err = icdctl(*SEARCH, "--trials", "3")
+    assert code == 0, err
+    assert [line.split()[:2] for line in out.splitlines()[-2:]] == [[f"mine-searched/s{n}", "done"] for n in (3, 4)]
     code, out, err = icdctl(*SEARCH, "--trials", "4", "--replace")
     assert code == 0, err
     assert trials_of("mine")[:3] == found["trials"]
     assert len(trials_of("mine")) == 4
     assert "held-out top-1" in out
+
+
+def test_trials_of_other_settings_are_not_mixed_with_new_ones(icdctl: CommandLine) -> None:
+    given = ("grid", "run", "--search", "optuna", "--sweep", "lr=0.01..0.1:log", "--trials")
+    assert icdctl(*given, "1")[0] == 0
+    write_params({"mine": PLAIN}, train={**TRAIN, "epochs": 2}, seeds=[3, 4])
+    code, _, err = icdctl(*given, "2")
+    assert (code, "they had other settings: epochs 1 -> 2" in err, len(trials_of("mine"))) == (2, True, 1), err
+    write_params({"mine": PLAIN}, train=TRAIN, seeds=[3, 4])
+    code, _, err = icdctl(*given, "2", "--replace")
+    assert (code, len(trials_of("mine"))) == (0, 2), err
+
+
+def test_cells_that_lack_what_is_searched_are_left_out(icdctl: CommandLine) -> None:
+    other = {"teacher": "teacher", "student": "res8", "method": "kd"}
+    grid = read_grid(Path.cwd())
+    write_params({"mine": PLAIN, "other": other}, train=TRAIN, seeds=[3, 4])
+    both = read_grid(Path.cwd())
+    assert searchable(grid, parse_space(["lr=0.01..0.1"])) == (grid, [])
+    found, left_out = searchable(both, parse_space(["temperature=1..4"]))
+    assert ([cell.name for cell in found.cells], len(left_out)) == (["other"], 1)
+    assert "`mine` is left out" in left_out[0]
 
 
 def test_a_search_that_was_stopped_asks_for_the_same_and_goes_on(icdctl: CommandLine) -> None:

@@ -14,7 +14,10 @@ from icdctl.commands.training import observed
 def evaluate(
     target: Annotated[str, typer.Argument(help="A run folder, a weights file, `registry:NAME` or an .onnx file.")],
     teacher: Annotated[
-        str | None, typer.Option(help="Another such thing, to say how alike the two are.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Another such thing, or a model as for `distill`: how alike the two are.", show_default=False
+        ),
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="What to test on.", show_default="what it was trained on")] = None,
     data_dir: options.DataDir = None,
@@ -48,7 +51,7 @@ def evaluate(
     console.show_line(f"{'top-5':<11} {numbers.top5:.2f}")
     console.show_line(f"{'loss':<11} {numbers.loss:.4f}")
     console.show_line(f"{'ece':<11} {numbers.ece:.2f} (calibration error, percent)")
-    console.show_line(f"{'worst class':<11} {worst} ({numbers.per_class[worst]:.1f})")
+    console.show_line(f"{'worst class':<11} {result.class_names[worst]} ({numbers.per_class[worst]:.1f})")
     if result.agreement is not None and result.fidelity is not None:
         console.show_line(f"{'agreement':<11} {result.agreement:.2f} (same class as `{teacher}`)")
         console.show_line(f"{'fidelity':<11} {result.fidelity:.4f} nats of KL from it")

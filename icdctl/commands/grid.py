@@ -62,8 +62,9 @@ def plan(
     _show(rows)
     unknown = len(rows) - len(hours)
     left = sum(row.begun + row.stale + row.missing for row in rows)
-    more = f", and {unknown} cells of which nothing says how long they take" if unknown else ""
-    console.talk(f"{left} of {len(grid.runs)} runs are left, about {sum(hours):.1f} hours on one device{more}")
+    told = [f"about {sum(hours):.1f} hours on one device"] if sum(hours) or not unknown else []
+    told += [f"nothing says how long {unknown} of the cells take: `--bench FILE`"] if unknown else []
+    console.talk(f"{left} of {len(grid.runs)} runs are left; {'; '.join(told)}")
     seeds_said = ", ".join(map(str, grid.seeds))
     console.talk(
         f"seeds {seeds_said}: two cells that differ by {delta:g} points, with a spread of {spread:g} over seeds, are "
@@ -162,7 +163,7 @@ def teacher(name: Annotated[str, typer.Argument(help="A name in the `teachers` o
     """
     from icdctl.grid.stages import make_teacher
 
-    with observed(name) as observer:
+    with observed(name) as observer, many.same_command_goes_on():
         console.show_line(str(make_teacher(files.project_root(), name, observer=observer)))
 
 

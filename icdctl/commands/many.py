@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -87,7 +87,13 @@ class Done:
 
     def error(self) -> IcdctlError:
         """All failures together."""
-        told = [IcdctlError(f"`{each.label}`: {each.message}", hint=each.hint or "see above") for each in self.failed]
+        labels: dict[tuple[str, str], list[str]] = {}
+        for each in self.failed:
+            labels.setdefault((each.message, each.hint or "see above"), []).append(each.label)
+        told = [
+            IcdctlError(f"`{names[0]}`{f' and {len(names) - 1} more' if names[1:] else ''}: {message}", hint=hint)
+            for (message, hint), names in labels.items()
+        ]
         return combine(told)
 
 
@@ -95,6 +101,19 @@ def flags(**given: str | int | None) -> list[str]:
     """Options as arguments, those that were given."""
     stated = {f"--{key.replace('_', '-')}": str(value) for key, value in given.items() if value is not None}
     return [part for pair in stated.items() for part in pair]
+
+
+@contextmanager
+def same_command_goes_on() -> Iterator[None]:
+    """Where a run within is interrupted, the hint is the command that was typed, not that of the run alone."""
+    from icdctl.engine.run import Interrupted
+
+    try:
+        yield
+    except Interrupted as error:
+        told = Interrupted(error.message, hint="run the same command again: it goes on from there")
+        told.exit_code = error.exit_code
+        raise told from error
 
 
 def train_missing(
@@ -128,7 +147,6 @@ def train_missing(
         Interrupted: by a person or the system; the states are saved.
     """
     from icdctl import api
-    from icdctl.engine.run import Interrupted
     from icdctl.grid import execute
     from icdctl.grid.standing import standings
 
@@ -155,12 +173,8 @@ def train_missing(
         execute.write_log(grid.folder, found)
         for outcome in found:
             console.talk(_line(outcome))
-    try:
+    with same_command_goes_on():
         found += training.train(packs, again)
-    except Interrupted as error:
-        told = Interrupted(error.message, hint="run the same command again: it goes on from there")
-        told.exit_code = error.exit_code
-        raise told from error
     if outcomes is not None:
         files.write_json(outcomes, [outcome.as_json() for outcome in found])
     return Done(tuple(found), num_before)
@@ -174,6 +188,9 @@ def _announce(grid: Grid, states: Sequence[Standing], packs: Sequence[Pack], nam
     num_runs = sum(len(pack.runs) for pack in packs)
     num_before = sum(each.state == "done" for each in states)
     told = f"{num_runs} of {len(states)} runs to train, {num_before} done before"
+    num_refused = len(states) - num_before - num_runs
+    if num_refused:
+        told += f", {num_refused} can't be trained"
     if packs:
         told += f"; in {_number(len(packs), 'pack')} on {_number(len(names), 'slot')}"
         hours = [row.hours_left for row in outlook(grid, known=states)]
@@ -344,8 +361,13 @@ class _Training:
         return outcomes
 
 
-def report(done: Done, as_json: bool) -> None:
+def report(done: Done, as_json: bool, *, earlier: Sequence[Outcome] = ()) -> None:
     """Print what was done.
+
+    Args:
+        done: what became of the runs.
+        as_json: print one object.
+        earlier: of runs done before, those that a table shows too.
 
     Raises:
         IcdctlError: some runs failed.
@@ -353,7 +375,10 @@ def report(done: Done, as_json: bool) -> None:
     if as_json and not done.failed:
         console.show_json({"runs": [each.as_json() for each in done.outcomes], "already_done": done.num_before})
     elif not as_json:
-        rows = [[each.label, each.state, "" if each.top1 is None else f"{each.top1:.2f}"] for each in done.outcomes]
+        rows = [
+            [each.label, each.state, "" if each.top1 is None else f"{each.top1:.2f}"]
+            for each in (*earlier, *done.outcomes)
+        ]
         if rows:
             console.show_table(["run", "state", "top-1"], rows)
     if any(each.state == "stopped" for each in done.outcomes):

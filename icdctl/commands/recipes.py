@@ -187,7 +187,7 @@ def _show_paper(facts: Mapping[str, Any]) -> None:
                 "the cell"
                 if key in stated
                 else f"default of {facts['method']}"
-                if usual.get(key) == value
+                if key in usual and usual[key] == value
                 else f"recipe {facts['recipe']}",
             ]
             for key, value in {**facts["method_settings"], **facts["training"]}.items()

@@ -55,10 +55,16 @@ def list_(folder: Folder = None, as_json: options.Json = False) -> None:
     if as_json:
         console.show_json({"artifacts": found})
     elif found:
-        rows = [[item["reference"], item["variant"], item["teacher"] or "", item["final_top1"]] for item in found]
+        rows = [
+            [item["reference"], item["variant"], item["teacher"] or "", _top1(item["final_top1"])] for item in found
+        ]
         console.show_table(["artifact", "variant", "teacher", "top-1"], rows)
     else:
         console.talk("nothing is registered; `icdctl registry add RUN` registers a finished run")
+
+
+def _top1(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, int | float) else ""
 
 
 @app.command("show")

@@ -14,6 +14,7 @@ from icdctl.commands.training import observed
 from icdctl.errors import UsageError
 
 if TYPE_CHECKING:
+    from icdctl.grid.cells import Grid
     from icdctl.science.verdicts import Compared
 
 
@@ -22,7 +23,7 @@ def reproduce(
         str | None, typer.Argument(metavar="TABLE", help="e.g. `icd-cifar100`; `--list` shows all.", show_default=False)
     ] = None,
     listing: Annotated[bool, typer.Option("--list", help="Show the tables, or the cells of one.")] = False,
-    seeds: Annotated[int, typer.Option(metavar="N", help="Seeds 0 to N-1 of each cell.")] = 5,
+    seeds: Annotated[str, typer.Option(metavar="N", help="How many of each cell: 0 to N-1.")] = "5",
     cells: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="Only cells with this in their name; may be repeated.", show_default=False),
@@ -71,12 +72,14 @@ def reproduce(
     wanted = reproducing.select(chosen, texts=cells or [], family=family)
     compared = _compared(epoch)
     given = options.given_options(data_dir=data_dir)
-    plain = reproducing.grid_of(wanted, num_seeds=seeds, options=given)
+    plain = reproducing.grid_of(wanted, num_seeds=_number_of(seeds), options=given)
     grid = reproducing.with_own_teachers(plain)
+    if outcomes is None:
+        _warn_of_changes(plain)
     done = None
     if train:
         if outcomes is None:
-            with observed() as observer:
+            with observed() as observer, many.same_command_goes_on():
                 reproducing.train_own_teachers(
                     plain, replaces=replace, device=device, tell=console.talk, observer=observer
                 )
@@ -108,6 +111,34 @@ def reproduce(
             console.talk(str(path))
     if done is not None and done.failed:
         raise done.error()
+
+
+def _number_of(seeds: str) -> int:
+    if not (seeds.isascii() and seeds.isdecimal()):
+        raise UsageError(f"`--seeds {seeds}` is no number of seeds", hint="e.g. `--seeds 5` for the seeds 0 to 4")
+    return int(seeds)
+
+
+def _warn_of_changes(grid: Grid) -> None:
+    """Say where the project's own options make other runs of a table's cells than the published ones."""
+    from icdctl import sources
+    from icdctl.cookbook.pipeline import changed_by
+
+    train = {key: value for key, value in sources.gather({}).model_dump().items() if value is not None}
+    changed: dict[str, None] = {}
+    num_changed = 0
+    for cell in grid.cells if train else ():
+        try:
+            found = changed_by(train, cell)
+        except UsageError:  # told of each run that can't be trained
+            continue
+        changed.update(dict.fromkeys(found))
+        num_changed += bool(found)
+    if changed:
+        console.talk(
+            f"warning: `train` of params.yaml or `ICDCTL_` variables change {', '.join(changed)} in {num_changed} of "
+            f"{len(grid.cells)} cells: these are not the runs that the table is of"
+        )
 
 
 def _compared(text: str) -> Compared:

@@ -50,8 +50,8 @@ def run_search(
         UsageError: another name, a space that can't be, or slots in other processes.
         IcdctlError: no trial got through, or a run of the best values did not.
     """
-    from icdctl.grid.execute import as_time_limit, seconds_of
-    from icdctl.grid.search import Search, parse_space
+    from icdctl.grid.execute import as_time_limit, done_before, seconds_of
+    from icdctl.grid.search import Search, parse_space, searchable
 
     if name != "optuna":
         raise UsageError(f"unknown search `{name}`", hint="choose `--search optuna`")
@@ -62,6 +62,9 @@ def run_search(
             f"`--trial-seeds {num_seeds}`, and the grid has {len(grid.seeds)}", hint="give it more `seeds`"
         )
     space = parse_space(sweeps)
+    grid, left_out = searchable(grid, space)
+    for line in left_out:
+        console.talk(line)
     started, limit = time.monotonic(), seconds_of(time_limit, device)
 
     def train(wanted: Grid, is_tested: bool) -> many.Done:
@@ -80,14 +83,18 @@ def run_search(
     searches = [Search(grid, cell, space, seeds=seeds, val_split=val_split) for cell in grid.cells]
     told: dict[str, Any] = {}
     outcomes: list[Outcome] = []
+    earlier: list[Outcome] = []
     num_before = 0
     for search in searches:
         if not _try(search, trials, slots.together, train):
             console.talk("the time limit came first: run the same command again, and the search goes on")
             break
-        done = train(dataclasses.replace(grid, cells=(search.winner,)), True)
+        wanted = dataclasses.replace(grid, cells=(search.winner,))
+        done = train(wanted, True)
         outcomes += done.outcomes
         num_before += done.num_before
+        now = {each.label for each in done.outcomes}
+        earlier += [done_before(run) for run in wanted.runs if run.label not in now]
         told[search.cell.name] = {**search.as_json(), "best": dict(search.best.values), "cell": search.winner.name}
         if not as_json:
             _show(search)
@@ -96,7 +103,7 @@ def run_search(
         runs = [each.as_json() for each in done.outcomes]
         console.show_json({"searched": told, "runs": runs, "already_done": num_before})
     else:
-        many.report(done, as_json)
+        many.report(done, as_json, earlier=earlier)
 
 
 def _try(search: Search, trials: int, together: int, train: Callable[[Grid, bool], many.Done]) -> bool:

@@ -120,7 +120,11 @@ def _changes(train: Mapping[str, Any], cells: Sequence[GridCell]) -> list[str]:
     known = {str(key): value for key, value in train.items() if key in Options.model_fields and value is not None}
     found = []
     for cell in cells:
-        changed = pipeline.changed_by(known, cell)
+        try:
+            changed = pipeline.changed_by(known, cell)
+        except UsageError as error:  # it is written by now, and `train` may be changed after it
+            found.append(f"`{cell.name}` can't be trained with `train` of this file: {error.message}")
+            continue
         if changed:
             found.append(f"`train` of this file changes {', '.join(changed)} of `{cell.name}`")
     return found

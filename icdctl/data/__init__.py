@@ -90,6 +90,8 @@ def resolve(name: str) -> str:
     kind, colon, folder = name.strip().partition(":")
     folded = kind.lower().replace("-", "").replace("_", "")
     if folded not in DATASETS:
+        if name and files.user_path(name).is_dir():
+            raise UsageError(f"unknown data set `{name}`", hint=f"images of your own go by `imagefolder:{name}`")
         raise unknown_name("data set", name, DATASETS, listing="icdctl list datasets")
     if folded != "imagefolder":
         if colon:
@@ -137,7 +139,8 @@ def check_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
             owners = [owner for owner, other in DATASETS.items() if key in other.settings]
             raise UsageError(
                 f"`--{key.replace('_', '-')}` is given, but `{name}` has no such setting",
-                hint=f"leave it out; it is for `--dataset {owners[0]}{':DIR' if owners[0] == 'imagefolder' else ''}`",
+                hint="leave it out, in the `train` section of params.yaml too; it is for "
+                f"`--dataset {owners[0]}{':DIR' if owners[0] == 'imagefolder' else ''}`",
             )
     checks: dict[str, Callable[[str, Any], Any]] = {
         "train_images": partial(_whole_number, lowest=1, highest=_MOST_IMAGES),

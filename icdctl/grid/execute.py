@@ -20,7 +20,7 @@ from icdctl import api, files
 from icdctl.config import check_device, parse_duration
 from icdctl.engine.observer import Observer
 from icdctl.engine.run import Failure, Interrupted, together_key
-from icdctl.errors import IcdctlError
+from icdctl.errors import ArtifactError, IcdctlError
 from icdctl.grid.cells import GridRun
 from icdctl.grid.standing import Standing, set_aside, standing
 
@@ -121,7 +121,8 @@ def as_time_limit(seconds: float) -> str:
 
 def stale_outcome(stale: Standing) -> Outcome:
     """A run that is not trained because its folder holds another one."""
-    return _failed(stale.run, stale.error())
+    message = f"the folder holds another run than the cell asks for: {stale.changes}"
+    return _failed(stale.run, ArtifactError(message, hint=stale.error().hint))
 
 
 def not_begun(pack: Pack) -> list[Outcome]:

@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from icdctl import files
+from icdctl import api, files
 from icdctl.config import RunConfig
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.grid.cells import Grid, GridCell, GridRun
-from icdctl.grid.sweeps import changed, parse_sweeps, swept
+from icdctl.grid.standing import standings
+from icdctl.grid.sweeps import changed, lacking, parse_sweeps, swept
 
 SEARCH_FILE = "search.json"
 _DIGITS = 4
@@ -94,6 +95,20 @@ def _range(item: str, name: str, text: str) -> Range:
     return Range(low, high, bool(scale), is_whole=known is not None and known.annotation is int)
 
 
+def searchable(grid: Grid, space: Space) -> tuple[Grid, list[str]]:
+    """The cells whose methods have all that is searched, and why others are left out.
+
+    Raises:
+        UsageError: there is none, or a range ends where no value can be.
+    """
+    axes = {
+        key: [_text(axis.low, axis), _text(axis.high, axis)] if isinstance(axis, Range) else list(axis)
+        for key, axis in space.items()
+    }
+    _, left_out = swept(grid, axes, taken=())
+    return replace(grid, cells=tuple(cell for cell in grid.cells if lacking(cell, axes) is None)), left_out
+
+
 class Search:
     """The trials of one cell."""
 
@@ -107,7 +122,7 @@ class Search:
             val_split: share of the training images that a trial is judged on.
 
         Raises:
-            UsageError: the share is none, or earlier trials were of another space, cell or seeds.
+            UsageError: the share is none, or earlier trials were of another space, cell, seeds or settings.
             ArtifactError: the file of earlier trials is broken.
         """
         if not 0 < val_split < 1:
@@ -118,18 +133,7 @@ class Search:
         self._options = {**cell.options, "val_split": val_split}
         self.folder = grid.folder / f"{cell.name}-search"
         self.trials: list[Trial] = []
-        self._check()
         self.read()
-
-    def _check(self) -> None:
-        """Refuse what the cell does not have, and ranges that end where no value can be."""
-        axes = {
-            key: [_text(axis.low, axis), _text(axis.high, axis)] if isinstance(axis, Range) else list(axis)
-            for key, axis in self.space.items()
-        }
-        _, left_out = swept(replace(self._grid, cells=(self.cell,)), axes, taken=())
-        if left_out:
-            raise UsageError(left_out[0], hint="`icdctl list methods` shows which method has which settings")
 
     @property
     def best(self) -> Trial:
@@ -237,6 +241,14 @@ class Search:
             ]
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"`{path}` is no search of this version: {error}", hint=hint) from error
+        # Options of all runs, as `epochs` in the section `train`, are not in the cell: its trials tell.
+        for earlier in standings(self.runs_of([trial.values for trial in self.trials]).runs, api.Planner()):
+            if earlier.state == "stale":
+                raise UsageError(
+                    f"trials of `{self.cell.name}` can't be compared with new ones, "
+                    f"they had other settings: {earlier.changes}",
+                    hint=f"take the change back, or {hint}",
+                )
 
     def _write(self) -> None:
         files.write_json(self.folder / SEARCH_FILE, self.as_json())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +47,8 @@ def parse_sweeps(given: Sequence[str]) -> dict[str, list[str]]:
         key, equals, values = item.partition("=")
         name = key.strip().replace("-", "_")
         found = [value.strip() for value in values.split(";" if name in _LISTS else ",")]
+        if name not in _LISTS and any(".." in value for value in found):
+            raise UsageError(f"sweep `{item}` is a range", hint="list its values, or search it with `--search optuna`")
         if not equals or not name or "" in found:
             example = "scales=1,2;1,2,4" if name in _LISTS else "gamma=1,2,4"
             raise UsageError(f"sweep `{item}` is not KEY=VALUES", hint=f"e.g. `--sweep '{example}'`")
@@ -82,9 +84,9 @@ def swept(grid: Grid, axes: Mapping[str, Sequence[str]], *, taken: Collection[st
     cells: dict[str, GridCell] = {}
     left_out = []
     for cell in grid.cells:
-        lacking = [key for key in axes if not _has(cell, key)]
-        if lacking:
-            left_out.append(f"`{cell.name}` is left out of the sweep: `{cell.method}` has no `{lacking[0]}`")
+        lacks = lacking(cell, axes)
+        if lacks is not None:
+            left_out.append(f"`{cell.name}` is left out of the sweep: `{cell.method}` has no `{lacks}`")
             continue
         for values in itertools.product(*axes.values()):
             made = changed(cell, dict(zip(axes, values, strict=True)))
@@ -100,6 +102,11 @@ def swept(grid: Grid, axes: Mapping[str, Sequence[str]], *, taken: Collection[st
 
 
 _HINT = "`icdctl list methods` shows which method has which settings; name the cells to sweep"
+
+
+def lacking(cell: GridCell, keys: Iterable[str]) -> str | None:
+    """The first of these settings and options that a cell does not have; None where it has all."""
+    return next((key for key in keys if not _has(cell, key)), None)
 
 
 def _has(cell: GridCell, key: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import math
 from collections import Counter
@@ -16,11 +15,14 @@ from pydantic import ValidationError
 
 from icdctl import data, files
 from icdctl.config import RunConfig
-from icdctl.errors import ArtifactError, UsageError
+from icdctl.errors import ArtifactError
 from icdctl.methods import METHODS, SCALES
 from icdctl.registry import WEIGHTS_FILE
 
 _AGAIN = "train it again, or name the run folders that you want"
+_TRIALS = "search.json"
+"""What a search has beside the runs of its trials, which lie so many folders below: values and seed."""
+_ABOVE_TRIALS = 2
 _MANIFEST = "manifest.json"
 """What a registered copy of a run has beside it."""
 _OF_METHOD = ("command", "method", "recipe", "scales", "settings", "teacher", "teacher_sha256")
@@ -182,7 +184,6 @@ def gather(paths: Sequence[Path]) -> Gathered:
 
     Raises:
         ArtifactError: a folder holds no finished run, or one that was named is broken.
-        UsageError: two folders hold the same run.
     """
     runs: dict[Path, Run] = {}
     notes = []
@@ -202,16 +203,34 @@ def gather(paths: Sequence[Path]) -> Gathered:
             )
     if not runs:
         raise ArtifactError(f"no run of {len(notes)} can be read: {notes[0]}", hint=_AGAIN)
-    groups, teachers = _grouped(list(runs.values()))
+    groups, teachers = _grouped(_different(runs.values(), notes))
     return Gathered(groups, teachers, tuple(notes))
 
 
+def _different(runs: Iterable[Run], notes: list[str]) -> list[Run]:
+    """The runs without those that are another one once more, as the default value in a sweep is."""
+    found: dict[str, Run] = {}
+    for run in runs:
+        first = found.setdefault(_as_text({**_settings(run.config), "seed": run.config.seed}), run)
+        if first is not run:
+            notes.append(f"{run.folder} is left out: the same run as {first.folder}")
+    return list(found.values())
+
+
 def _run_folders(path: Path) -> list[Path]:
-    """Folders of finished runs at or below a path, without the registry's copies and what lies in hidden folders."""
+    """Folders of finished runs at or below a path.
+
+    Not among them: the registry's copies, trials of a search, whose accuracy is nobody's business, and what lies in
+    hidden folders.
+    """
     inside = (each.relative_to(path) for each in path.rglob("metrics.json"))
     found = {path / each.parent for each in inside if not any(part.startswith(".") for part in each.parts)}
     return sorted(
-        folder for folder in found if (folder / "config.json").is_file() and not (folder.parent / _MANIFEST).is_file()
+        folder
+        for folder in found
+        if (folder / "config.json").is_file()
+        and not (folder.parent / _MANIFEST).is_file()
+        and not any((above / _TRIALS).is_file() for above in list(folder.parents)[:_ABOVE_TRIALS])
     )
 
 
@@ -314,22 +333,12 @@ def _tested_on(config: RunConfig) -> str:
 
 
 def _cells(runs: Sequence[Run]) -> tuple[Cell, ...]:
-    """Runs by all that decides them but seed and folder, with labels that tell them apart.
-
-    Raises:
-        UsageError: two folders hold the same run.
-    """
+    """Runs by all that decides them but seed and folder, with labels that tell them apart."""
     by_identity: dict[str, list[Run]] = {}
     for run in runs:
         by_identity.setdefault(_as_text(_settings(run.config)), []).append(run)
     for same in by_identity.values():
         same.sort(key=lambda run: run.config.seed)
-        for first, second in itertools.pairwise(same):
-            if first.config.seed == second.config.seed:
-                raise UsageError(
-                    f"`{first.folder}` and `{second.folder}` are the same run, seed {first.config.seed}",
-                    hint="name one of them",
-                )
     held = list(by_identity.values())
     kinds = {(same[0].config.method, _as_text(_training(same[0].config))) for same in held}
     num_methods = Counter(training for _, training in kinds)

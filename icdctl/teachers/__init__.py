@@ -40,6 +40,12 @@ def find(teacher: str, *, dataset: Description) -> Target:
         ArtifactError: the model has no teacher here, or it is another data set's; the hint says how to get one.
     """
     model = model_of(teacher)
+    if model is None and not teacher.startswith("registry:") and not files.user_path(teacher).exists():
+        raise ArtifactError(
+            f"teacher `{teacher}` does not exist",
+            hint=f"check the path, or train one: `icdctl train --model MODEL --dataset {_shown_name(dataset)} "
+            f"--out {teacher}`",
+        )
     target = targets.resolve(teacher, dataset=dataset) if model is None else _by_model(model, dataset)
     _check_fit(teacher, target, dataset)
     return target
