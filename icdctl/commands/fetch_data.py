@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def fetch_data(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", show_default=False)] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", show_default=False)] = None,
     everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="Show what there is; fetch nothing.")] = False,
     from_file: options.FromFile = None,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def fetch_teachers(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="e.g. `res32x4`, which is `cifar100/res32x4`.", show_default=False),
+        typer.Argument(metavar="NAME", help="e.g. `res32x4`, which is `cifar100/res32x4`.", show_default=False),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All that can be downloaded.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="Show what there is; fetch nothing.")] = False,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Train the cells of params.yaml with all their seeds.", no_args_is_help=True)
 
-Cells = Annotated[list[str] | None, typer.Argument(metavar="[CELL]...", help="All by default.", show_default=False)]
+Cells = Annotated[list[str] | None, typer.Argument(metavar="CELL", help="All by default.", show_default=False)]
 Seeds = Annotated[str | None, typer.Option(metavar="0-4", help="In place of those in params.yaml.", show_default=False)]
 Sweep = Annotated[
     list[str] | None,

@@ -35,7 +35,7 @@ Replace = Annotated[bool, typer.Option("--replace", help="Overwrite entries of t
 def list_(
     texts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEXT]...", help="Only those with all of these in their name.", show_default=False),
+        typer.Argument(metavar="TEXT", help="Only those with all of these in their name.", show_default=False),
     ] = None,
     table: Annotated[
         str | None, typer.Option(help="Only cells of this table of `icdctl reproduce --list`.", show_default=False)
@@ -106,7 +106,7 @@ def show(
 
 @app.command("copy")
 def copy(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of `icdctl recipes list`.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Names of `icdctl recipes list`.")],
     to: To = None,
     seeds: Seeds = None,
     replace: Replace = False,

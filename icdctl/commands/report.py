@@ -17,7 +17,7 @@ def report(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[RUNS]...",
+            metavar="RUNS",
             help="Run folders, or folders that hold some; by default the cells of params.yaml, else `runs`.",
             show_default=False,
         ),
