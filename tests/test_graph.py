@@ -267,7 +267,7 @@ class TensorRate(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": rate})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's own has overloads
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.sub_(group["lr"] * parameter.grad)

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from icdctl import files, methods, models
 from icdctl.benchmark import measure
@@ -219,7 +221,7 @@ class _Comparison:
             num_batches = max(1, _EPOCH_IMAGES // batch_size) if has_workers else _FEW_BATCHES
             dataset = random_dataset(num_batches * batch_size, _NUM_TEST, seed=self.plan.seed)
             keys = ("train_images", "train_labels", "test_images", "test_labels")
-            torch.save({key: getattr(dataset, key) for key in keys}, Path(folder) / "images.pt")
+            save_file({key: getattr(dataset, key).contiguous() for key in keys}, Path(folder) / "images.safetensors")
             opened = ask(
                 "open",
                 checkout=str(self.checkout.resolve()),
@@ -233,7 +235,8 @@ class _Comparison:
             teacher = fresh_model(self.pair.teacher, dataset, seed=self.plan.seed, is_teacher=True)
             student = fresh_model(self.pair.student, dataset, seed=self.plan.seed + 1, is_teacher=False)
             for name, model in (("teacher", teacher), ("student", student)):
-                torch.save(model.state_dict(), Path(folder) / f"{name}.pt")
+                state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+                save_file(state, Path(folder) / f"{name}.safetensors")
             prepared = ask("prepare", **self._request(config))
             differences = self._gate(ask, Path(folder), config, dataset, teacher, student)
             with backend_settings(self.device, self.precision, deterministic=False):
@@ -330,8 +333,8 @@ class _Comparison:
                 exact = config.model_copy(update={"teacher_precision": "fp32", "compile": False})
                 session = self._session(exact, dataset, own_teacher, own_student, "fp32")
                 batch = min(_DOUBLE_IMAGES, config.batch_size) if double else config.batch_size
-                ours = _gate_steps(session, batch, folder / f"{dtype}.pt")
-            theirs = ask("gate", double=double, batches=f"{dtype}.pt")
+                ours = _gate_steps(session, batch, folder / f"{dtype}.safetensors")
+            theirs = ask("gate", double=double, batches=f"{dtype}.safetensors")
             clips = theirs["clip_norm"] is not None
             for own, other in zip(ours, theirs["batches"], strict=True):
                 gaps = self._gaps(own, other, clips)
@@ -406,7 +409,8 @@ def _gate_steps(session: Session, batch: int, path: Path) -> list[dict[str, Any]
     state = {key: tensor.clone() for key, tensor in member.student.state_dict().items()}
     dtype = next(member.student.parameters()).dtype
     views, _ = session.start_epoch(EPOCH)
-    held, found = [], []
+    found: list[dict[str, Any]] = []
+    held: dict[str, Tensor] = {}
     for number, epoch in enumerate(_GATE_EPOCHS):
         part = views[number * batch : (number + 1) * batch]
         images = session.place.store.inputs(part).to(dtype)
@@ -429,8 +433,13 @@ def _gate_steps(session: Session, batch: int, path: Path) -> list[dict[str, Any]
                 "before_clipping": norm,
             }
         )
-        held.append({"pixels": session.place.store.pixels(part).cpu(), "labels": labels.cpu(), "epoch": epoch})
-    torch.save(held, path)
+        handed = {
+            "pixels": session.place.store.pixels(part).cpu(),
+            "labels": labels.cpu(),
+            "epoch": torch.tensor(epoch),
+        }
+        held |= {f"{number}.{key}": value.contiguous() for key, value in handed.items()}
+    save_file(held, path)
     return found
 
 

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 _PACKAGE = "mdistiller"
@@ -146,9 +147,9 @@ class Reference:
         if not self._cuda:
             stay: Any = lambda self, *arguments, **keywords: self  # noqa: E731 (a method for two classes)
             for kind in (Tensor, nn.Module):
-                kind.cuda = stay  # type: ignore[method-assign]
+                kind.cuda = stay  # type: ignore[method-assign]  # it moves nothing, on purpose
         self._scratch = Path(request["scratch"])
-        handed = torch.load(self._scratch / "images.pt", weights_only=True)
+        handed = load_file(self._scratch / "images.safetensors")
         HandedOver.images = {
             train: (handed[f"{name}_images"].numpy(), handed[f"{name}_labels"].tolist())
             for train, name in ((True, "train"), (False, "test"))
@@ -230,7 +231,7 @@ class Reference:
     def _restart(self) -> None:
         """Weights as handed over, a new optimiser, a new order of images."""
         for model, name in ((self._teacher, "teacher"), (self._student, "student")):
-            model.load_state_dict(torch.load(self._scratch / f"{name}.pt", weights_only=True))
+            model.load_state_dict(load_file(self._scratch / f"{name}.safetensors"))
         trainer = self._table("trainer_dict")["base"]
         self._trainer = trainer("bench", self._distiller, *self._loaders, self._config)
         self._batches = {name: self._endless(loader) for name, loader in self._train_loaders.items()}
@@ -272,7 +273,9 @@ class Reference:
                     model.register_forward_pre_hook(lambda module, inputs: (inputs[0].double(), *inputs[1:]))
                     for model in models
                 ]
-            for batch in torch.load(self._scratch / request["batches"], weights_only=True):
+            stored = load_file(self._scratch / request["batches"])
+            for number in range(len({key.partition(".")[0] for key in stored})):
+                batch = {key: stored[f"{number}.{key}"] for key in ("pixels", "labels", "epoch")}
                 self._restart()
                 terms.clear()
                 bounds.clear()

@@ -182,7 +182,7 @@ class TrainingStep:
         """Have the update left out where a number is not finite, and the statistics put back, without looking."""
         bad = ~(torch.isfinite(total) & torch.isfinite(gradient_norm))
         # What a gradient scaler would set: the fused optimisers leave everything as it is where it is 1.
-        self.optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
+        self.optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]  # torch declares it nowhere
         for kept, buffer in zip(self._kept_buffers, self._buffers, strict=True):
             buffer.copy_(torch.where(bad, kept, buffer))
 
