@@ -5,37 +5,29 @@ Each function takes keywords named like the flags, resolves every name, and hand
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from icdctl import config as configuration
-from icdctl import data, evaluation, files, methods, sources, targets, teachers
-from icdctl.config import CUSTOM_MODEL, RunConfig
-from icdctl.data import Dataset, Description, OnImages, Preprocessing, Request
+from icdctl import data, evaluation, files, methods, sources, targets
+from icdctl.config import RunConfig
+from icdctl.data import OnImages
 from icdctl.engine import run as engine
 from icdctl.engine.device import resolve_device
 from icdctl.engine.member import RunResult
 from icdctl.engine.observer import Observer, SilentObserver
 from icdctl.engine.run import Failure
-from icdctl.errors import ArtifactError, IcdctlError, UsageError
-from icdctl.exporting import Export, OnnxClassifier, export_onnx
+from icdctl.errors import ArtifactError, UsageError
+from icdctl.exporting import Export, export_onnx
 from icdctl.lists import expand
-from icdctl.models import Classifier
-from icdctl.models.external import adapt
-from icdctl.sources import Options
+from icdctl.planning import Command, Job, make_jobs
+from icdctl.subjects import Model, named_weights, ready, subject_of
 from icdctl.targets import Target
 
-Model = str | Path | nn.Module
 Config = Mapping[str, Any] | RunConfig
-Command = Literal["train", "distill"]
-FindTeacher = Callable[[str, Description], Target]
 
 
 def train(
@@ -60,7 +52,7 @@ def train(
     given = {**_stated(config), **options}
     if "model" in given:
         given["student"] = given.pop("model")
-    return _one(_run([_Job("train", given)], resume=resume, observer=observer))
+    return _one(_run([Job("train", given)], resume=resume, observer=observer))
 
 
 def distill(
@@ -82,7 +74,7 @@ def distill(
     Raises:
         IcdctlError: with a message and a hint.
     """
-    return _one(_run([_Job("distill", {**_stated(config), **options})], resume=resume, observer=observer))
+    return _one(_run([Job("distill", {**_stated(config), **options})], resume=resume, observer=observer))
 
 
 def distill_many(
@@ -122,75 +114,6 @@ def _stated(config: Config | None) -> dict[str, Any]:
     return dict(config or {})
 
 
-def plan(command: Command, options: Mapping[str, Any], config_file: Path | None = None) -> RunConfig:
-    """The resolved configuration of a run that is not started; the teacher must be there, the data need not.
-
-    Raises:
-        IcdctlError: with a message and a hint.
-    """
-    return _Job(command, options, config_file).config
-
-
-@dataclass(frozen=True)
-class StandIn:
-    """What is taken to be known of files that a configuration names and that are not here."""
-
-    teacher: tuple[str, str, str]
-    """Model, file, sha256 of its weights."""
-    init_sha256: str | None
-    """Of the first weights."""
-
-
-class Planner:
-    """Resolves the configurations of many runs that are not started; looks at each teacher once."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[str, Description], Target | IcdctlError] = {}
-
-    def plan(self, command: Command, options: Mapping[str, Any], *, stand_in: StandIn | None = None) -> RunConfig:
-        """As the function `plan`.
-
-        Args:
-            command: of the run.
-            options: of the run.
-            stand_in: in place of a teacher and of first weights that are not here; None to fail without them.
-
-        Raises:
-            IcdctlError: with a message and a hint.
-        """
-        return _Job(command, options, find=self.find_teacher, stand_in=stand_in).config
-
-    def find_teacher(self, teacher: str, dataset: Description) -> Target:
-        """As `icdctl.teachers.find`, the second time from memory."""
-        key = (teacher, dataset)
-        if key not in self._found:
-            try:
-                found = teachers.find(teacher, dataset=dataset)
-                # Its hash is what is wanted, its tensors are read again when it is loaded.
-                self._found[key] = replace(found, weights=replace(found.weights, tensors={}))
-            except IcdctlError as error:
-                self._found[key] = error
-        known = self._found[key]
-        if isinstance(known, IcdctlError):
-            raise known
-        return known
-
-
-def plan_many(
-    command: Command,
-    several: Sequence[Mapping[str, Any]],
-    config_file: Path | None = None,
-    *,
-    in_folder: bool = False,
-) -> list[RunConfig]:
-    """The resolved configurations of runs that are not started; arguments as for `start`.
-
-    Raises:
-        IcdctlError: with a message and a hint.
-    """
-    return [job.config for job in _jobs(command, several, config_file, in_folder=in_folder)]
-
-
 def start(
     command: Command,
     several: Sequence[Mapping[str, Any]],
@@ -215,21 +138,8 @@ def start(
     Raises:
         IcdctlError: with a message and a hint.
     """
-    jobs = _jobs(command, several, config_file, in_folder=in_folder)
+    jobs = make_jobs(command, several, config_file, in_folder=in_folder)
     return _run(jobs, resume=resume, wait=wait, observer=observer)
-
-
-def _jobs(
-    command: Command, several: Sequence[Mapping[str, Any]], config_file: Path | None, *, in_folder: bool
-) -> list[_Job]:
-    find = Planner().find_teacher
-    jobs = [_Job(command, options, config_file, find=find) for options in several]
-    if in_folder:
-        for job, options in zip(jobs, several, strict=True):
-            if options.get("out") is not None:
-                out = files.user_path(str(options["out"])) / configuration.default_run_name(job.config)
-                job.config = job.config.model_copy(update={"out": str(out)})
-    return jobs
 
 
 def _one(results: list[RunResult | Failure]) -> RunResult:
@@ -240,7 +150,7 @@ def _one(results: list[RunResult | Failure]) -> RunResult:
 
 
 def _run(
-    jobs: Sequence[_Job], *, resume: bool, observer: Observer | None, wait: bool = False
+    jobs: Sequence[Job], *, resume: bool, observer: Observer | None, wait: bool = False
 ) -> list[RunResult | Failure]:
     """Load what is needed, once, then train."""
     observer = observer or SilentObserver()
@@ -264,138 +174,6 @@ def _run(
     )
 
 
-class _Job:
-    """Options with every name resolved."""
-
-    def __init__(
-        self,
-        command: Command,
-        options: Mapping[str, Any],
-        config_file: Path | None = None,
-        *,
-        find: FindTeacher | None = None,
-        stand_in: StandIn | None = None,
-    ) -> None:
-        given = dict(options)
-        self.student_module = _take_module(given, "student")
-        self.teacher_module = _take_module(given, "teacher")
-        gathered = sources.gather(given, config_file=config_file, command=command)
-        _check_needed(command, gathered)
-        self._stand_in: StandIn | None = None
-        problems: list[IcdctlError] = []
-        self.teacher_target: Target | None = None
-        self.scales_are_given = bool(gathered.scales)
-        needs_teacher = command == "distill" and _needs_teacher(gathered)
-        self.teacher_is_ignored = command == "distill" and not needs_teacher and gathered.teacher is not None
-        if needs_teacher and self.teacher_module is None:
-            try:
-                teachers.model_of(str(gathered.teacher))  # told even where the data set is wrong too
-                find = find or Planner().find_teacher
-                self.teacher_target = find(str(gathered.teacher), _described(gathered))
-                _check_same_teacher(self.teacher_target, gathered.teacher_sha256)
-            except IcdctlError as error:
-                self._stand_in = stand_in
-                if stand_in is None:
-                    problems.append(error)
-        if problems and not any(isinstance(problem, UsageError) for problem in problems):
-            problems += _missing_data(gathered)
-        build = partial(configuration.build, command, teacher=self._teacher_identity(), problems=problems)
-        if stand_in is not None and gathered.init_weights is not None and not _is_file(gathered.init_weights):
-            without = gathered.model_copy(update={"init_weights": None})
-            self.config = build(without).model_copy(update={"init_sha256": stand_in.init_sha256})
-        else:
-            self.config = build(gathered)
-
-    def _teacher_identity(self) -> tuple[str, str, str] | None:
-        if self._stand_in is not None:
-            return self._stand_in.teacher
-        if self.teacher_target is not None:
-            target = self.teacher_target
-            return target.model, str(target.path.resolve()), target.sha256
-        has_module = self.teacher_module is not None and not self.teacher_is_ignored
-        return (CUSTOM_MODEL, "", "") if has_module else None
-
-    def warnings(self) -> list[str]:
-        """What was given and does nothing."""
-        config = self.config
-        needs_patches = methods.METHODS[config.method].needs_patches
-        found = []
-        if needs_patches and config.scales == (1,):
-            found.append("warning: with scale 1 alone there are no patches: SDD and the cluster term add nothing")
-        if self.scales_are_given and not needs_patches:
-            found.append(f"warning: method `{config.method}` reads no patches, `--scales` is ignored")
-        if self.teacher_is_ignored:
-            found.append(f"warning: method `{config.method}` reads no teacher, `--teacher` is ignored")
-        return found
-
-    def teacher(self, dataset: Dataset, needs_patches: bool) -> Classifier | None:
-        """The teacher's weights, or a module of one's own; None where the method reads none."""
-        if self.teacher_target is not None:
-            return self.teacher_target.load()
-        return self._adapted(self.teacher_module, dataset, needs_patches)
-
-    def own_student(self, dataset: Dataset) -> Classifier | None:
-        """A module of one's own in place of a named student."""
-        return self._adapted(self.student_module, dataset, methods.METHODS[self.config.method].needs_patches)
-
-    def _adapted(self, module: nn.Module | None, dataset: Dataset, needs_patches: bool) -> Classifier | None:
-        if module is None:
-            return None
-        size = dataset.preprocessing.size
-        return adapt(module, image_size=size, num_classes=dataset.num_classes, needs_patches=needs_patches)
-
-
-def _is_file(name: str) -> bool:
-    return files.user_path(name).is_file()
-
-
-def _check_same_teacher(target: Target, sha256: str | None) -> None:
-    """Refuse a teacher that has changed since the configuration that names it."""
-    if sha256 is not None and target.sha256 != sha256:
-        raise ArtifactError(
-            f"teacher `{target.path}` has sha256 {target.sha256[:12]}..., the configuration states {sha256[:12]}...",
-            hint="name the teacher with `--teacher` to use it as it is now",
-        )
-
-
-def _take_module(given: dict[str, Any], key: str) -> nn.Module | None:
-    """An nn.Module among the options, replaced by a name there."""
-    value = given.get(key)
-    if isinstance(value, nn.Module):
-        given[key] = CUSTOM_MODEL
-        return value
-    if isinstance(value, Path):
-        given[key] = str(value)
-    return None
-
-
-def _check_needed(command: str, options: Options) -> None:
-    """A student always; a method and a teacher for `distill`."""
-    needed = ["student"] if command == "train" else ["method", "student"]
-    if command == "distill" and _needs_teacher(options):
-        needed.append("teacher")
-    missing = [name for name in needed if getattr(options, name) is None]
-    if missing:
-        flags = ", ".join(f"`--{'model' if command == 'train' else name}`" for name in missing)
-        example = (
-            "icdctl train --model res20 --dataset digits100"
-            if command == "train"
-            else "icdctl distill --method cd_sdd_dkd --teacher res32x4 --student mv2 --scales 1,2,4"
-        )
-        raise UsageError(f"{flags} {'is' if len(missing) == 1 else 'are'} missing", hint=f"e.g. `{example}`")
-
-
-def _described(options: Options) -> Description:
-    """What is known of the data set that a run is to be on, before its configuration is complete."""
-    return data.describe(_requested(options))
-
-
-def _requested(options: Options) -> Request:
-    name = data.resolve(configuration.DEFAULT_DATASET if options.dataset is None else options.dataset)
-    folder = None if options.data_dir is None else files.user_path(options.data_dir)
-    return data.request(name, folder=folder, **configuration.dataset_settings(name, options.student, options))
-
-
 def _origin_of(teacher: Target | None) -> dict[str, str | None]:
     """Whose weights a student learns from, for its metrics."""
     return {} if teacher is None else {"teacher_source": teacher.source, "teacher_licence": teacher.licence}
@@ -414,27 +192,6 @@ def _decoding(observer: Observer) -> OnImages:
         here = done
 
     return advance
-
-
-def _needs_teacher(options: Options) -> bool:
-    try:
-        return methods.METHODS[methods.resolve(options.method or "")].needs_teacher
-    except UsageError:
-        return True  # the name is reported later, together with what else is wrong
-
-
-def _missing_data(options: Options) -> list[IcdctlError]:
-    """What is wrong with the data, to be reported together with a missing teacher.
-
-    A folder of images is not decoded for that: it was looked at before the teacher was.
-    """
-    try:
-        wanted = _requested(options)
-        if not data.is_there(wanted.name, wanted.folder):  # to decode images that are there would take minutes
-            data.load(wanted)
-    except IcdctlError as error:
-        return [error]
-    return []
 
 
 @dataclass(frozen=True)
@@ -490,27 +247,30 @@ def evaluate(
     is_folder = named is not None and named.name.startswith("imagefolder:")
     if is_folder and image_size is None and isinstance(target, nn.Module):
         raise UsageError("nothing says what size of images the module reads", hint="pass `image_size`, e.g. 224")
-    known, predict = _ready(target, named, place)
-    wanted = _own_images(known, dataset, data_dir=data_dir, test_images=test_images)
-    other = None if teacher is None else _ready(_of_model(teacher, wanted), data.describe(wanted), place)
-    if other is not None and dataset is None and other[0].dataset not in (None, known.dataset):
-        raise UsageError(
-            f"`{other[0].label}` was trained on `{other[0].dataset}`, `{known.label}` on `{known.dataset}`",
-            hint="compare models of one data set, or name the one to test on with `--dataset`",
-        )
-    for classifier in (known,) if other is None else (known, other[0]):
-        _check_size(classifier, data.describe(wanted))
+    subject, predict = ready(target, named, place)
+    wanted = subject.own_images(dataset, data_dir=data_dir, test_images=test_images)
+    subjects = [subject]
+    if teacher is not None:
+        other, predict_as_other = ready(named_weights(teacher, wanted), data.describe(wanted), place)
+        subjects.append(other)
+        if dataset is None and other.dataset not in (None, subject.dataset):
+            raise UsageError(
+                f"`{other.label}` was trained on `{other.dataset}`, `{subject.label}` on `{subject.dataset}`",
+                hint="compare models of one data set, or name the one to test on with `--dataset`",
+            )
+    for each in subjects:
+        each.check_size(data.describe(wanted))
     held = data.load(wanted, on_images=_decoding(seen))
     others = None
-    if other is not None:
+    if teacher is not None:
         seen.begin("teacher", held.test_images.shape[0])
-        others = evaluation.predict_all(other[1], held.test_images, on_batch=seen.advance)
-        _check_classes(other[0], others, held)
+        others = evaluation.predict_all(predict_as_other, held.test_images, on_batch=seen.advance)
+        other.check_classes(others, held)
     seen.begin("evaluating", held.test_images.shape[0])
     logits = evaluation.predict_all(predict, held.test_images, on_batch=seen.advance)
-    _check_classes(known, logits, held)
+    subject.check_classes(logits, held)
     return EvaluationResult(
-        target=known.label,
+        target=subject.label,
         dataset=held.name,
         num_images=logits.shape[0],
         class_names=held.class_names,
@@ -518,123 +278,6 @@ def evaluate(
         agreement=None if others is None else evaluation.agreement(logits, others),
         fidelity=None if others is None else evaluation.fidelity(logits, others),
     )
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What is known of a classifier to be measured."""
-
-    label: str
-    """What to call it."""
-    dataset: str | None
-    """What it was trained on, as it says itself; None where it does not."""
-    preprocessing: Preprocessing
-    class_names: tuple[str, ...] | None
-    run: RunConfig | None
-    """The run that it comes from, where its configuration lies beside it."""
-
-
-def _known_of(target: Target) -> _Known:
-    """Of weights on disk."""
-    run = _run_beside(target.path.parent)
-    return _Known(target.origin, target.dataset, target.preprocessing, target.class_names, run)
-
-
-def _ready(target: Model, dataset: Description | None, device: torch.device) -> tuple[_Known, evaluation.Predict]:
-    """What a person points at, ready to classify; `dataset` is for what does not say what it was trained on."""
-    if isinstance(target, nn.Module):
-        if dataset is None:
-            raise UsageError("the data set is not named", hint="pass `dataset`, e.g. `dataset='cifar100'`")
-        predict = evaluation.module_predictor(target.eval().to(device), dataset.preprocessing, device)
-        return _Known(type(target).__name__, None, dataset.preprocessing, None, None), predict
-    label = str(target)
-    if (files.user_path(label) / "model.onnx").is_file():  # an export folder
-        label = str(files.user_path(label) / "model.onnx")
-    if label.endswith(".onnx"):
-        path = files.user_path(label)
-        session = OnnxClassifier(path)
-        said = session.description
-        run = _run_beside(path.parent) or _run_beside(path.parent.parent)
-        return _Known(label, said.dataset, said.preprocessing, said.class_names, run), session.logits
-    found = targets.resolve(label, dataset=dataset)
-    model = found.load().to(device).to(memory_format=torch.channels_last)
-    return _known_of(found), evaluation.module_predictor(model, found.preprocessing, device)
-
-
-def _of_model(teacher: Model, wanted: Request) -> Model:
-    """The weights that a model's name stands for, as for `distill`; anything else as it is."""
-    if isinstance(teacher, nn.Module) or teachers.model_of(str(teacher)) is None:
-        return teacher
-    return str(teachers.find(str(teacher), dataset=data.describe(wanted)).path)
-
-
-def _run_beside(folder: Path) -> RunConfig | None:
-    """The configuration in a run folder or a registered artifact, if there is one that can be read."""
-    try:
-        return RunConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _own_images(known: _Known, dataset: str | None, *, data_dir: str | None, test_images: int | None) -> Request:
-    """The test images of what a classifier was trained on, divided as in its run; or those of another data set.
-
-    Raises:
-        UsageError: it was trained on a folder of images, and nothing says which.
-    """
-    if dataset is None and known.dataset is None:
-        raise UsageError("the data set is not named", hint="pass it with `--dataset`")
-    run, name = known.run, str(dataset or known.dataset)
-    if dataset is None and name.startswith("imagefolder:"):
-        if run is None or not run.dataset.startswith("imagefolder:"):
-            raise UsageError(
-                f"`{known.label}` was trained on the image folder `{name.partition(':')[2]}`, and nothing says where "
-                "it is",
-                hint="name it with `--dataset imagefolder:DIR`",
-            )
-        name = run.dataset
-    name = data.resolve(name)
-    kind = name.partition(":")[0]
-    settings: dict[str, Any] = {}
-    if run is not None and run.dataset.partition(":")[0] == kind:
-        settings = {key: getattr(run, key) for key in (*configuration.DATASET_SETTINGS, "split_seed")}
-        if kind == "imagefolder" and run.dataset == name:  # what the run decoded is then found again
-            held = run.images
-            settings |= {key: getattr(held, key) for key in ("val_split", "room_to_crop", "unlabeled")}
-    if test_images is not None:
-        settings["test_images"] = test_images
-    if kind == "imagefolder":
-        settings["image_size"] = known.preprocessing.size[0]
-    folder = None if data_dir is None else files.user_path(data_dir)
-    return data.request(name, folder=folder, **settings)
-
-
-def _check_size(known: _Known, dataset: Description) -> None:
-    """Refuse images of a size that the classifier was not trained on."""
-    height, width = known.preprocessing.size
-    if (height, width) != dataset.preprocessing.size:
-        our_height, our_width = dataset.preprocessing.size
-        raise ArtifactError(
-            f"`{known.label}` reads images of {height} x {width}, those of `{dataset.name}` are "
-            f"{our_height} x {our_width}",
-            hint="name the data set that it was trained on with `--dataset`, and compare models for images of one size",
-        )
-
-
-def _check_classes(known: _Known, logits: torch.Tensor, dataset: Dataset) -> None:
-    """Refuse numbers that compare one class with another."""
-    if logits.shape[1] != dataset.num_classes:
-        raise ArtifactError(
-            f"`{known.label}` tells {logits.shape[1]} classes apart, `{dataset.name}` has {dataset.num_classes}",
-            hint="name the data set that it was trained on with `--dataset`",
-        )
-    pairs = zip(known.class_names or dataset.class_names, dataset.class_names, strict=True)
-    other = next((pair for pair in pairs if pair[0] != pair[1]), None)
-    if other is not None:
-        raise ArtifactError(
-            f"`{known.label}` has the class `{other[0]}` where `{dataset.name}` has `{other[1]}`",
-            hint="name the data set that it was trained on with `--dataset`",
-        )
 
 
 def export(
@@ -667,7 +310,7 @@ def export(
         out = beside / "onnx"
     images, labels = None, None
     try:
-        held = data.load(_own_images(_known_of(found), dataset, data_dir=data_dir, test_images=None))
+        held = data.load(subject_of(found).own_images(dataset, data_dir=data_dir, test_images=None))
         images, labels = held.test_images, held.test_labels
     except (ArtifactError, UsageError):
         pass  # verification then uses its own probe images, and the card states no accuracy
@@ -707,15 +350,11 @@ def _facts(target: Target) -> dict[str, Any]:
 __all__ = [
     "EvaluationResult",
     "Failure",
-    "Planner",
     "RunResult",
-    "StandIn",
     "distill",
     "distill_many",
     "evaluate",
     "export",
-    "plan",
-    "plan_many",
     "start",
     "train",
 ]

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from icdctl import api, files
+from icdctl import api, files, planning
 from icdctl.engine.observer import Observer
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.grid.cells import Grid, GridCell, GridRun, make_cell
@@ -122,7 +122,7 @@ def train_own_teachers(
     Raises:
         IcdctlError: one can't be trained, or was trained with other settings.
     """
-    planner = api.Planner()
+    planner = planning.Planner()
     wanted = {folder: cell for cell in grid.cells if (folder := _own_teacher(grid, cell)) is not None}
     for folder, cell in wanted.items():
         dataset, model = str(cell.options["dataset"]), cell.options["teacher"]
@@ -143,7 +143,7 @@ def train_own_teachers(
 
 
 def _is_stale(folder: Path, given: Mapping[str, Any]) -> bool:
-    return state_of(folder, "train", given, api.Planner())[0] == "stale"
+    return state_of(folder, "train", given, planning.Planner())[0] == "stale"
 
 
 def judge(
@@ -182,7 +182,7 @@ def judged(name: str) -> Judgement:
     if not seeds:
         raise ArtifactError(f"no run of table `{name}` is there", hint=f"`icdctl reproduce {name}` trains them")
     grid = with_own_teachers(grid_of(cells, num_seeds=max(seeds) + 1, options={}))
-    return judge(table, cells, standings(grid.runs, api.Planner()), margin=None, epoch="as published")
+    return judge(table, cells, standings(grid.runs, planning.Planner()), margin=None, epoch="as published")
 
 
 def _result(table: Table, run: GridRun) -> Result:

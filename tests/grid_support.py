@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from icdctl import api
+from icdctl import planning
 
 PLAIN: dict[str, Any] = {"student": "res8", "method": "ce"}
 TRAIN: dict[str, Any] = {"dataset": "digits100", "train_images": 400, "test_images": 50, "epochs": 8, "device": "cpu"}
@@ -32,8 +32,8 @@ def write_run(
     folder: Path, command: Literal["train", "distill"], options: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> None:
     """A run folder as it would be after a run that nobody has time for; its teacher need not be here."""
-    stand_in = api.StandIn((str(options.get("teacher")), "/elsewhere/teacher.safetensors", "0" * 64), None)
-    config = api.Planner().plan(command, {**options, "out": str(folder)}, stand_in=stand_in)
+    stand_in = planning.StandIn((str(options.get("teacher")), "/elsewhere/teacher.safetensors", "0" * 64), None)
+    config = planning.Planner().plan(command, {**options, "out": str(folder)}, stand_in=stand_in)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
     (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")

@@ -13,6 +13,7 @@ from test_together import planned, together
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import icdctl as library
+from icdctl import planning
 from icdctl.engine import compiled, graph, member
 
 
@@ -98,7 +99,7 @@ def test_a_module_from_outside_is_never_compiled(tmp_path: Path, monkeypatch: py
 
 def test_compiling_is_another_run_and_its_absence_is_not() -> None:
     given = {**SMALL, "student": "res8", "out": "run"}
-    plain, fast = (library.api.plan("train", {**given, **change}) for change in ({}, {"compile": True}))
+    plain, fast = (planning.plan("train", {**given, **change}) for change in ({}, {"compile": True}))
     assert (plain.compile, fast.compile) == (False, True)
     assert "compile" not in plain.identity
     assert plain.fingerprint != fast.fingerprint

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import icdctl as library
-from icdctl import api, config, files, methods, models, sources
+from icdctl import config, files, methods, models, planning, resolving, sources
 from icdctl.engine import run as engine
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
 from icdctl.engine.folder import lock_path
@@ -313,7 +313,7 @@ def test_bf16_trains_too(tmp_path: Path) -> None:
 
 
 def configuration(**given: Any) -> config.RunConfig:
-    return config.build("train", sources.gather({"student": "res8", **given}))
+    return resolving.make_config("train", sources.gather({"student": "res8", **given}))
 
 
 def test_the_step_schedule_falls_in_the_epoch_after_each_stage() -> None:
@@ -410,7 +410,7 @@ def test_an_absent_device_is_an_error_with_a_hint() -> None:
 
 def test_a_resolved_configuration_can_be_run_and_changed(teacher: Path, tmp_path: Path) -> None:
     given = {"method": "kd", "teacher": str(teacher), "student": "res8", **SMALL, "out": str(tmp_path / "run")}
-    planned = api.plan("distill", given)
+    planned = planning.plan("distill", given)
     assert not (tmp_path / "run").exists()
     first = library.distill(planned)
     decided = {"teacher_mode": "cache", "teacher_precision": "fp32"}

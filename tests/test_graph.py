@@ -16,7 +16,7 @@ from test_together import planned, store_of, together
 from torch import Tensor
 
 import icdctl as library
-from icdctl import data, models
+from icdctl import data, models, planning
 from icdctl.data import Augmentation, ImageStore
 from icdctl.engine import graph, member, teacher
 from icdctl.engine import run as engine
@@ -257,7 +257,7 @@ def test_a_first_step_that_is_left_out_leaves_nothing_behind(tmp_path: Path, opt
 
 
 def planned_train(tmp_path: Path, **changes: Any) -> Any:
-    return library.api.plan("train", {**SMALL, "student": "res8", **changes, "out": str(tmp_path / "run")})
+    return planning.plan("train", {**SMALL, "student": "res8", **changes, "out": str(tmp_path / "run")})
 
 
 class TensorRate(torch.optim.Optimizer):

@@ -30,7 +30,7 @@ from grid_support import (
 )
 
 import icdctl as library
-from icdctl import api
+from icdctl import planning
 from icdctl.errors import IcdctlError, UsageError
 from icdctl.grid import execute
 from icdctl.grid.cells import read_grid
@@ -119,13 +119,13 @@ def test_runs_that_can_not_be_told_are_not_taken_for_done(icdctl: CommandLine) -
 
 
 def test_a_planner_looks_at_a_teacher_once(teacher: Path) -> None:
-    planner, given = api.Planner(), {**QUICK, **KD, "teacher": "./teacher"}
+    planner, given = planning.Planner(), {**QUICK, **KD, "teacher": "./teacher"}
     first = planner.plan("distill", {**given, "seed": 0})
     shutil.rmtree(teacher)
     second = planner.plan("distill", {**given, "seed": 1})
     assert first.teacher_sha256 == second.teacher_sha256
     with pytest.raises(IcdctlError):
-        api.Planner().plan("distill", given)
+        planning.Planner().plan("distill", given)
 
 
 def test_the_method_may_come_from_the_train_section(icdctl: CommandLine) -> None:
@@ -254,7 +254,7 @@ def test_packs_fill_the_slots_and_are_of_one_size(teacher: Path) -> None:
     grid = read_grid(Path.cwd())
     sizes = {}
     for most, num_slots in ((8, 1), (8, 6), (4, 1), (8, 40)):
-        packs, refused = execute.packed(grid.runs, most=most, num_slots=num_slots, planner=api.Planner())
+        packs, refused = execute.packed(grid.runs, most=most, num_slots=num_slots, planner=planning.Planner())
         assert not refused
         assert sorted(run.label for pack in packs for run in pack.runs) == sorted(run.label for run in grid.runs)
         sizes[most, num_slots] = [len(pack.runs) for pack in packs]

@@ -21,7 +21,7 @@ from PIL import Image
 from test_data import write_cifar
 
 import icdctl as library
-from icdctl import api, data
+from icdctl import data, planning
 from icdctl.data import UNLABELED
 from icdctl.data.decode import decode_image
 from icdctl.errors import ArtifactError, UsageError
@@ -805,7 +805,7 @@ def test_a_module_of_ones_own_is_measured_at_the_size_that_it_reads(tmp_path: Pa
         torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3)
     )
     name = f"imagefolder:{runs.pets}"
-    assert api.plan("train", {"student": module, "dataset": name}).image_size == 224
+    assert planning.plan("train", {"student": module, "dataset": name}).image_size == 224
     size: dict[str, Any] = {"dataset": name, "image_size": 48, "device": "cpu"}
     result = library.train(student=module, epochs=1, batch_size=8, out=str(tmp_path / "out"), **size)
     found = library.evaluate(result.model, **size).numbers

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_engine import SMALL, history, weights
 
 import icdctl as library
-from icdctl import api, data, files, models, targets
+from icdctl import api, data, files, models, planning, targets
 from icdctl.config import RunConfig
 from icdctl.data import Augmentation, ImageStore
 from icdctl.engine import answers, precision
@@ -40,7 +40,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def planned(teacher: Path, out: Path, **changes: Any) -> RunConfig:
     given = {**SMALL, "method": "cd_sdd_dkd", "teacher": str(teacher), "student": "res8", "deterministic": True}
-    return api.plan("distill", {**given, **changes, "out": str(out)})
+    return planning.plan("distill", {**given, **changes, "out": str(out)})
 
 
 def together(configs: list[RunConfig], teacher: Path, **options: Any) -> list[Any]:

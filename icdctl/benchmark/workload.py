@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from icdctl import config as configuration
-from icdctl import data, methods, models
+from icdctl import data, methods, models, resolving
 from icdctl.config import RunConfig
 from icdctl.data import Dataset, Views
 from icdctl.engine.compiled import Compiler
@@ -107,7 +106,7 @@ def build_config(plan: Plan, pair: Pair) -> RunConfig:
         compile=plan.compile,
         out="bench",
     )
-    config = configuration.build("distill", options, teacher=(pair.teacher, "", ""))
+    config = resolving.make_config("distill", options, teacher=(pair.teacher, "", ""))
     if not methods.METHODS[config.method].needs_teacher:
         raise UsageError(
             f"method `{config.method}` has no teacher: there is nothing to distill",

@@ -146,13 +146,13 @@ def train_missing(
         UsageError: the GPUs are no list, the time limit no duration, or there is no such device.
         Interrupted: by a person or the system; the states are saved.
     """
-    from icdctl import api
+    from icdctl import planning
     from icdctl.grid import execute
     from icdctl.grid.standing import standings
 
     names = slots.names
     limit = execute.seconds_of(time_limit, device)
-    planner = api.Planner()
+    planner = planning.Planner()
     grid = grid.given({} if device is None else {"device": device})
     states = standings([run for run in grid.runs if not only or run.label in only], planner)
     left = [each for each in states if each.state != "done" and (replace or each.state != "stale")]

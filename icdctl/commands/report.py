@@ -79,12 +79,12 @@ def report(
 
 def _default_runs(root: Path) -> list[Path]:
     """The finished runs of the project's grid; else whatever lies in `runs`."""
-    from icdctl import api
+    from icdctl import planning
     from icdctl.grid.cells import PARAMS_FILE, read_grid, read_params
     from icdctl.grid.standing import standings
 
     if (root / PARAMS_FILE).is_file() and read_params(root).get("cells"):
-        known = standings(read_grid(root).runs, api.Planner())
+        known = standings(read_grid(root).runs, planning.Planner())
         found = [standing.run.folder for standing in known if standing.state == "done"]
         if found:
             return found

@@ -59,7 +59,7 @@ def reproduce(
 
     Example: icdctl reproduce demo --seeds 5
     """
-    from icdctl import api, reproducing
+    from icdctl import planning, reproducing
     from icdctl.grid.standing import standings
     from icdctl.science import tables, verdicts
 
@@ -96,7 +96,7 @@ def reproduce(
         )
     if outcomes is not None:
         return
-    runs = standings(grid.runs, api.Planner())
+    runs = standings(grid.runs, planning.Planner())
     for run in runs:
         if run.state == "stale":
             console.talk(f"warning: {run.run.label} is left out, it was trained with other settings: {run.changes}")

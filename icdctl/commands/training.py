@@ -71,7 +71,7 @@ def run_training(
     Raises:
         IcdctlError: with a message and a hint.
     """
-    from icdctl import api
+    from icdctl import api, planning
     from icdctl.engine.run import Failure
     from icdctl.lists import expand
 
@@ -82,7 +82,7 @@ def run_training(
     if dry_run:
         planned = [
             config.model_dump(mode="json")
-            for config in api.plan_many(command, several, config_file, in_folder=in_folder)
+            for config in planning.plan_many(command, several, config_file, in_folder=in_folder)
         ]
         console.show_json(planned[0] if len(planned) == 1 else {"runs": planned})
         return

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from icdctl import config as configuration
-from icdctl import recipes
+from icdctl import recipes, resolving
 from icdctl.config import RunConfig
 from icdctl.errors import UsageError, unknown_name
 from icdctl.methods import METHODS
@@ -168,7 +167,7 @@ def resolved(options: Mapping[str, Any]) -> RunConfig:
     own = {key: value for key, value in options.items() if key in Options.model_fields}
     teacher = own.get("teacher")
     is_plain = own.get("method", "ce") == "ce"
-    return configuration.build(
+    return resolving.make_config(
         "train" if is_plain else "distill",
         Options.model_construct(**own),
         teacher=None if is_plain or teacher is None else (str(teacher), "", ""),

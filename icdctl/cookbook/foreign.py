@@ -16,8 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from icdctl import config as configuration
-from icdctl import data, files, methods, models, recipes, sources
+from icdctl import data, files, methods, models, recipes, resolving, sources
 from icdctl.config import CUSTOM_MODEL, RunConfig
 from icdctl.cookbook.catalogue import resolved
 from icdctl.errors import ArtifactError, UsageError, unknown_name
@@ -385,5 +384,5 @@ def _from_run(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Any], l
         f"{path}: {key} {_shown(stated[key])} is left out: the grid gives each run its own" for key in _FROM_THE_GRID
     ]
     marked = f"-{config.method}-s{config.seed}"
-    name = configuration.default_run_name(config).replace(marked, f"-{config.method}", 1)
+    name = resolving.default_run_name(config).replace(marked, f"-{config.method}", 1)
     return options, warnings, re.sub(r"[^A-Za-z0-9._-]+", "_", f"{data.public_name(config.dataset)}-{name}")

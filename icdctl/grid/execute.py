@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from icdctl import api, files
+from icdctl import api, files, planning
 from icdctl.config import check_device, parse_duration
 from icdctl.engine.observer import Observer
 from icdctl.engine.run import Failure, Interrupted, together_key
@@ -67,7 +67,7 @@ class Pack:
 
 
 def packed(
-    runs: Sequence[GridRun], *, most: int, num_slots: int, planner: api.Planner
+    runs: Sequence[GridRun], *, most: int, num_slots: int, planner: planning.Planner
 ) -> tuple[list[Pack], list[Outcome]]:
     """Runs that can share data and teacher, together; and those whose configuration can't be, or that lack a teacher.
 
@@ -178,7 +178,7 @@ def train_here(
 
 
 def _replace(run: GridRun, root: Path, waiting: Tell, tell: Tell) -> None:
-    planner = api.Planner()
+    planner = planning.Planner()
 
     def is_stale() -> bool:
         return standing(run, planner).state == "stale"
@@ -203,7 +203,7 @@ def _failed(run: GridRun, error: IcdctlError) -> Outcome:
 
 def _told_failure(run: GridRun, error: Exception) -> Outcome:
     """Of one run; where the cell was changed while another process trained it, that is the reason."""
-    now = standing(run, api.Planner())
+    now = standing(run, planning.Planner())
     if now.state == "stale":
         return stale_outcome(now)
     if isinstance(error, IcdctlError):
@@ -283,7 +283,7 @@ def _cause_of_death(code: int, lines: Sequence[str]) -> tuple[str, str]:
 
 def _left_behind(run: GridRun, message: str, hint: str) -> Outcome:
     """A run of a process that died: it may have been done before."""
-    if standing(run, api.Planner()).state == "done":
+    if standing(run, planning.Planner()).state == "done":
         return done_before(run)
     return Outcome(run.label, "failed", message=message, hint=hint)
 

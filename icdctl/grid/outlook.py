@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from icdctl import api
+from icdctl import planning
 from icdctl.errors import ArtifactError, IcdctlError
 from icdctl.grid.cells import Grid, GridCell
 from icdctl.grid.standing import Standing, standings
 
 EXTRAPOLATED_EPOCHS = 240
 """Of the runs that `icdctl bench` extrapolates to."""
-_ANY_TEACHER = api.StandIn(("custom", "", ""), None)
+_ANY_TEACHER = planning.StandIn(("custom", "", ""), None)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def outlook(
         bench: what `icdctl bench --json` printed, if it was run.
         known: how far its runs are, in order, where that was looked at.
     """
-    planner = api.Planner()
+    planner = planning.Planner()
     states = standings(grid.runs, planner) if known is None else known
     return [
         _of_cell(cell, list(group), planner, bench, grid.teachers)
@@ -62,7 +62,7 @@ def outlook(
 def _of_cell(
     cell: GridCell,
     runs: Sequence[Standing],
-    planner: api.Planner,
+    planner: planning.Planner,
     bench: Mapping[str, Any] | None,
     teachers: Mapping[str, str],
 ) -> CellOutlook:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from icdctl import api, files
+from icdctl import files, planning
 from icdctl.config import RunConfig
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.grid.cells import Grid, GridCell, GridRun
@@ -242,7 +242,7 @@ class Search:
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"`{path}` is no search of this version: {error}", hint=hint) from error
         # Options of all runs, as `epochs` in the section `train`, are not in the cell: its trials tell.
-        for earlier in standings(self.runs_of([trial.values for trial in self.trials]).runs, api.Planner()):
+        for earlier in standings(self.runs_of([trial.values for trial in self.trials]).runs, planning.Planner()):
             if earlier.state == "stale":
                 raise UsageError(
                     f"trials of `{self.cell.name}` can't be compared with new ones, "

@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from icdctl import api, files
+from icdctl import api, files, planning
 from icdctl.engine.observer import Observer
 from icdctl.errors import ArtifactError, UsageError, unknown_name
 from icdctl.grid.cells import PARAMS_FILE, Grid, GridRun, read_params
@@ -83,7 +83,7 @@ def evaluate_cell(grid: Grid, root: Path) -> Path:
             that it states.
     """
     (cell,) = grid.cells
-    planner = api.Planner()
+    planner = planning.Planner()
     seeds = {str(run.seed): _evaluated(run, planner) for run in grid.runs}
     finals = [float(row["final_top1"]) for row in seeds.values()]
     path = root / RESULTS / f"{cell.name}.json"
@@ -98,7 +98,7 @@ def evaluate_cell(grid: Grid, root: Path) -> Path:
     return path
 
 
-def _evaluated(run: GridRun, planner: api.Planner) -> dict[str, Any]:
+def _evaluated(run: GridRun, planner: planning.Planner) -> dict[str, Any]:
     now = standing(run, planner)
     if now.state == "stale":
         raise now.error()

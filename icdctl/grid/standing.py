@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from icdctl import api, files, teachers
+from icdctl import files, planning, teachers
 from icdctl.engine.folder import differences, held, read_config
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.grid.cells import GridRun
@@ -37,19 +37,19 @@ class Standing:
         )
 
 
-def standings(runs: Iterable[GridRun], planner: api.Planner) -> list[Standing]:
+def standings(runs: Iterable[GridRun], planner: planning.Planner) -> list[Standing]:
     """How far each run is, in order."""
     return [standing(run, planner) for run in runs]
 
 
-def standing(run: GridRun, planner: api.Planner) -> Standing:
+def standing(run: GridRun, planner: planning.Planner) -> Standing:
     """How far a run is. What has no folder costs nothing; weights are read once for all runs of a planner."""
     state, changes = state_of(run.folder, run.cell.command, run.options, planner)
     return Standing(run, state, changes)
 
 
 def state_of(
-    folder: Path, command: Literal["train", "distill"], options: Mapping[str, Any], planner: api.Planner
+    folder: Path, command: Literal["train", "distill"], options: Mapping[str, Any], planner: planning.Planner
 ) -> tuple[State, str]:
     """How far the run in a folder is that options ask for, and how it differs from them where it does.
 
@@ -64,7 +64,7 @@ def state_of(
     except ArtifactError as error:
         return "stale", error.message
     teacher = (earlier.teacher or "", earlier.teacher_weights or "", earlier.teacher_sha256 or "")
-    stand_in = api.StandIn(_other_model(options.get("teacher"), earlier.teacher) or teacher, earlier.init_sha256)
+    stand_in = planning.StandIn(_other_model(options.get("teacher"), earlier.teacher) or teacher, earlier.init_sha256)
     try:
         changed = differences(earlier, planner.plan(command, {**options, "out": str(folder)}, stand_in=stand_in))
     except UsageError as error:

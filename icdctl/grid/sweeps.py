@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from icdctl import api, methods
+from icdctl import methods, planning
 from icdctl.errors import ArtifactError, UsageError, unknown_name
 from icdctl.grid.cells import Grid, GridCell
 from icdctl.lists import settings_of
@@ -33,7 +33,7 @@ _OPTIONS = WITHOUT_FLAG | {
 _LISTS = ("crop_ratio", "crop_scale", "lr_decay_epochs", "scales")
 """Their values are lists themselves; `;` stands between two of them."""
 _MOST_CELLS = 10_000
-_ANY_TEACHER = api.StandIn(("custom", "", ""), None)
+_ANY_TEACHER = planning.StandIn(("custom", "", ""), None)
 
 
 def parse_sweeps(given: Sequence[str]) -> dict[str, list[str]]:
@@ -80,7 +80,7 @@ def swept(grid: Grid, axes: Mapping[str, Sequence[str]], *, taken: Collection[st
             if key in known:
                 raise UsageError(f"no cell that is swept has `{key}`: their methods do not read it", hint=_HINT)
             raise unknown_name("setting or option to sweep", key, sorted(known), listing="icdctl list methods")
-    planner = api.Planner()
+    planner = planning.Planner()
     cells: dict[str, GridCell] = {}
     left_out = []
     for cell in grid.cells:
@@ -127,7 +127,7 @@ def changed(cell: GridCell, values: Mapping[str, str]) -> GridCell:
     return replace(cell, name="-".join([cell.name, *parts]), options=options)
 
 
-def _check(cell: GridCell, planner: api.Planner) -> None:
+def _check(cell: GridCell, planner: planning.Planner) -> None:
     """Refuse values before anything is trained; whether the teacher is there is another matter.
 
     Raises:
