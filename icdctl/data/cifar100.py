@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from icdctl.data.archive import Limits
+from icdctl.data.assemble import fingerprint, of_halves
+from icdctl.data.dataset import Dataset, Description, OnImages, Preprocessing, Request
 from icdctl.data.download import RemoteFile
 from icdctl.data.release import Release
 from icdctl.errors import ArtifactError
@@ -58,6 +61,7 @@ tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
 """
 CLASS_NAMES = tuple(_FINE_LABELS.split())
 """The fine labels, in the order of the files."""
+DESCRIPTION = Description("cifar100", CLASS_NAMES, Preprocessing((SIDE, SIDE), MEAN, STD), SOURCE, LICENCE)
 
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
@@ -75,6 +79,22 @@ class _ArrayUnpickler(pickle.Unpickler):
         if (module_name, global_name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it asks for `{module_name}.{global_name}`")
         return super().find_class(module_name, global_name)
+
+
+def load(wanted: Request, on_images: OnImages) -> Dataset:
+    """From the unpacked archive; the sizes are the files' own.
+
+    Raises:
+        ArtifactError: a file is missing or broken.
+    """
+    folder = wanted.folder
+    train_pixels, train_labels, train_published = read_split(folder, "train")
+    test_pixels, test_labels, test_published = read_split(folder, "test")
+    caveat = None
+    if not (train_published and test_published):
+        caveat = f"`{folder / FOLDER}` is not the published CIFAR-100 (other md5): results can't be compared"
+    tensors = tuple(torch.from_numpy(array) for array in (train_pixels, train_labels, test_pixels, test_labels))
+    return of_halves(DESCRIPTION, tensors, wanted, sha256=fingerprint(*tensors), caveat=caveat)
 
 
 def how_to_get(folder: Path) -> str:

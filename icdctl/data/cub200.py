@@ -8,7 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from icdctl.data import release
 from icdctl.data.archive import Limits
+from icdctl.data.assemble import fingerprint_of, of_halves
+from icdctl.data.dataset import Dataset, Description, OnImages, Preprocessing, Request
+from icdctl.data.decode import decode_files
 from icdctl.data.download import RemoteFile
 from icdctl.data.release import Release
 from icdctl.errors import ArtifactError
@@ -78,6 +82,9 @@ Winter_Wren Common_Yellowthroat
 """
 CLASS_NAMES = tuple(_CLASS_NAMES.split())
 """In the order of the labels; the publisher's spelling, without the number in front."""
+DESCRIPTION = Description(
+    "cub200", CLASS_NAMES, Preprocessing((SIDE, SIDE), MEAN, STD, (RESIZED, RESIZED)), SOURCE, LICENCE
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,39 @@ class Split:
     """N paths below `images/`, in the order of the list."""
     labels: Tensor
     """[N] int64."""
+
+
+def load(wanted: Request, on_images: OnImages) -> Dataset:
+    """From the unpacked archive, decoded once: training images whole, for crops; test images cut to their centre.
+
+    Raises:
+        ArtifactError: a file is missing or broken.
+    """
+    train, test = read_lists(wanted.folder)
+    place = wanted.folder / FOLDER
+    content = None  # the archive's hash, where what is here is what was published
+    if (len(train.names), len(test.names)) == (NUM_TRAIN, NUM_TEST):
+        is_right = release.look(RELEASE, wanted.folder)[0] == "right"
+        content = RELEASE.archive.sha256 if is_right else None
+    published = content is not None
+    caveat = None if published else f"`{place}` is not the published CUB-200-2011: results can't be compared"
+    decoded = [
+        decode_files(
+            place / "images",
+            split.names,
+            resize=(RESIZED, RESIZED),
+            crop=crop,
+            content_key=content,
+            label=label,
+            skip_broken=False,
+            remedy=how_to_mend(wanted.folder),
+            on_images=on_images,
+        )
+        for split, crop, label in ((train, None, "cub200-train"), (test, (SIDE, SIDE), "cub200-test"))
+    ]
+    tensors = (decoded[0].images, train.labels, decoded[1].images, test.labels)
+    sha256 = fingerprint_of([part.sha256 for part in decoded], train.labels, test.labels)
+    return of_halves(DESCRIPTION, tensors, wanted, sha256=sha256, caveat=caveat)
 
 
 def read_lists(folder: Path) -> tuple[Split, Split]:

@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from icdctl.data.decode import SUFFIXES
+from icdctl.data.assemble import fingerprint_of
+from icdctl.data.dataset import UNLABELED, Dataset, Description, OnImages, Preprocessing, Request
+from icdctl.data.decode import SUFFIXES, Decoded, decode_files
 from icdctl.data.split import stratified
 from icdctl.errors import ArtifactError
 
@@ -27,6 +29,7 @@ STD = (0.229, 0.224, 0.225)
 SOURCE = "a folder of one's own images"
 LICENCE = "not known to icdctl"
 DEFAULT_TEST_SPLIT = 0.2
+DEFAULT_IMAGE_SIZE = 32
 _TRAIN, _TEST = "train", "test"
 _VAL = ("val", "valid", "validation")
 _UNLABELED = ("unlabeled", "unlabelled")
@@ -62,6 +65,105 @@ class Division:
 def folder_of(name: str) -> Path:
     """DIR of `imagefolder:DIR`."""
     return Path(name.removeprefix(PREFIX))
+
+
+def describe(wanted: Request) -> Description:
+    """What the folder shows without an image being opened.
+
+    Raises:
+        ArtifactError: it is not there, or has no classes.
+    """
+    folder = folder_of(wanted.name)
+    side = wanted.image_size or DEFAULT_IMAGE_SIZE
+    return Description(
+        name=PREFIX + folder.name,
+        class_names=class_names(folder),
+        preprocessing=Preprocessing((side, side), MEAN, STD),
+        source=SOURCE,
+        licence=LICENCE,
+    )
+
+
+def load(wanted: Request, on_images: OnImages) -> Dataset:
+    """Divided by the files' names, then decoded part by part, each once.
+
+    Raises:
+        ArtifactError: the folder or its images can't be used.
+    """
+    folder = folder_of(wanted.name)
+    description = describe(wanted)
+    division = divide(folder, test_split=wanted.test_split or 0.0, val_split=wanted.val_split, seed=wanted.split_seed)
+    side = description.preprocessing.size[0]
+    larger = side + 2 * round(side / 14) if wanted.room_to_crop else side  # 224 -> 256, as is the custom
+
+    def decoded(names: Sequence[str], size: int, label: str) -> Decoded:
+        return decode_files(
+            folder,
+            names,
+            resize=(size, size),
+            crop=None,
+            content_key=None,
+            label=f"imagefolder-{label}",
+            skip_broken=bool(wanted.skip_broken),
+            on_images=on_images,
+        )
+
+    unlabeled = division.unlabeled if wanted.unlabeled else ()
+    train_names = (*division.train.names, *unlabeled)
+    train_labels = torch.cat((division.train.labels, torch.full((len(unlabeled),), UNLABELED)))
+    train = decoded(train_names, larger, "train")
+    test = decoded(division.test.names, side, "test")
+    val = None if division.val is None else decoded(division.val.names, side, "val")
+    parts = [(train, train_labels), (test, division.test.labels)]
+    if val is not None and division.val is not None:
+        parts.append((val, division.val.labels))
+    labels = [held[part.rows] for part, held in parts]
+    _check_all_classes_left(folder, labels[0], description.class_names)
+    return Dataset(
+        **vars(description),
+        train_images=train.images,
+        train_labels=labels[0],
+        test_images=test.images,
+        test_labels=labels[1],
+        sha256=fingerprint_of([part.sha256 for part, _ in parts], *labels),
+        val_images=None if val is None else val.images,
+        val_labels=None if val is None else labels[2],
+        notes=_notes(wanted, division, side),
+        skipped_images=sum(len(part.broken) for part, _ in parts),
+        caveat=_broken_caveat([part for part, _ in parts]),
+    )
+
+
+def _check_all_classes_left(folder: Path, labels: Tensor, class_names: Sequence[str]) -> None:
+    counts = torch.bincount(labels[labels != UNLABELED], minlength=len(class_names)).tolist()
+    empty = [name for name, count in zip(class_names, counts, strict=True) if count == 0]
+    if empty:
+        raise ArtifactError(
+            f"no training image of class `{empty[0]}` in `{folder}` can be decoded", hint="mend them or add others"
+        )
+
+
+def _notes(wanted: Request, division: Division, side: int) -> tuple[str, ...]:
+    notes = [f"images are resized to {side} x {side}: `--image-size`"]
+    if not division.has_own_test:
+        notes.append(
+            f"no `val/` or `test/`: {len(division.test.names)} images, {wanted.test_split:.0%} of each class, are the "
+            f"test set (`--test-split`, `--split-seed {wanted.split_seed}`)"
+        )
+    if division.unlabeled and wanted.unlabeled:
+        notes.append(f"images without labels, in the distillation terms alone: {len(division.unlabeled)}")
+    elif division.unlabeled:
+        notes.append(f"images without labels, left out for there is no teacher: {len(division.unlabeled)}")
+    return tuple(notes)
+
+
+def _broken_caveat(parts: Sequence[Decoded]) -> str | None:
+    broken = [image for part in parts for image in part.broken]
+    if not broken:
+        return None
+    shown = "; ".join(f"`{image.path}`: {image.reason}" for image in broken[:3])
+    count = "1 image" if len(broken) == 1 else f"{len(broken)} images"
+    return f"{count} left out that can't be decoded: {shown}"
 
 
 def class_names(folder: Path) -> tuple[str, ...]:

@@ -1,0 +1,76 @@
+"""What loaders of data sets have in common: halves put together, and the hash of what a data set holds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from icdctl.data.dataset import Dataset, Description, Request
+from icdctl.data.split import stratified
+from icdctl.errors import ArtifactError
+
+
+def of_halves(
+    description: Description,
+    tensors: Sequence[Tensor],
+    wanted: Request,
+    *,
+    sha256: str,
+    caveat: str | None = None,
+) -> Dataset:
+    """A data set that comes in two halves, and what is held out of the first for validation.
+
+    Args:
+        description: of it.
+        tensors: training images, their labels, test images, their labels.
+        wanted: how much is held out.
+        sha256: of the tensors.
+        caveat: what a reader of the results must know of its files.
+
+    Raises:
+        ArtifactError: there is too little to hold anything out.
+    """
+    train_images, train_labels, test_images, test_labels = tensors
+    dataset = Dataset(
+        **vars(description),
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
+        sha256=sha256,
+        caveat=caveat,
+    )
+    if not wanted.val_split:
+        return dataset
+    kept, held = stratified(train_labels, wanted.val_split, seed=wanted.split_seed)
+    if not len(held):
+        raise ArtifactError(
+            f"`{wanted.name}` has one training image a class: none is left for validation",
+            hint="leave `--val-split` out, or use more images",
+        )
+    height, width = dataset.preprocessing.size
+    top, left = (round((whole - cut) / 2) for whole, cut in zip(train_images.shape[1:3], (height, width), strict=True))
+    return replace(
+        dataset,
+        train_images=train_images[kept],
+        train_labels=train_labels[kept],
+        val_images=train_images[held, top : top + height, left : left + width].contiguous(),
+        val_labels=train_labels[held],
+    )
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """The sha256 of the tensors' bytes, in order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(np.ascontiguousarray(tensor.numpy()).data)
+    return digest.hexdigest()
+
+
+def fingerprint_of(hashes: Sequence[str], *labels: Tensor) -> str:
+    """`fingerprint`, where the hashes of the pixels are known already."""
+    return hashlib.sha256(" ".join([*hashes, fingerprint(*labels)]).encode()).hexdigest()
