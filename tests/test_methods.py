@@ -150,6 +150,25 @@ def test_scales_weigh_as_published_or_as_corrected(
         assert_close(cluster_loss(student, teacher, scales=scales, corrected=variant), expected)
 
 
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("scales", [(1, 2, 4), (2,), (1, 4)])
+def test_the_gradient_of_the_cluster_loss_is_its_derivative(scales: tuple[int, ...], corrected: bool) -> None:
+    given = inputs(scales)
+    student = given["student_patches"].detach().double().requires_grad_()
+    teacher = given["teacher_patches"].double()
+    assert torch.autograd.gradcheck(
+        lambda patches: cluster_loss(patches, teacher, scales=scales, corrected=corrected), (student,)
+    )
+
+
+def test_a_small_map_gives_what_pooling_before_the_classifier_gives() -> None:
+    for side in (1, 2, 3, 4, 7):
+        feature_map, classifier = random(2, 5, side, side), head(5, 3)
+        pooled = F.adaptive_avg_pool2d(feature_map, 4)
+        expected = classifier(pooled.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        assert_close(methods.cell_logits(feature_map, classifier), expected)
+
+
 def test_the_whole_image_adds_nothing_to_the_cluster_loss() -> None:
     given = inputs((1,))
     zero = cluster_loss(given["student_patches"], given["teacher_patches"], scales=(1,), corrected=False)

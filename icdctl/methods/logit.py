@@ -4,13 +4,19 @@ Pure functions: no device, epoch, configuration or reduction inside, and no resc
 reaches the caller, which stops the run. Each reaches its float64 value in float32 over the whole range of logits:
 nothing takes the logarithm of probabilities that may have underflowed, and small divergences are not the difference
 of large sums.
+
+The gradient of each is known in closed form and comes with the value, of which it shares most parts: left to autograd,
+the backward pass of these losses is a hundred small kernels.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 UNLABELED = -1
 """The label of an image that has none."""
@@ -56,9 +62,9 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
 
     Source: Hinton et al. 2015, section 2, https://arxiv.org/abs/1503.02531
     """
-    student_log_probs = F.log_softmax(student_logits / temperature, dim=1)
-    teacher_log_probs = F.log_softmax(teacher_logits / temperature, dim=1)
-    return kl_divergence(student_log_probs, teacher_log_probs) * temperature**2
+    log_probs = F.log_softmax(_both(student_logits, teacher_logits) / temperature, dim=2)
+    divergence, gap = kl_divergence(*log_probs)
+    return with_gradient(student_logits, divergence * temperature**2, gap * temperature)
 
 
 def dkd_loss(
@@ -91,11 +97,17 @@ def dkd_loss(
     Source: Zhao et al. 2022, equations 5 to 7, https://arxiv.org/abs/2203.08679
     """
     target = _is_target(labels, student_logits.shape[1])
-    student, teacher = student_logits / temperature, teacher_logits / temperature
-
-    target_term = kl_divergence(_target_split(student, target), _target_split(teacher, target))
-    other_term = kl_divergence(_log_probs_of_others(student, target), _log_probs_of_others(teacher, target))
-    return (alpha * target_term + beta * other_term) * temperature**2
+    both = _both(student_logits, teacher_logits) / temperature
+    of_others = F.log_softmax(both.masked_fill(target, -torch.inf), dim=2)
+    target_term, target_gap = kl_divergence(*_target_split(F.log_softmax(both, dim=2), of_others, labels))
+    other_term, other_gap = kl_divergence(*of_others)
+    # What goes to the target is taken from the others, from each by its share.
+    to_target = target.to(both.dtype) - of_others[0].exp()
+    return with_gradient(
+        student_logits,
+        (alpha * target_term + beta * other_term) * temperature**2,
+        (alpha * target_gap[:, :1] * to_target + beta * other_gap) * temperature,
+    )
 
 
 def nkd_loss(
@@ -128,34 +140,83 @@ def nkd_loss(
     Source: Yang et al. 2023, equation 8, https://arxiv.org/abs/2303.13005
     """
     target = _is_target(labels, student_logits.shape[1])
-    index = labels.unsqueeze(1)
-    student_target = F.log_softmax(student_logits, dim=1).gather(1, index).squeeze(1)
-    teacher_target = F.softmax(teacher_logits, dim=1).gather(1, index).squeeze(1)
+    both = _both(student_logits, teacher_logits)
+    log_probs = F.log_softmax(both, dim=2)
+    log_target = log_probs.gather(2, _places(labels))  # [2, B, 1]
+    confidence = log_target[1].exp()
 
-    student, teacher = student_logits / temperature, teacher_logits / temperature
-    log_probs = _log_probs_of_others if drop_target else _log_probs_of_all
-    student_log_probs, teacher_log_probs = log_probs(student, target), log_probs(teacher, target)
-    other_term = -(teacher_log_probs.exp() * student_log_probs).masked_fill(teacher_log_probs == -torch.inf, 0.0)
-    return -teacher_target * student_target + gamma * temperature**2 * other_term.sum(dim=1)
+    softened = both / temperature
+    soft_log_probs = F.log_softmax(softened.masked_fill(target, -torch.inf) if drop_target else softened, dim=2)
+    soft_probs = soft_log_probs.exp()
+    other_term = -(soft_probs[1] * soft_log_probs[0]).masked_fill(soft_log_probs[1] == -torch.inf, 0.0)
+    return with_gradient(
+        student_logits,
+        (gamma * temperature**2 * other_term).sum(dim=1) - (confidence * log_target[0]).squeeze(1),
+        gamma * temperature * (soft_probs[0] - soft_probs[1])
+        - confidence * (target.to(both.dtype) - log_probs[0].exp()),
+    )
 
 
-def kl_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-    """KL(teacher || student) over the last dimension: [..., K] twice -> [...], in nats, not negative.
+def kl_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student) over the last dimension, and its gradient.
 
     With d = log q - log p it is the sum of p * (exp(d) - 1 - d), since both sides sum to 1. Every part is positive and
     of the size of the result, where the textbook sum of -p * d cancels: in float32 that costs up to 1e-6 T^2 when
     student and teacher nearly agree. Places where both sides are -inf add nothing.
+
+    Args:
+        student_log_probs: [..., K], log q.
+        teacher_log_probs: [..., K], log p.
+
+    Returns:
+        [...], in nats, not negative; and [..., K], the gradient with respect to the logits that log q comes from by
+        `log_softmax`: q - p. No gradient flows through either.
     """
+    student_log_probs, teacher_log_probs = student_log_probs.detach(), teacher_log_probs.detach()
     teacher_probs = teacher_log_probs.exp()
     excluded = teacher_log_probs == -torch.inf
     difference = (student_log_probs - teacher_log_probs).masked_fill(excluded, 0.0)
-    near = difference.clamp(max=1.0)
-    part = torch.where(
+    gap = torch.where(
         difference < 1.0,
-        teacher_probs * (torch.expm1(near) - near),
-        student_log_probs.exp() - teacher_probs - teacher_probs * difference,
+        teacher_probs * torch.expm1(difference),
+        student_log_probs.exp() - teacher_probs,
     )
-    return part.sum(dim=-1)
+    return (gap - teacher_probs * difference).sum(dim=-1), gap
+
+
+def with_gradient(inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """A value whose gradient is known, as autograd's own; it can be derived once.
+
+    Args:
+        inputs: [B, ...], what the value was computed from, elsewhere.
+        value: [B], each of its own row alone; no gradient flows through it.
+        gradient: [B, ...], of the value with respect to the inputs.
+
+    Returns:
+        [B], the value.
+    """
+    found: Tensor = _WithGradient.apply(inputs, value, gradient)
+    return found
+
+
+class _WithGradient(torch.autograd.Function):
+    """See `with_gradient`."""
+
+    @staticmethod
+    def forward(context: Any, inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        context.save_for_backward(gradient)
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = context.saved_tensors
+        return upstream.reshape(-1, *[1] * (gradient.dim() - 1)) * gradient, None, None
+
+
+def _both(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """[B, K] twice -> [2, B, K], outside of autograd: what is done to both is done at once."""
+    return torch.stack((student_logits.detach(), teacher_logits.detach()))
 
 
 def _is_target(labels: Tensor, num_classes: int) -> Tensor:
@@ -163,19 +224,16 @@ def _is_target(labels: Tensor, num_classes: int) -> Tensor:
     return labels[:, None] == torch.arange(num_classes, device=labels.device)
 
 
-def _log_probs_of_all(logits: Tensor, target: Tensor) -> Tensor:
-    """Log probabilities among all classes: [B, K]; `target` is not read."""
-    return F.log_softmax(logits, dim=1)
+def _places(labels: Tensor) -> Tensor:
+    """[B] -> [2, B, 1], for `gather`."""
+    return labels[None, :, None].expand(2, -1, 1)
 
 
-def _log_probs_of_others(logits: Tensor, target: Tensor) -> Tensor:
-    """Log probabilities among the classes but the target, -inf at the target: [B, K]."""
-    return F.log_softmax(logits.masked_fill(target, -torch.inf), dim=1)
+def _target_split(log_probs: Tensor, log_probs_of_others: Tensor, labels: Tensor) -> Tensor:
+    """log(p, 1 - p), p the target's probability: [2, B, K] twice, among all classes and the others -> [2, B, 2].
 
-
-def _target_split(logits: Tensor, target: Tensor) -> Tensor:
-    """log(p, 1 - p) with p the target's probability: [B, K] -> [B, 2]; 1 - p is a sum, never a difference."""
-    log_probs = F.log_softmax(logits, dim=1)
-    log_target = log_probs.masked_fill(~target, 0.0).sum(dim=1)
-    log_others = log_probs.masked_fill(target, -torch.inf).logsumexp(dim=1)
-    return torch.stack((log_target, log_others), dim=1)
+    The two differ by log(1 - p) at every other class; at the likeliest of them, neither is large.
+    """
+    likeliest = log_probs_of_others.argmax(dim=2, keepdim=True)
+    log_others = log_probs.gather(2, likeliest) - log_probs_of_others.gather(2, likeliest)
+    return torch.cat((log_probs.gather(2, _places(labels)), log_others), dim=2)

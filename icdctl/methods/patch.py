@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icdctl.errors import UsageError
-from icdctl.methods.logit import kl_divergence
+from icdctl.methods.logit import kl_divergence, with_gradient
 
 SCALES = (1, 2, 4)
 """The grids that can be asked for; 4 x 4 is the finest, and the others are averages of it."""
@@ -92,12 +92,23 @@ def cell_logits(feature_map: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor
     Returns:
         [B, K, 4, 4].
     """
+    if feature_map.shape[2] * feature_map.shape[3] < _FINEST**2:  # then it is less work to pool what the head says
+        return _pooled(_at_each_place(feature_map, head))
+    return _at_each_place(_pooled(feature_map), head)
+
+
+def _at_each_place(feature_map: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """[B, C, H, W] -> [B, K, H, W], the classes side by side in memory."""
+    batch, channels, height, width = feature_map.shape
+    logits = head(feature_map.permute(0, 2, 3, 1).reshape(-1, channels))  # [B * H * W, K]
+    return logits.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _pooled(feature_map: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, C, 4, 4]."""
     # torch's own pooling adds up its gradient in no fixed order on CUDA, and refuses to where that was asked for.
     is_ordered = feature_map.is_cuda and torch.are_deterministic_algorithms_enabled()
-    cells = pooled_in_order(feature_map) if is_ordered else F.adaptive_avg_pool2d(feature_map, _FINEST)  # [B, C, 4, 4]
-    batch, channels = cells.shape[:2]
-    logits = head(cells.permute(0, 2, 3, 1).reshape(-1, channels))  # [B * 16, K]
-    return logits.reshape(batch, _FINEST, _FINEST, -1).permute(0, 3, 1, 2)
+    return pooled_in_order(feature_map) if is_ordered else F.adaptive_avg_pool2d(feature_map, _FINEST)
 
 
 def pooled_in_order(feature_map: Tensor) -> Tensor:
@@ -115,8 +126,9 @@ def _windows(side: int, *, like: Tensor) -> Tensor:
 
 
 def pool_cells(cells: Tensor, scales: Sequence[int]) -> Tensor:
-    """Patch logits of some scales from the cells' logits: [B, K, 4, 4] -> [B, K, P]."""
-    return torch.cat([F.avg_pool2d(cells, _FINEST // scale).flatten(2) for scale in scales], dim=2)
+    """Patch logits of some scales from the cells: [B, K, 4, 4] -> [B, K, P], the classes side by side in memory."""
+    grids = [cells if scale == _FINEST else F.avg_pool2d(cells, _FINEST // scale) for scale in scales]
+    return torch.cat([grid.permute(0, 2, 3, 1).flatten(1, 2) for grid in grids], dim=1).transpose(1, 2)
 
 
 def scale_decoupled_loss(
@@ -194,29 +206,28 @@ def cluster_loss(
 
     Source: iCD, https://arxiv.org/abs/2509.12553; weights as in its published code.
     """
-    student_unit = _unit_length(student_patches)
-    teacher_unit = _unit_length(teacher_patches)
+    unit, length = _unit_length(torch.stack((student_patches.detach(), teacher_patches.detach())).transpose(2, 3))
     live = [scale for scale in scales if scale > 1]
     total_weight = sum(_SCALE_WEIGHTS[scale] for scale in (live if corrected else scales))
     factor = _CLUSTER_SOFTNESS**2 if corrected else 1.0
 
     loss = student_patches.new_zeros(student_patches.shape[0])
+    unit_gradients = []
     first = 0
     for scale in scales:
-        group = slice(first, first + scale * scale)
-        first = group.stop
-        if scale > 1:
-            weight = factor * _SCALE_WEIGHTS[scale] / total_weight
-            loss = loss + weight * _gram_divergence(student_unit[:, :, group], teacher_unit[:, :, group])
-    return loss
-
-
-def _gram_divergence(student_unit: Tensor, teacher_unit: Tensor) -> Tensor:
-    """KL between the row-wise softened Gram matrices: [B, K, N] twice -> [B], summed over the N rows."""
-    student_gram, teacher_gram = _gram(student_unit), _gram(teacher_unit)  # [B, N, N]
-    student_log_probs = F.log_softmax(student_gram / _CLUSTER_SOFTNESS, dim=2)
-    teacher_log_probs = F.log_softmax(teacher_gram / _CLUSTER_SOFTNESS, dim=2)
-    return kl_divergence(student_log_probs, teacher_log_probs).sum(dim=1)
+        group = unit[:, :, first : first + scale * scale]  # [2, B, N, K]
+        first += scale * scale
+        if scale == 1:
+            unit_gradients.append(torch.zeros_like(group[0]))
+            continue
+        weight = factor * _SCALE_WEIGHTS[scale] / total_weight
+        divergence, gap = kl_divergence(*F.log_softmax(_gram(group) / _CLUSTER_SOFTNESS, dim=3))
+        loss = loss + weight * divergence.sum(dim=1)
+        unit_gradients.append((gap + gap.transpose(1, 2)) @ group[0] * (weight / _CLUSTER_SOFTNESS))
+    unit_gradient, student_unit = torch.cat(unit_gradients, dim=1), unit[0]  # [B, P, K]
+    # A longer vector of the same direction has the same unit vector.
+    across = unit_gradient - student_unit * (student_unit * unit_gradient).sum(dim=2, keepdim=True)
+    return with_gradient(student_patches, loss, (across / length[0]).transpose(1, 2))
 
 
 def gram_matrix(patches: Tensor) -> Tensor:
@@ -230,19 +241,20 @@ def gram_matrix(patches: Tensor) -> Tensor:
 
     Source: iCD, https://arxiv.org/abs/2509.12553
     """
-    return _gram(_unit_length(patches))
+    return _gram(_unit_length(patches.transpose(1, 2))[0])
 
 
 def _gram(unit: Tensor) -> Tensor:
-    return unit.transpose(1, 2) @ unit
+    """[..., N, K] -> [..., N, N]."""
+    return unit @ unit.transpose(-2, -1)
 
 
-def _unit_length(patches: Tensor) -> Tensor:
-    """[B, K, P] with unit length over the classes; all-zero patches stay zero.
+def _unit_length(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., K] with unit length over the classes, and the lengths [..., 1]; all-zero patches stay zero.
 
     Large values are scaled down first, so that their squares can't overflow.
     """
-    size = patches.detach().abs().amax(dim=1, keepdim=True).clamp(min=1.0)
+    size = patches.abs().amax(dim=-1, keepdim=True).clamp(min=1.0)
     scaled = patches / size
-    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    return scaled / torch.maximum(length, _SHORTEST / size)
+    length = torch.maximum(torch.linalg.vector_norm(scaled, dim=-1, keepdim=True), _SHORTEST / size)
+    return scaled / length, size * length
