@@ -9,7 +9,6 @@ both.
 from __future__ import annotations
 
 import copy
-import math
 import os
 import statistics
 import tempfile
@@ -22,11 +21,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from icdctl import files, methods, models
 from icdctl.benchmark import measure
 from icdctl.benchmark.child import Ask, reference_process
+from icdctl.benchmark.gate import largest_differences
 from icdctl.benchmark.workload import (
     EPOCH,
     Pair,
@@ -41,7 +40,7 @@ from icdctl.config import RunConfig
 from icdctl.data import Dataset
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
 from icdctl.engine.environment import git_state
-from icdctl.errors import ArtifactError, IcdctlError, UsageError
+from icdctl.errors import ArtifactError, UsageError
 from icdctl.models import Classifier
 
 PREFERRED = ("cd_sdd_dkd", "sdd_dkd", "dkd")
@@ -51,14 +50,6 @@ VARIANTS = ("published", "workers", "autocast")
 """Of the reference: with its own defaults, with more workers of its loader, and in half precision."""
 
 _EPOCH_IMAGES, _FEW_BATCHES, _NUM_TEST = 50_000, 80, 64
-_GATE_EPOCHS = (1, EPOCH, 30)
-"""First, inside and after the distillation warm-up."""
-_RIGHT_SHARE = 0.7
-"""Of the gate's labels that the teacher gets right, as on training images."""
-_TOLERANCES = {"float32": {"loss": 1e-4, "gradient": 3e-2}, "float64": {"loss": 1e-6, "gradient": 1e-6}}
-"""Of relative differences."""
-_DOUBLE_IMAGES = 16
-_GRADIENT = "gradient norm"
 _DKD_KEYS = {"temperature": "T", "alpha": "ALPHA", "beta": "BETA", "ce_weight": "CE_WEIGHT", "warmup_epochs": "WARMUP"}
 _LONGEST_BLOCK_SECONDS = 12.0
 _BUDGET_FOR_BLOCKS = 0.9
@@ -238,7 +229,15 @@ class _Comparison:
                 state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
                 save_file(state, Path(folder) / f"{name}.safetensors")
             prepared = ask("prepare", **self._request(config))
-            differences = self._gate(ask, Path(folder), config, dataset, teacher, student)
+            self._say("comparing losses and gradients")
+            differences = largest_differences(
+                self.pair.label,
+                partial(self._exact_session, config, dataset, teacher, student),
+                ask,
+                Path(folder),
+                device=self.device,
+                say=self._say,
+            )
             with backend_settings(self.device, self.precision, deterministic=False):
                 session = self._session(config, dataset, teacher, student, self.precision)
                 step = Stepper(session)
@@ -276,6 +275,14 @@ class _Comparison:
     ) -> Session:
         return Session(config, dataset, teacher, student, device=self.device, precision=precision, message=self._say)
 
+    def _exact_session(
+        self, config: RunConfig, dataset: Dataset, teacher: Classifier, student: Classifier, dtype: torch.dtype
+    ) -> Session:
+        """From the given weights, which stay as they are. A teacher in half precision is timed, but never compared."""
+        exact = config.model_copy(update={"teacher_precision": "fp32", "compile": False})
+        teacher, student = (copy.deepcopy(model).to(dtype) for model in (teacher, student))
+        return self._session(exact, dataset, teacher, student, "fp32")
+
     def _request(self, config: RunConfig) -> dict[str, Any]:
         """Constants and names of this configuration as the reference spells them."""
         settings = config.settings
@@ -309,62 +316,6 @@ class _Comparison:
             "variants": {name: asdict(variant) for name, variant in self.variants.items()},
             "epoch": EPOCH,
         }
-
-    def _gate(
-        self, ask: Ask, folder: Path, config: RunConfig, dataset: Dataset, teacher: Classifier, student: Classifier
-    ) -> dict[str, float]:
-        """The same steps by both sides: the largest relative difference of a loss term and of the gradient's norm.
-
-        In float32 as it will be timed, and in float64 on fewer images, where nothing but another formula can differ: at
-        random weights, batch norms amplify float32 rounding to 1e-2 of the gradient on both sides.
-
-        Raises:
-            IcdctlError: a difference is above its tolerance.
-        """
-        self._say("comparing losses and gradients")
-        worst: dict[str, float] = {}
-        for dtype, tolerance in _TOLERANCES.items():
-            double = dtype == "float64"
-            own_student, own_teacher = copy.deepcopy(student), copy.deepcopy(teacher)
-            if double:
-                own_student, own_teacher = own_student.double(), own_teacher.double()
-            with backend_settings(self.device, "fp32", deterministic=False):
-                # A teacher in half precision is timed, but never compared.
-                exact = config.model_copy(update={"teacher_precision": "fp32", "compile": False})
-                session = self._session(exact, dataset, own_teacher, own_student, "fp32")
-                batch = min(_DOUBLE_IMAGES, config.batch_size) if double else config.batch_size
-                ours = _gate_steps(session, batch, folder / f"{dtype}.safetensors")
-            theirs = ask("gate", double=double, batches=f"{dtype}.safetensors")
-            clips = theirs["clip_norm"] is not None
-            for own, other in zip(ours, theirs["batches"], strict=True):
-                gaps = self._gaps(own, other, clips)
-                for name, (here, there, gap) in gaps.items():
-                    kind = "gradient" if _GRADIENT in name else "loss"
-                    key = f"{dtype}_{kind}"
-                    worst[key] = max(worst.get(key, 0.0), gap)
-                    if not gap <= tolerance[kind]:
-                        told = f"`{name}` in epoch {own['epoch']}, {dtype}, is {there:.9g} there and {here:.9g} here"
-                        raise _disagreement(self.pair, told)
-        if not clips:
-            self._say("note: the checkout does not clip gradients; icdctl does")
-        return worst
-
-    def _gaps(
-        self, own: Mapping[str, Any], other: Mapping[str, Any], clips: bool
-    ) -> dict[str, tuple[float, float, float]]:
-        """By name of a number: ours, theirs, the relative difference."""
-        here, there = (
-            {
-                **side["terms"],
-                _GRADIENT: side["before_clipping"],
-                f"clipped {_GRADIENT}": side["gradient" if clips else "before_clipping"],
-                "sum of the inputs": side["inputs"],
-            }
-            for side in (own, other)
-        )
-        if set(here) != set(there):
-            raise _disagreement(self.pair, f"its terms are {sorted(other['terms'])}, ours {sorted(own['terms'])}")
-        return {name: (here[name], there[name], _relative_difference(here[name], there[name])) for name in here}
 
     def _blocks(self, ask: Ask, step: Stepper, rounds: int, budget: float) -> list[Block]:
         """Blocks of all sides, one of each a round, in an order that turns round each time."""
@@ -401,58 +352,6 @@ class _Comparison:
                 self._say(f"the budget is spent after {number + 1} of {rounds} rounds")
                 break
         return found
-
-
-def _gate_steps(session: Session, batch: int, path: Path) -> list[dict[str, Any]]:
-    """Our side of the gate, every step from the same weights; its batches are left for the other at `path`."""
-    member = session.member
-    state = {key: tensor.clone() for key, tensor in member.student.state_dict().items()}
-    dtype = next(member.student.parameters()).dtype
-    views, _ = session.start_epoch(EPOCH)
-    found: list[dict[str, Any]] = []
-    held: dict[str, Tensor] = {}
-    for number, epoch in enumerate(_GATE_EPOCHS):
-        part = views[number * batch : (number + 1) * batch]
-        images = session.place.store.inputs(part).to(dtype)
-        answer = session.inline(images)
-        is_right = torch.arange(batch, device=session.place.device) < _RIGHT_SHARE * batch
-        labels = torch.where(is_right, answer.logits.argmax(dim=1), session.place.labels[part.index])
-        member.student.load_state_dict(state)
-        member.step.optimizer.state.clear()
-        member.student.train()
-        member.step.start_epoch(epoch)
-        member.step(0, images, labels, answer)
-        *terms, norm = member.step.log[0].tolist()
-        gradients = [parameter.grad for parameter in member.student.parameters() if parameter.grad is not None]
-        found.append(
-            {
-                "epoch": epoch,
-                "inputs": float(images.double().abs().sum()),
-                "terms": dict(zip(member.step.rule.term_names, terms, strict=True)),
-                "gradient": math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients)),
-                "before_clipping": norm,
-            }
-        )
-        handed = {
-            "pixels": session.place.store.pixels(part).cpu(),
-            "labels": labels.cpu(),
-            "epoch": torch.tensor(epoch),
-        }
-        held |= {f"{number}.{key}": value.contiguous() for key, value in handed.items()}
-    save_file(held, path)
-    return found
-
-
-def _relative_difference(one: float, other: float) -> float:
-    largest = max(abs(one), abs(other))
-    return abs(one - other) / largest if largest else 0.0
-
-
-def _disagreement(pair: Pair, what: str) -> IcdctlError:
-    return IcdctlError(
-        f"{pair.label}: the checkout and icdctl don't compute the same, so no speed is told: {what}",
-        hint="compare with an unchanged checkout, or name the `--method` that it has",
-    )
 
 
 def _summary(
