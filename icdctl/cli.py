@@ -19,6 +19,7 @@ import typer
 from icdctl import console
 from icdctl.commands import (
     bench,
+    clean,
     demo,
     distill,
     doctor,
@@ -65,6 +66,7 @@ app.add_typer(recipes.app, name="recipes")
 app.command("validate")(validate.validate)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
+app.command("clean")(clean.clean)
 app.add_typer(grid.app, name="grid")
 app.command("reproduce")(reproduce.reproduce)
 app.command("report")(report.report)

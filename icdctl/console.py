@@ -26,11 +26,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
+from icdctl import layout
 from icdctl.errors import ArtifactError
-
-_PIPED_WIDTH = 1000
-"""Wider than any table here, so that no line is folded."""
 
 
 class _Stderr(Console):
@@ -85,20 +84,29 @@ def show_line(text: str) -> None:
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout; numbers are aligned to the right. Piped output is plain text and never cut."""
-    terminal = sys.stdout is not None and sys.stdout.isatty()
+    """A table on stdout; numbers are aligned to the right.
+
+    Piped, each row is one line. On a terminal columns that say nothing are left out, and what is too wide for it is
+    wrapped between words, or laid out in another way.
+    """
+    shown = [[_printable(str(cell)) for cell in row] for row in rows]
+    numeric = [bool(rows) and all(isinstance(row[place], int | float) for row in rows) for place in range(len(columns))]
+    if sys.stdout is None or not sys.stdout.isatty():
+        _write("".join(f"{line}\n" for line in layout.piped(columns, shown, numeric)))
+        return
     text = io.StringIO()
-    width = Console().width if terminal else _PIPED_WIDTH
-    console = Console(file=text, highlight=False, width=width, force_terminal=terminal)
-    console.print(_table(columns, rows))
-    _write("".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines()))
+    console = Console(file=text, highlight=False, width=Console().width, force_terminal=True)
+    for line, is_heading in layout.for_terminal(columns, shown, numeric, width=console.width):
+        console.print(Text(line, style="bold" if is_heading else ""), soft_wrap=True)
+    _write(text.getvalue())
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """One that changes while it is shown: where there is little room, the first column alone gives way."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=index > 0)
     for row in rows:
         table.add_row(*(escape(_printable(str(cell))) for cell in row))
     return table

@@ -9,9 +9,9 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import filelock
 
@@ -138,15 +138,24 @@ def read_foreign(path: Path, *, what: str, example: str, again: str) -> bytes:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents.
+    """Create a folder and its parents; the state folder, with a `.gitignore` that keeps git out of it.
 
     Raises:
         ArtifactError: it can't be created.
     """
+    new_state = None if path.is_dir() else _state_folder_to_make(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise not_writable(path, error) from error
+    if new_state is not None:
+        write_text(new_state / ".gitignore", "# written by icdctl, so that git leaves this folder alone\n*\n")
+
+
+def _state_folder_to_make(path: Path) -> Path | None:
+    """The state folder, where it comes about with `path` in it or as `path`."""
+    home = state_folder().absolute()
+    return home if home in (path.absolute(), *path.absolute().parents) and not home.exists() else None
 
 
 def not_writable(path: Path, error: OSError) -> ArtifactError:
@@ -212,6 +221,53 @@ def waited_lock(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def hold_mapped(file: IO[bytes]) -> None:
+    """Mark a cache's file, open to be mapped, as in use: by whoever has it open or mapped, until then.
+
+    A map keeps the file open after it is closed here, and the system frees the mark of a process that dies.
+
+    Raises:
+        FileNotFoundError: it was deleted since it was opened.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file.fileno(), fcntl.LOCK_SH)
+    except (ImportError, OSError):  # without such marks, as on Windows, a mapped file can't be deleted either
+        return
+    if os.fstat(file.fileno()).st_nlink == 0:
+        raise FileNotFoundError(file.name)
+
+
+@contextmanager
+def unless_locked(path: Path) -> Iterator[bool]:
+    """Whether nobody holds a lock file, or has a file in use by `hold_mapped`; if so, nobody will in the block."""
+    import fcntl
+
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock file, or has a file in use by `hold_mapped`; nobody does where there is none."""
+    try:
+        with unless_locked(path) as is_free:
+            return not is_free
+    except OSError:
+        return False
+
+
+def mark_used(path: Path) -> None:
+    """Remember in a file's time that it was of use now; one that can't be written to stays as it is."""
+    with suppress(OSError):
+        os.utime(path)
+
+
 def project_root() -> Path:
     """The nearest folder upwards that holds `dvc.yaml` or `registry/`, else the current folder."""
     here = Path.cwd()
@@ -227,6 +283,11 @@ def state_folder() -> Path:
     """Where checkpoints, caches and data live: `ICDCTL_HOME`, or `.icdctl` in the project root."""
     given = os.environ.get("ICDCTL_HOME")
     return user_path(given) if given else project_root() / ".icdctl"
+
+
+def cache_folder() -> Path:
+    """Where lies what can be made again; `icdctl.caching` lists and clears it."""
+    return state_folder() / "cache"
 
 
 def data_folder() -> Path:

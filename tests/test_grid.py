@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import CommandLine
+from fetch_support import cifar_members
 from grid_support import (
     PLAIN,
     TRAIN,
@@ -32,9 +33,11 @@ from grid_support import (
 import icdctl as library
 from icdctl import planning
 from icdctl.errors import IcdctlError, UsageError
+from icdctl.files import write_bytes
 from icdctl.grid import execute
 from icdctl.grid.cells import read_grid
 
+QUICK_ANY: dict[str, Any] = {"epochs": 1, "device": "cpu"}
 QUICK: dict[str, Any] = {**TRAIN, "train_images": 100, "epochs": 1}
 KD: dict[str, Any] = {"student": "res8", "method": "kd", "teacher": "teacher", "settings": {"temperature": 4}}
 
@@ -507,3 +510,27 @@ def test_gpus_are_named() -> None:
     assert Slots(2, None, 8).names == [None, None]
     with pytest.raises(UsageError):
         _ = Slots(None, "0,,1", 8).names
+
+
+def test_data_of_another_folder_are_for_cells_that_name_none(icdctl: CommandLine, tmp_path: Path) -> None:
+    for place in ("shared", "own"):
+        for name, content in cifar_members().items():
+            write_bytes(tmp_path / place / name, content)
+    plain = {**PLAIN, "dataset": "cifar100", "batch_size": 32}
+    write_params({"a": plain, "b": {**plain, "data_dir": str(tmp_path / "own")}, "c": PLAIN}, train=QUICK_ANY)
+    code, out, err = icdctl("grid", "plan", "--json")
+    assert (code, list(json.loads(out)["missing_data"])) == (0, ["cifar100"])
+    assert "`icdctl fetch-data cifar100` brings it" in icdctl("grid", "plan")[2]
+    code, _, err = icdctl("grid", "run")
+    assert (code, "`a/s0` and 1 more: CIFAR-100 is not there" in err) == (1, True), err
+    given = ("--data-dir", str(tmp_path / "shared"))
+    code, out, err = icdctl("grid", "plan", *given, "--json")
+    assert (code, json.loads(out)["missing_data"]) == (0, {})
+    code, _, err = icdctl("grid", "run", *given, "--jobs", "2", "--sweep", "lr=0.1,0.2")
+    assert code == 0, err
+    held = {name: json.loads(Path(f"runs/{name}-lr0.2/s0/config.json").read_text())["data_dir"] for name in "abc"}
+    assert held == {"a": str(tmp_path / "shared"), "b": str(tmp_path / "own"), "c": str(tmp_path / "shared")}
+    assert icdctl("grid", "run", "a", *given)[0] == 0
+    assert cells_of(icdctl, "status")["a"]["done"] == 1  # where data lie makes no other run
+    assert icdctl("grid", "evaluate", "a")[0] == 1
+    assert icdctl("grid", "evaluate", "a", *given)[0] == 0

@@ -116,10 +116,9 @@ def unpacked() -> bool:
 
 
 def left_over(folder: Path) -> list[str]:
-    """Files in `folder` besides locks."""
-    return sorted(
-        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"
-    )
+    """Files in `folder` besides locks, and what keeps git out of it."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return sorted(str(path.relative_to(folder)) for path in found if path.name != ".gitignore")
 
 
 def test_a_fresh_clone_is_clean_and_lacks_the_archive_alone(clone: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import CommandLine
-from grid_support import PLAIN, write_params
+from grid_support import PLAIN, started, wait_until, write_params
 
 from icdctl.errors import IcdctlError, UsageError
 from icdctl.grid.cells import read_grid
@@ -199,3 +199,67 @@ def test_trials_of_another_space_or_a_broken_file_are_refused(icdctl: CommandLin
         code, _, err = icdctl(*given, "lr=0.01..0.1:log")
         assert code in (1, 2), err
         assert "delete `" in err
+
+
+def status(icdctl: CommandLine) -> dict[str, Any]:
+    """What `grid status` says of the one search."""
+    code, out, err = icdctl("grid", "status", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert [cell["name"] for cell in told["cells"]] == ["mine"]
+    (found,) = told["searches"]
+    assert isinstance(found, dict)
+    return found
+
+
+def test_status_shows_a_search_and_the_cell_that_it_made(icdctl: CommandLine) -> None:
+    assert json.loads(icdctl("grid", "status", "--json")[1])["searches"] == []
+    given = ("grid", "run", "--search", "optuna", "--sweep", "lr=0.05,1e30", "--trials", "2")
+    assert icdctl(*given)[0] == 0
+    found = status(icdctl)
+    (score,) = next(trial["val_top1"] for trial in trials_of("mine") if trial["val_top1"] is not None)
+    assert found["best"] == {"values": {"lr": "0.05"}, "val_top1": score}
+    assert (found["done"], found["failed"], found["running"], found["begun"], found["note"]) == (1, 1, [], [], "")
+    assert {trial["values"]["lr"]: trial["state"] for trial in found["trials"]} == {"0.05": "done", "1e30": "failed"}
+    winner = found["searched"]
+    assert (winner["name"], winner["done"], winner["missing"], len(winner["top1"])) == ("mine-searched", 2, 0, 2)
+    lines = [line.split() for line in icdctl("grid", "status")[1].splitlines()]
+    assert [line[:2] for line in lines[1:3]] == [["mine", "0"], ["mine-searched", "2"]]
+    assert lines[-1] == ["mine", "1", "0", "0", "1", f"{score:.2f}", "lr", "0.05"]
+    code, out, err = icdctl("grid", "plan")
+    assert (code, "2 of 2 runs are left" in err, "searches are not counted here" in err) == (0, True, True)
+    assert "mine-searched" not in out
+    write_params({"mine": PLAIN}, train={**TRAIN, "epochs": 2}, seeds=[3, 4])
+    found = status(icdctl)
+    assert found["note"] == "its trials had other settings: epochs 1 -> 2"
+    assert (found["searched"]["stale"], found["searched"]["note"]) == (2, "epochs 1 -> 2")
+    Path("runs/mine-search/search.json").write_text("{")
+    found = status(icdctl)
+    assert (found["trials"], found["best"], found["searched"]) == ([], None, None)
+    assert "can't be read" in found["note"]
+
+
+def test_status_tells_trials_at_work_from_those_that_were_interrupted(icdctl: CommandLine) -> None:
+    write_params({"mine": PLAIN}, train={**TRAIN, "epochs": 400}, seeds=[3])
+    given = ("grid", "run", "--search", "optuna", "--sweep", "lr=0.01,0.02", "--trials", "2", "--together", "2")
+    with started(*given):
+        wait_until(lambda: len(list(Path("runs/mine-search").glob("lr*/s3/history.csv"))) == 2, what="both trials")
+        found = status(icdctl)
+        assert (found["running"], found["begun"], found["done"]) == (["lr0.01", "lr0.02"], [], 0)
+        assert (found["best"], found["searched"]) == (None, None)
+    found = status(icdctl)
+    assert (found["running"], found["begun"], found["done"]) == ([], ["lr0.01", "lr0.02"], 0)
+    assert icdctl("grid", "status")[1].splitlines()[-1].split() == ["mine", "0", "0", "2", "0"]
+
+
+def test_a_cell_that_is_called_as_a_search_is_none(icdctl: CommandLine) -> None:
+    write_params({"mine": PLAIN, "mine-search": PLAIN}, train=TRAIN, seeds=[3])
+    assert icdctl("grid", "run", "mine-search")[0] == 0
+    assert json.loads(icdctl("grid", "status", "--json")[1])["searches"] == []
+
+
+def test_where_the_data_lie_makes_no_other_search(icdctl: CommandLine) -> None:
+    given = ("grid", "run", "--search", "optuna", "--sweep", "lr=0.01..0.1:log", "--trials")
+    assert icdctl(*given, "1", "--data-dir", "here")[0] == 0
+    code, _, err = icdctl(*given, "2", "--data-dir", "there", "--replace")
+    assert (code, len(trials_of("mine"))) == (0, 2), err

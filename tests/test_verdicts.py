@@ -159,7 +159,7 @@ def test_nothing_measured_is_a_table_all_the_same() -> None:
     found = judge(tables.load("icd-cub200"), {}, methods=METHODS)
     assert set(found.counts) == {"not measured"}
     assert {row.finding for row in (*found.overall, *found.claims)} == {"not measured"}
-    assert verdicts.to_text(verdicts.sheets(found))
+    assert verdicts.to_markdown(verdicts.sheets(found))
 
 
 def test_times_are_ratios_to_kd() -> None:
@@ -197,7 +197,7 @@ def test_writers_give_the_same_bytes_and_every_row(judged: Judgement) -> None:
         "icd-gamma: the weight of the cluster term, 1 to 8, on CUB-200",
         "icd-gamma: claims, for each pair of models",
     ]
-    for write in (verdicts.to_text, verdicts.to_markdown, verdicts.to_latex):
+    for write in (verdicts.to_markdown, verdicts.to_latex):
         text = write(found)
         assert text == write(verdicts.sheets(judged))
         assert text.count("not reproduced") >= 1

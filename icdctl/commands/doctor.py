@@ -67,6 +67,8 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _folders() -> list[dict[str, Any]]:
+    from icdctl import caching
+
     home = files.state_folder()
     found = [_check("ok", "project", str(files.project_root()))]
     nearest = next(folder for folder in (home, *home.parents) if folder.exists())
@@ -75,7 +77,8 @@ def _folders() -> list[dict[str, Any]]:
             pass
         free = shutil.disk_usage(nearest).free
         status = "ok" if free > _LOW_DISK_BYTES else "low"
-        return [*found, _check(status, "state", f"{home}, {free / 1e9:.0f} GB free")]
+        kept = f"{caching.total_bytes() / 1e9:.1f} GB in caches and states of runs (`icdctl clean --list`)"
+        return [*found, _check(status, "state", f"{home}, {free / 1e9:.0f} GB free, {kept}")]
     except OSError as error:
         hint = "name a folder that you may write to with `ICDCTL_HOME`"
         return [*found, _check("fail", "state", f"`{home}` can't be written: {error.strerror}", hint)]

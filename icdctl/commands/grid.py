@@ -15,6 +15,7 @@ from icdctl.errors import ArtifactError
 
 if TYPE_CHECKING:
     from icdctl.grid.cells import Grid
+    from icdctl.grid.searched import SearchOutlook
 
 app = typer.Typer(help="Train the cells of params.yaml with all their seeds.", no_args_is_help=True)
 
@@ -42,29 +43,44 @@ def plan(
     ] = None,
     delta: Annotated[float, typer.Option(help="Difference of two methods that should be seen, in points.")] = 0.3,
     spread: Annotated[float, typer.Option("--sd", help="Standard deviation of a cell over seeds, in points.")] = 0.25,
+    data_dir: options.DataDir = None,
     as_json: options.Json = False,
 ) -> None:
     """Show what there is to train, how long it may take, and how many seeds a comparison needs.
 
     Example: icdctl grid plan --delta 0.3
     """
-    from icdctl.grid.outlook import outlook
+    from icdctl.grid.outlook import missing_data, outlook
+    from icdctl.grid.searched import searches
     from icdctl.science.compare import power_of, seeds_needed
 
-    grid = _grid(cells, seeds, sweep)
+    grid = _grid(cells, seeds, sweep, data_dir=data_dir)
     rows = outlook(grid, bench=None if bench is None else _measured(bench))
+    missing = missing_data(grid)
     hours = [row.hours_left for row in rows if row.hours_left is not None]
     needed, power = seeds_needed(delta, spread), power_of(len(grid.seeds), delta, spread)
     if as_json:
         facts = {"seeds": list(grid.seeds), "hours_left": sum(hours), "power": power, "seeds_needed": needed}
-        console.show_json({"cells": [row.as_json() for row in rows], **facts, "delta": delta, "sd": spread})
+        absent = {name: str(folder) for name, folder in missing.items()}
+        told = {**facts, "delta": delta, "sd": spread, "missing_data": absent}
+        console.show_json({"cells": [row.as_json() for row in rows], **told})
         return
     _show(rows)
     unknown = len(rows) - len(hours)
     left = sum(row.begun + row.stale + row.missing for row in rows)
-    told = [f"about {sum(hours):.1f} hours on one device"] if sum(hours) or not unknown else []
-    told += [f"nothing says how long {unknown} of the cells take: `--bench FILE`"] if unknown else []
-    console.talk(f"{left} of {len(grid.runs)} runs are left; {'; '.join(told)}")
+    about = [f"about {sum(hours):.1f} hours on one device"] if sum(hours) or not unknown else []
+    about += [f"nothing says how long {unknown} of the cells take: `--bench FILE`"] if unknown else []
+    console.talk(f"{left} of {len(grid.runs)} runs are left; {'; '.join(about)}")
+    for name, folder in missing.items():
+        console.talk(
+            f"`{name}` is not in `{folder}`: `icdctl fetch-data {name}` brings it, or `--data-dir` says where it is"
+        )
+    searched = [search.cell for search in searches(grid)]
+    if searched:
+        console.talk(
+            f"searches are not counted here, nor the cells that they make: `icdctl grid status` shows those of "
+            f"{', '.join(searched)}"
+        )
     seeds_said = ", ".join(map(str, grid.seeds))
     console.talk(
         f"seeds {seeds_said}: two cells that differ by {delta:g} points, with a spread of {spread:g} over seeds, are "
@@ -74,17 +90,23 @@ def plan(
 
 @app.command("status")
 def status(cells: Cells = None, seeds: Seeds = None, sweep: Sweep = None, as_json: options.Json = False) -> None:
-    """Show how far each cell is.
+    """Show how far each cell is, and each search with the cell that it made.
 
     Example: icdctl grid status
     """
     from icdctl.grid.outlook import outlook
+    from icdctl.grid.searched import searches
 
-    rows = outlook(_grid(cells, seeds, sweep))
+    grid = _grid(cells, seeds, sweep)
+    rows, searched = outlook(grid), searches(grid)
     if as_json:
-        console.show_json({"cells": [row.as_json() for row in rows]})
-    else:
-        _show(rows)
+        told = {"cells": [row.as_json() for row in rows], "searches": [search.as_json() for search in searched]}
+        console.show_json(told)
+        return
+    _show([*rows, *(search.winner for search in searched if search.winner is not None)])
+    if searched:
+        console.show_line("")
+        _show_searches(searched)
 
 
 @app.command("run")
@@ -95,6 +117,7 @@ def run(
     jobs: many.Jobs = None,
     gpus: many.Gpus = None,
     together: many.Together = 8,
+    data_dir: options.DataDir = None,
     device: options.Device = None,
     time_limit: many.TimeLimit = None,
     replace: many.Replace = False,
@@ -126,7 +149,7 @@ def run(
 
         run_search(
             search,
-            _grid(cells, seeds, None),
+            _grid(cells, seeds, None, data_dir=data_dir),
             sweep or [],
             slots=slots,
             replace=replace,
@@ -138,8 +161,8 @@ def run(
             as_json=as_json,
         )
         return
-    grid = _grid(cells, seeds, sweep, tells=outcomes is None)
-    again = ["grid", "run", *(cells or []), *many.flags(seeds=seeds, device=device)]
+    grid = _grid(cells, seeds, sweep, data_dir=data_dir, tells=outcomes is None)
+    again = ["grid", "run", *(cells or []), *many.flags(seeds=seeds, data_dir=data_dir, device=device)]
     again += [part for item in sweep or [] for part in ("--sweep", item)]
     done = many.train_missing(
         grid,
@@ -168,23 +191,41 @@ def teacher(name: Annotated[str, typer.Argument(help="A name in the `teachers` o
 
 
 @app.command("evaluate")
-def evaluate(cell: Annotated[str, typer.Argument(help="A name in the `cells` of params.yaml.")]) -> None:
+def evaluate(
+    cell: Annotated[str, typer.Argument(help="A name in the `cells` of params.yaml.")],
+    data_dir: options.DataDir = None,
+) -> None:
     """Measure the weights of a cell's runs, as a stage of the pipeline does.
 
     Example: icdctl grid evaluate res20-res8-dkd
     """
     from icdctl.grid.stages import evaluate_cell
 
-    console.show_line(str(evaluate_cell(_grid([cell], None, None), files.project_root())))
+    console.show_line(str(evaluate_cell(_grid([cell], None, None, data_dir=data_dir), files.project_root())))
 
 
-def _grid(cells: Sequence[str] | None, seeds: str | None, sweep: Sequence[str] | None, *, tells: bool = True) -> Grid:
-    """The grid that is asked for; with `tells`, what a sweep leaves out is said."""
+def _grid(
+    cells: Sequence[str] | None,
+    seeds: str | None,
+    sweep: Sequence[str] | None,
+    *,
+    data_dir: str | None = None,
+    tells: bool = True,
+) -> Grid:
+    """The grid that is asked for.
+
+    Args:
+        cells: names; all where none is given.
+        seeds: in place of those in params.yaml.
+        sweep: as typed.
+        data_dir: of cells that state none themselves.
+        tells: whether what a sweep leaves out is said.
+    """
     from icdctl.grid.cells import read_grid
     from icdctl.grid.sweeps import parse_sweeps, swept
 
     whole = read_grid(files.project_root(), seeds=seeds)
-    grid = whole.chosen(cells or [])
+    grid = whole.chosen(cells or []).with_usual(options.given_options(data_dir=data_dir))
     if not sweep:
         return grid
     made, left_out = swept(grid, parse_sweeps(sweep), taken={cell.name for cell in whole.cells})
@@ -217,3 +258,24 @@ def _show(rows: Sequence[Any]) -> None:
         for row in rows
     ]
     console.show_table(["cell", "done", "begun", "stale", "missing", "mean top-1", "hours left", "note"], shown)
+
+
+def _show_searches(searched: Sequence[SearchOutlook]) -> None:
+    """Trials by what became of them; the best of them by the training images that were held out."""
+    shown: list[list[object]] = []
+    for search in searched:
+        best = search.best
+        shown.append(
+            [
+                search.cell,
+                len(search.trials) - search.num_failed,
+                len(search.running),
+                len(search.begun),
+                search.num_failed,
+                "" if best is None else f"{best.score:.2f}",
+                "" if best is None else ", ".join(f"{key} {value}" for key, value in best.values.items()),
+                search.note,
+            ]
+        )
+    columns = ["search of", "done", "running", "begun", "failed", "best held-out top-1", "with", "note"]
+    console.show_table(columns, shown)

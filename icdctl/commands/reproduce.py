@@ -106,7 +106,10 @@ def reproduce(
     if as_json and not (done and done.failed):
         console.show_json({**verdicts.as_json(judgement), "files": [str(path) for path in written]})
     elif not as_json:
-        console.show_line(verdicts.to_text(verdicts.sheets(judgement)))
+        for sheet in verdicts.sheets(judgement):
+            console.show_line(f"{sheet.title}\n")
+            console.show_table(sheet.headers, sheet.rows)
+            console.show_line("\n".join(["", *sheet.notes, ""]))
         for path in written:
             console.talk(str(path))
     if done is not None and done.failed:
@@ -175,4 +178,8 @@ def _list(table: str | None, texts: Sequence[str], family: str | None, as_json: 
     if as_json:
         console.show_json({"tables" if table is None else "cells": rows})
         return
-    console.show_table(list(rows[0]), [["" if value is None else value for value in row.values()] for row in rows])
+    console.show_table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
+
+
+def _cell(value: object) -> object:
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else value

@@ -108,8 +108,10 @@ def run_search(
 
 def _try(search: Search, trials: int, together: int, train: Callable[[Grid, bool], many.Done]) -> bool:
     """Trial after trial, as many at a time as share a process; False where time ran out."""
+    from icdctl.grid.search import LOCK_FILE
+
     busy = f"another process searches `{search.cell.name}`"
-    with files.locked(search.folder / ".lock", busy=busy, hint="wait for it", waiting=console.talk):
+    with files.locked(search.folder / LOCK_FILE, busy=busy, hint="wait for it", waiting=console.talk):
         search.read()
         while len(search.trials) < trials:
             asked = search.ask(min(together, trials - len(search.trials)))

@@ -359,7 +359,7 @@ class _Cache:
     """The array of some images on disk, `<stem>.npy`, and what is to be known of it, `<stem>.json`."""
 
     def __init__(self, stem: str, folder: Path, names: Sequence[str], size: Size) -> None:
-        self.home = files.state_folder() / "cache" / "images"
+        self.home = files.cache_folder() / "images"
         self.stem = stem
         self.lock = self.home / f".{stem}.lock"
         self._array = self.home / f"{stem}.npy"
@@ -380,6 +380,8 @@ class _Cache:
         except (ArtifactError, OSError, ValueError, TypeError, LookupError, OverflowError):
             return None
         whole = hashlib.sha256(decoded.images.numpy().data).hexdigest() == decoded.sha256
+        if whole:
+            files.mark_used(self._facts)
         return decoded if whole else None
 
     def delete(self) -> None:
@@ -448,7 +450,12 @@ class _Cache:
         with self._told():
             self._partial.replace(self._array)
         try:
-            facts = {"sha256": sha256, "broken": sorted(reasons.items()), "check": _check(reasons, sha256)}
+            facts = {
+                "of": str(self._folder),
+                "sha256": sha256,
+                "broken": sorted(reasons.items()),
+                "check": _check(reasons, sha256),
+            }
             files.write_json(self._facts, facts)
             with self._told():
                 return self._map(reasons, sha256)
@@ -466,6 +473,7 @@ class _Cache:
         shape = (len(rows), *self._size, 3)
         header = _npy_header(shape)
         with self._array.open("rb") as file:
+            files.hold_mapped(file)
             length = os.fstat(file.fileno()).st_size
             if file.read(len(header)) != header or length != len(header) + shape[0] * shape[1] * shape[2] * 3:
                 raise ValueError("another array")

@@ -58,7 +58,7 @@ def load(wanted: Request, on_images: OnImages) -> Dataset:
     """From the cache, or made (in about two seconds) and cached."""
     train_images, test_images = int(wanted.train_images or 0), int(wanted.test_images or 0)
     name = f"digits100-v{RECIPE_VERSION}-{train_images}-{test_images}.safetensors"
-    path = files.state_folder() / "cache" / name
+    path = files.cache_folder() / name
     keys = ("train_images", "train_labels", "test_images", "test_labels")
     tensors, sha256 = _read_cache(path, keys)
     if not tensors or fingerprint(*tensors) != sha256:  # absent or damaged: made anew
@@ -75,9 +75,12 @@ def _read_cache(path: Path, keys: Sequence[str]) -> tuple[tuple[Tensor, ...], st
     """The tensors of a cache file and the hash that it states, or nothing where it can't be read."""
     try:
         with safe_open(path, framework="pt") as cache:
-            return tuple(cache.get_tensor(key) for key in keys), cache.metadata()["sha256"]
+            # Copied, for what is mapped would keep its room on the disk when `icdctl clean` deletes it.
+            found = tuple(cache.get_tensor(key).clone() for key in keys), str(cache.metadata()["sha256"])
     except (OSError, SafetensorError, KeyError, TypeError):
         return (), ""
+    files.mark_used(path)
+    return found
 
 
 def make_split(num_images: int, *, seed: int, test: bool) -> Split:

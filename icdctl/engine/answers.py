@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from icdctl import files
@@ -61,6 +62,8 @@ class Table:
     num_bytes: int
     folder: Path | None
     """None where it is not worth keeping, or the teacher has no hash."""
+    about: Mapping[str, str] = field(default_factory=dict)
+    """Whose answers, to which images: for a person who looks at what is kept."""
 
     @property
     def is_kept(self) -> bool:
@@ -69,7 +72,7 @@ class Table:
 
 
 def plan_table(
-    store: ImageStore, demand: Demand, dataset: Dataset, *, teacher_sha256: str, precision: str
+    store: ImageStore, demand: Demand, dataset: Dataset, *, teacher_sha256: str, precision: str, teacher: str = ""
 ) -> Table | None:
     """The table that a cache would need; None where the views are too many to count.
 
@@ -79,6 +82,7 @@ def plan_table(
         dataset: whose images they are.
         teacher_sha256: of the teacher's weights; empty for a module without a file.
         precision: of the teacher.
+        teacher: its model's name.
     """
     if store.num_views is None:
         return None
@@ -91,8 +95,9 @@ def plan_table(
         facts = [_SCHEME, teacher_sha256, dataset.sha256, dataset.preprocessing.as_json(), store.fingerprint]
         facts += [str(dtype), precision, demand.needs_cells]
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-        folder = files.state_folder() / "cache" / "answers" / key
-    return Table(num_views, dtype, numbers * dtype.itemsize, folder)
+        folder = files.cache_folder() / "answers" / key
+    about = {"teacher": teacher, "teacher_sha256": teacher_sha256, "dataset": dataset.name, "precision": precision}
+    return Table(num_views, dtype, numbers * dtype.itemsize, folder, about)
 
 
 def choose_mode(wanted: str, table: Table | None, demand: Demand, device: torch.device) -> Mode:
@@ -220,7 +225,8 @@ def _kept(inline: InlineTeacher, store: ImageStore, table: Table, advance: Calla
 
     try:
         _filled(inline, store, table, advance, mapped)
-        files.write_json(building / "facts.json", {"num_views": table.num_views, "dtype": str(table.dtype)})
+        facts = {"num_views": table.num_views, "dtype": str(table.dtype), "of": dict(table.about)}
+        files.write_json(building / "facts.json", facts)
         building.rename(table.folder)
     except OSError as error:
         raise files.not_writable(table.folder, error) from error
@@ -241,7 +247,7 @@ def _opened(table: Table, store: ImageStore) -> CachedTeacher | None:
         return None
     try:
         parts = {
-            name: torch.from_numpy(np.load(table.folder / f"{name}.npy", mmap_mode="c"))
+            name: torch.from_numpy(_mapped(table.folder / f"{name}.npy"))
             for name in ("logits", "cells")
             if (table.folder / f"{name}.npy").is_file()
         }
@@ -249,7 +255,24 @@ def _opened(table: Table, store: ImageStore) -> CachedTeacher | None:
     except (OSError, EOFError, ValueError, KeyError):
         return None
     whole = all(part.shape[0] == table.num_views and part.dtype == table.dtype for part in parts.values())
-    return _placed(store, logits, parts.get("cells")) if whole else None
+    if not whole:
+        return None
+    files.mark_used(table.folder / "facts.json")
+    return _placed(store, logits, parts.get("cells"))
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    """A `.npy` file, mapped copy-on-write and marked as in use as long as it is.
+
+    Raises:
+        OSError, ValueError: it is missing, or damaged.
+    """
+    with path.open("rb") as file:
+        files.hold_mapped(file)
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("written by another program")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        return np.memmap(file, dtype=dtype, mode="c", offset=file.tell(), shape=shape)
 
 
 def _agrees(kept: CachedTeacher, inline: InlineTeacher, store: ImageStore, table: Table) -> bool:

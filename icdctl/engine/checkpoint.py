@@ -18,13 +18,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from icdctl import files
+from icdctl.config import RunConfig
 from icdctl.engine.device import beside, side_stream
 from icdctl.engine.step import TrainingStep
 from icdctl.errors import ArtifactError
 
 _MODEL, _AVERAGE, _OPTIMIZER = "model.", "average.", "optimizer."
 _NUM_AVERAGED = "num_averaged"
-_METADATA = "icdctl"
+_METADATA, _CONFIG = "icdctl", "config"
+STATE_FILE = "state.safetensors"
+REPLAY_FILE = "nonfinite.safetensors"
+"""A batch that was not finite, beside the state before it."""
 
 
 class Progress(BaseModel):
@@ -58,9 +62,14 @@ class Progress(BaseModel):
         return self
 
 
+def checkpoints_folder() -> Path:
+    """Where states are kept, a folder for each fingerprint."""
+    return files.state_folder() / "checkpoints"
+
+
 def checkpoint_path(fingerprint: str) -> Path:
     """Where the state of a run is kept."""
-    return files.state_folder() / "checkpoints" / fingerprint / "state.safetensors"
+    return checkpoints_folder() / fingerprint / STATE_FILE
 
 
 class CheckpointWriter:
@@ -76,24 +85,28 @@ class CheckpointWriter:
         self._stream = side_stream(device)
         self._pending: Future[None] | None = None
 
-    def save(self, path: Path, step: TrainingStep, progress: Progress) -> None:
-        """Write weights, optimiser state and progress, as they are now.
+    def save(self, path: Path, step: TrainingStep, progress: Progress, config: RunConfig | None = None) -> None:
+        """Write weights, optimiser state and progress, as they are now, and of which run they are.
 
         Raises:
             ArtifactError: the place can't be written to; of a state that is written meanwhile, `wait` or the next
                 `save` tells.
         """
         self.wait()
+        said = {_METADATA: progress.model_dump_json()}
+        if config is not None:
+            absolute = config.model_copy(update={"out": str(Path(config.out).resolve())})
+            said[_CONFIG] = absolute.model_dump_json()
         tensors = {key: tensor.detach() for key, tensor in _tensors(step).items()}
         if not self._in_background:
-            _write(path, {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}, progress)
+            _write(path, {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}, said)
             return
         # First to the device's own memory, which takes no time; then the next step may change the weights.
         copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
         with beside(self._stream):
             on_host = {key: _to_host(copy) for key, copy in copies.items()}
         self._pending = Future()
-        Thread(target=self._finish, args=(self._pending, copies, path, on_host, progress)).start()
+        Thread(target=self._finish, args=(self._pending, copies, path, on_host, said)).start()
 
     def _finish(
         self,
@@ -101,14 +114,14 @@ class CheckpointWriter:
         copies: dict[str, Tensor],
         path: Path,
         on_host: dict[str, Tensor],
-        progress: Progress,
+        said: dict[str, str],
     ) -> None:
         """In the thread: wait for the copies, which live until then, and write the file."""
         try:
             if self._stream is not None:
                 self._stream.synchronize()
             copies.clear()
-            _write(path, on_host, progress)
+            _write(path, on_host, said)
         except BaseException as error:
             pending.set_exception(error)
         else:
@@ -131,8 +144,8 @@ def _to_host(tensor: Tensor) -> Tensor:
     return on_host.copy_(tensor, non_blocking=True)
 
 
-def _write(path: Path, held: dict[str, Tensor], progress: Progress) -> None:
-    files.write_bytes(path, save(held, metadata={_METADATA: progress.model_dump_json()}))
+def _write(path: Path, held: dict[str, Tensor], said: dict[str, str]) -> None:
+    files.write_bytes(path, save(held, metadata=said))
 
 
 def _tensors(step: TrainingStep) -> dict[str, Tensor]:
@@ -169,6 +182,24 @@ def load_checkpoint(path: Path, step: TrainingStep) -> Progress | None:
             hint="delete it and the run folder, and start the run again",
         ) from error
     return progress
+
+
+def read_state(path: Path) -> tuple[Progress, RunConfig | None]:
+    """How far the run of a state is, and which run that is, as far as the file says so; no weight is read.
+
+    Raises:
+        ArtifactError: the file is broken.
+    """
+    try:
+        with safe_open(path, framework="pt") as stored:
+            said = stored.metadata() or {}
+        progress = Progress.model_validate_json(said[_METADATA], strict=True)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ArtifactError(f"checkpoint `{path}` can't be read: {error}", hint="delete it") from error
+    try:
+        return progress, RunConfig.model_validate_json(said[_CONFIG])
+    except (KeyError, ValueError):  # of an earlier version
+        return progress, None
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

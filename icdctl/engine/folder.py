@@ -43,7 +43,8 @@ def claimed(config: RunConfig, *, resume: bool, waiting: Callable[[str], None] |
         try:
             yield out
         finally:
-            if not checkpoint_path(config.fingerprint).is_file():
+            # A finished run whose state was cleaned away keeps what says what it is.
+            if not checkpoint_path(config.fingerprint).is_file() and not (out / "metrics.json").is_file():
                 _remove_new(out, existed)
 
 
@@ -63,10 +64,8 @@ def held(out: Path, *, waiting: Callable[[str], None] | None = None) -> Iterator
     """
     busy = f"run folder `{out}` is in use by another process"
     hint = "wait for it, or choose another folder with `--out`"
-    name = files.sha256_bytes(str(out.resolve()).encode())[:20]
-    own = files.state_folder() / "locks" / f"{name}.lock"
     with (
-        files.locked(own, busy=busy, hint=hint, waiting=waiting),
+        files.locked(state_lock_path(out), busy=busy, hint=hint, waiting=waiting),
         files.locked(lock_path(out), busy=busy, hint=hint, waiting=waiting),
     ):
         yield
@@ -76,6 +75,12 @@ def lock_path(out: Path) -> Path:
     """The lock of a run folder: beside it, for the folder may turn out to be somebody else's."""
     whole = out.resolve()
     return whole.parent / f".{whole.name}.lock"
+
+
+def state_lock_path(out: Path) -> Path:
+    """The lock of a run folder in the state folder: whoever writes the run's state there holds it."""
+    name = files.sha256_bytes(str(out.resolve()).encode())[:20]
+    return files.state_folder() / "locks" / f"{name}.lock"
 
 
 def write_history(path: Path, history: list[dict[str, float]]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from icdctl import files, models, registry, targets
 from icdctl.config import RunConfig
 from icdctl.data import UNLABELED, Dataset, ImageStore, Views
-from icdctl.engine.checkpoint import CheckpointWriter, Progress, checkpoint_path, load_checkpoint
+from icdctl.engine.checkpoint import REPLAY_FILE, CheckpointWriter, Progress, checkpoint_path, load_checkpoint
 from icdctl.engine.compiled import Compiler
 from icdctl.engine.device import goes_by_position
 from icdctl.engine.environment import describe_environment
@@ -302,7 +302,7 @@ class Member:
             teacher_mode=self.config.teacher_mode,
             teacher_precision=self.config.teacher_precision,
         )
-        self.writer.save(self.state_path, self.step, self.progress)
+        self.writer.save(self.state_path, self.step, self.progress, self.config)
         self._check_folder()
         write_history(self.out / "history.csv", self.progress.history)
         return row
@@ -376,7 +376,7 @@ class Member:
     @property
     def replay_path(self) -> Path:
         """Where a batch that was not finite is kept."""
-        return self.state_path.with_name("nonfinite.safetensors")
+        return self.state_path.with_name(REPLAY_FILE)
 
     def keep_replay(self, index: int, views: Views, answer: Answer | None) -> None:
         """Keep what a step that was not finite saw: pixels, labels and the teacher's answer.

@@ -298,7 +298,12 @@ class _Session:
             deterministic=config.deterministic,
         )
         table = plan_table(
-            place.store, demand, place.dataset, teacher_sha256=config.teacher_sha256 or "", precision=precision
+            place.store,
+            demand,
+            place.dataset,
+            teacher_sha256=config.teacher_sha256 or "",
+            precision=precision,
+            teacher=config.teacher or "",
         )
         mode = choose_mode(wanted["teacher_mode"], table, demand, place.device)
         for member in waiting:

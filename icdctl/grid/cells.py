@@ -131,6 +131,11 @@ class Grid:
         cells = tuple(replace(cell, options={**cell.options, **options}) for cell in self.cells)
         return replace(self, cells=cells)
 
+    def with_usual(self, options: Mapping[str, Any]) -> Grid:
+        """With options for those cells that do not state them."""
+        cells = tuple(replace(cell, options={**options, **cell.options}) for cell in self.cells)
+        return replace(self, cells=cells)
+
 
 def make_cell(name: str, options: Mapping[Any, Any], *, origin: str, method: str | None = None) -> GridCell:
     """A cell whose name can be a folder's and whose options are known.

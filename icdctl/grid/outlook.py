@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
-from icdctl import planning
+from icdctl import data, planning
 from icdctl.errors import ArtifactError, IcdctlError
 from icdctl.grid.cells import Grid, GridCell
 from icdctl.grid.standing import Standing, standings
@@ -57,6 +58,20 @@ def outlook(
         _of_cell(cell, list(group), planner, bench, grid.teachers)
         for cell, group in groupby(states, key=lambda standing: standing.run.cell)
     ]
+
+
+def missing_data(grid: Grid) -> dict[str, Path]:
+    """Published data sets that cells are trained on and that are not here -> the folder where they should be."""
+    planner = planning.Planner()
+    found: dict[str, Path] = {}
+    for cell in grid.cells:
+        try:
+            images = planner.plan(cell.command, cell.options, stand_in=_ANY_TEACHER).images
+        except IcdctlError:  # told beside the cell
+            continue
+        if not data.is_there(images.name, images.folder):
+            found[images.name] = images.folder
+    return found
 
 
 def _of_cell(

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from icdctl import files, planning
@@ -21,7 +22,7 @@ from icdctl.grid.cells import Grid, GridCell, GridRun
 from icdctl.grid.standing import standings
 from icdctl.grid.sweeps import changed, lacking, parse_sweeps, swept
 
-SEARCH_FILE = "search.json"
+SEARCH_FILE, LOCK_FILE = "search.json", ".lock"
 _DIGITS = 4
 """Significant ones of a number from a range: a name for its folder, and no false precision."""
 
@@ -131,7 +132,7 @@ class Search:
         self._seeds = tuple(seeds)
         self._grid = grid
         self._options = {**cell.options, "val_split": val_split}
-        self.folder = grid.folder / f"{cell.name}-search"
+        self.folder = folder_of(grid, cell)
         self.trials: list[Trial] = []
         self.read()
 
@@ -142,8 +143,8 @@ class Search:
         Raises:
             IcdctlError: no trial got through.
         """
-        found = max(self.trials, key=lambda trial: trial.score, default=None)
-        if found is None or found.val_top1 is None:
+        found = best_of(self.trials)
+        if found is None:
             raise IcdctlError(
                 f"no trial of `{self.cell.name}` got through", hint="the messages above say why; search other values"
             )
@@ -152,8 +153,7 @@ class Search:
     @property
     def winner(self) -> GridCell:
         """The cell with the best values, to be trained on all its training images."""
-        made = changed(self.cell, self.best.values)
-        return replace(made, name=f"{self.cell.name}-searched")
+        return winner_of(self.cell, self.best)
 
     def ask(self, number: int) -> list[dict[str, str]]:
         """Values to try next; fewer where a small space has no others."""
@@ -177,12 +177,7 @@ class Search:
 
     def runs_of(self, several: Sequence[Mapping[str, str]]) -> Grid:
         """The runs of values to try, as a grid of their own."""
-        cells = []
-        for values in several:
-            made = changed(replace(self.cell, options=self._options), values)
-            label = made.name.removeprefix(f"{self.cell.name}-")
-            cells.append(replace(made, name=f"{self.folder.name}/{label}"))
-        return replace(self._grid, cells=tuple(cells), seeds=self._seeds)
+        return trial_runs(self._grid, replace(self.cell, options=self._options), several, seeds=self._seeds)
 
     def tell(self, several: Sequence[Mapping[str, str]], runs: Sequence[GridRun], failed: Sequence[str]) -> None:
         """Note what became of values that were tried.
@@ -215,8 +210,7 @@ class Search:
     def _identity(self) -> dict[str, Any]:
         """What trials must have in common."""
         axes = {key: vars(axis) if isinstance(axis, Range) else list(axis) for key, axis in self.space.items()}
-        options = {key: value for key, value in self._options.items() if key not in ("device", "time_limit")}
-        return {"cell": self.cell.name, "options": options, "seeds": list(self._seeds), "space": axes}
+        return {"cell": self.cell.name, "options": _deciding(self._options), "seeds": list(self._seeds), "space": axes}
 
     def read(self) -> None:
         """Take up the trials that are kept.
@@ -227,20 +221,14 @@ class Search:
         path = self.folder / SEARCH_FILE
         if not path.is_file():
             return
-        hint = f"delete `{self.folder}` to search anew"
-        held = files.read_json(path, what="search", hint=hint)
-        try:
-            if held["of"] != self._identity():
-                raise UsageError(
-                    f"`{path}` has trials of another space, seeds or options of `{self.cell.name}`",
-                    hint=f"search the same again, or {hint}",
-                )
-            self.trials = [
-                Trial(dict(row["values"]), None if row["val_top1"] is None else tuple(map(float, row["val_top1"])))
-                for row in held["trials"]
-            ]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"`{path}` is no search of this version: {error}", hint=hint) from error
+        of, trials = read_trials(self.folder)
+        hint = _anew(self.folder)
+        if {**of, "options": _deciding(of.get("options"))} != self._identity():
+            raise UsageError(
+                f"`{path}` has trials of another space, seeds or options of `{self.cell.name}`",
+                hint=f"search the same again, or {hint}",
+            )
+        self.trials = trials
         # Options of all runs, as `epochs` in the section `train`, are not in the cell: its trials tell.
         for earlier in standings(self.runs_of([trial.values for trial in self.trials]).runs, planning.Planner()):
             if earlier.state == "stale":
@@ -266,6 +254,70 @@ class Search:
             made = optuna.trial.create_trial(params=params, distributions=distributions, value=value, state=state)
             study.add_trial(made)
         return study
+
+
+def _deciding(options: Any) -> dict[str, Any]:
+    """Those that trials must have in common: not on which machine they run, nor where its data lie."""
+    held = options if isinstance(options, Mapping) else {}
+    return {key: value for key, value in held.items() if key not in ("data_dir", "device", "time_limit")}
+
+
+def folder_of(grid: Grid, cell: GridCell) -> Path:
+    """Where the search of a cell keeps its trials."""
+    return grid.folder / f"{cell.name}-search"
+
+
+def best_of(trials: Iterable[Trial]) -> Trial | None:
+    """The trial with the highest score, the earliest of equals; None where none got through."""
+    found = max(trials, key=lambda trial: trial.score, default=None)
+    return None if found is None or found.val_top1 is None else found
+
+
+def winner_of(cell: GridCell, best: Trial) -> GridCell:
+    """The cell with the best values, to be trained on all its training images."""
+    return replace(changed(cell, best.values), name=f"{cell.name}-searched")
+
+
+def trial_runs(grid: Grid, cell: GridCell, several: Sequence[Mapping[str, str]], *, seeds: Sequence[int]) -> Grid:
+    """The runs of values to try, as a grid of their own.
+
+    Args:
+        grid: of the cell.
+        cell: with the options that its trials have.
+        several: values to try.
+        seeds: of each trial.
+    """
+    cells = []
+    for values in several:
+        made = changed(cell, values)
+        label = made.name.removeprefix(f"{cell.name}-")
+        cells.append(replace(made, name=f"{folder_of(grid, cell).name}/{label}"))
+    return replace(grid, cells=tuple(cells), seeds=tuple(seeds))
+
+
+def read_trials(folder: Path) -> tuple[dict[str, Any], list[Trial]]:
+    """What a `search.json` holds: what its trials have in common, and the trials.
+
+    Raises:
+        ArtifactError: it is missing, or broken.
+    """
+    path, hint = folder / SEARCH_FILE, _anew(folder)
+    held = files.read_json(path, what="search", hint=hint)
+    try:
+        trials = [
+            Trial(
+                {str(key): str(value) for key, value in row["values"].items()},
+                None if row["val_top1"] is None else tuple(map(float, row["val_top1"])),
+            )
+            for row in held["trials"]
+        ]
+        return dict(held["of"]), trials
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"`{path}` is no search of this version: {error}", hint=hint) from error
+
+
+def _anew(folder: Path) -> str:
+    return f"delete `{folder}` to search anew"
 
 
 def _optuna() -> Any:

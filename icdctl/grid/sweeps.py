@@ -48,7 +48,10 @@ def parse_sweeps(given: Sequence[str]) -> dict[str, list[str]]:
         name = key.strip().replace("-", "_")
         found = [value.strip() for value in values.split(";" if name in _LISTS else ",")]
         if name not in _LISTS and any(".." in value for value in found):
-            raise UsageError(f"sweep `{item}` is a range", hint="list its values, or search it with `--search optuna`")
+            raise UsageError(
+                f"sweep `{item}` is a range",
+                hint="list its values, or search it with `icdctl grid run --search optuna`",
+            )
         if not equals or not name or "" in found:
             example = "scales=1,2;1,2,4" if name in _LISTS else "gamma=1,2,4"
             raise UsageError(f"sweep `{item}` is not KEY=VALUES", hint=f"e.g. `--sweep '{example}'`")

@@ -263,7 +263,7 @@ def latency_ms(target: Target, cpu: str) -> float:
 
 def _cache_path(kind: str, facts: dict[str, Any]) -> Path:
     key = files.sha256_bytes(json.dumps(facts, sort_keys=True).encode())[:20]
-    return files.state_folder() / "cache" / kind / f"{key}.json"
+    return files.cache_folder() / kind / f"{key}.json"
 
 
 def _keep(path: Path, value: dict[str, Any]) -> None:
@@ -282,6 +282,7 @@ def _held(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError):
         return {}
+    files.mark_used(path)
     return value if isinstance(value, dict) else {}
 
 

@@ -405,19 +405,6 @@ def _claim_sheet(judgement: Judgement, title: str, rows: Sequence[ClaimRow]) -> 
     return Sheet(f"{judgement.table.name}: {title}", headers, tuple(lines), notes)
 
 
-def to_text(found: Sequence[Sheet]) -> str:
-    """Columns aligned by spaces."""
-    blocks = []
-    for sheet in found:
-        lines = [sheet.headers, *sheet.rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(sheet.headers))]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
-        blocks.append("\n".join([sheet.title, "", *text, "", *sheet.notes]) + "\n")
-    return "\n".join(blocks)
-
-
 def to_markdown(found: Sequence[Sheet]) -> str:
     """A heading, a table and the notes for each sheet."""
     blocks = []

@@ -175,7 +175,7 @@ def _state(teacher: Published) -> str:
 
 
 def _cache() -> Path:
-    return files.state_folder() / "cache" / "teachers"
+    return files.cache_folder() / "teachers"
 
 
 def _check_record(teacher: Published, entry: Recorded | None) -> None:

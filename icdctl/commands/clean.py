@@ -1,0 +1,123 @@
+"""`icdctl clean`: what is kept to save time, and making room."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from icdctl import console, files
+from icdctl.commands import options
+from icdctl.errors import combine
+
+if TYPE_CHECKING:
+    from icdctl.caching import Entry
+
+
+def clean(
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kind",
+            metavar="KIND",
+            help="`images`, `answers`, `numbers`, `downloads`, `remains`; states of runs: `finished` (the result is in "
+            "the run folder too) and `resume` (needed to go on); may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    older_than: Annotated[
+        str | None, typer.Option(metavar="30d", help="Only what was not of use for so long.", show_default=False)
+    ] = None,
+    listing: Annotated[
+        bool, typer.Option("--list", help="Show all that is kept, states of runs too; delete nothing.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; delete nothing.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Delete caches that no process uses: decoded images, answers of teachers, numbers of reports, downloads.
+
+    All that goes is made again when it is missed. States of runs go where `--kind finished` or `--kind resume` asks for
+    it; after the latter, their training starts anew.
+
+    Example: icdctl clean --older-than 30d
+    """
+    from icdctl import caching
+
+    if listing:
+        _list(caching.chosen(kinds or list(caching.KINDS), older_than, among=caching.entries()), as_json=as_json)
+        return
+    wanted = caching.chosen(kinds or [], older_than, among=caching.entries())
+    if dry_run:
+        in_use = tuple(entry for entry in wanted if entry.is_in_use())
+        done = caching.Cleaned(tuple(entry for entry in wanted if entry not in in_use), in_use, ())
+    else:
+        done = caching.clean(wanted) if wanted else caching.Cleaned((), (), ())
+    if as_json and not done.failed:
+        console.show_json(
+            {
+                "dry_run": dry_run,
+                "freed": [entry.as_json() for entry in done.freed],
+                "bytes": _total(done.freed),
+                "in_use": [entry.as_json() for entry in done.in_use],
+            }
+        )
+        return
+    if done.freed and not as_json:
+        _show(done.freed, [])
+    said = "would free" if dry_run else "freed"
+    console.talk(f"{said} {_size(_total(done.freed))} in {files.state_folder()}")
+    for entry in done.in_use:
+        console.talk(f"left, for a process uses it: {entry.kind} {entry.of or entry.name}")
+    if done.failed:
+        raise combine(done.failed)
+
+
+def _list(found: Sequence[Entry], *, as_json: bool) -> None:
+    from icdctl import caching
+
+    held = {entry.name: entry.is_in_use() for entry in found}
+    if as_json:
+        rows = [{**entry.as_json(), "in_use": held[entry.name]} for entry in found]
+        console.show_json({"folder": str(files.state_folder()), "entries": rows, "bytes": _total(found)})
+        return
+    if not found:
+        console.talk(f"nothing of that is kept in {files.state_folder()}")
+        return
+    _show(found, [name for name, is_held in held.items() if is_held])
+    could = _total(entry for entry in found if entry.kind in caching.CACHES and not held[entry.name])
+    console.talk(
+        f"{_size(_total(found))} in {files.state_folder()}; `icdctl clean` would free {_size(could)}, and leaves "
+        "states of runs unless their `--kind` is named"
+    )
+
+
+def _total(entries: Iterable[Entry]) -> int:
+    return sum(entry.num_bytes for entry in entries)
+
+
+def _show(entries: Sequence[Entry], in_use: Sequence[str]) -> None:
+    """A row each; the numbers of reports, which are many and small, together."""
+    rows: list[list[object]] = []
+    for entry in entries:
+        if entry.kind != "numbers":
+            note = ", ".join(filter(None, [entry.note, "in use" if entry.name in in_use else ""]))
+            rows.append([entry.kind, entry.of, _size(entry.num_bytes), _ago(entry.used), note])
+    for note in dict.fromkeys(entry.note for entry in entries if entry.kind == "numbers"):
+        group = [entry for entry in entries if entry.note == note and entry.kind == "numbers"]
+        used = max(entry.used for entry in group)
+        rows.append(["numbers", note, _size(_total(group)), _ago(used), f"{len(group)} files"])
+    console.show_table(["kind", "of", "size", "last used", "note"], rows)
+
+
+def _size(num_bytes: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def _ago(used: float) -> str:
+    days = max(0, int((time.time() - used) / 86400))
+    return "today" if days == 0 else f"{days} day{'' if days == 1 else 's'} ago"
