@@ -60,6 +60,7 @@ def measured(pair: str, folder: Path, *, students: int, epochs: int, images: int
     clock = Clock(students)
     place = resolve_device(device)
     if place.type == "cuda":
+        torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(place)
     teacher = fresh_model(known.teacher, dataset, seed=0, is_teacher=True)
     results = run_together(configs, dataset, teacher=teacher, observer=clock)

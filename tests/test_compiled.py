@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,11 @@ def test_where_compiling_fails_students_learn_as_they_are_and_it_is_said_once(
     (said,) = listener.said
     assert said == "warning: students run without torch.compile, with another rounding: no compiler here"
     assert weights(tmp_path / "plain") == weights(tmp_path / "one") == weights(tmp_path / "two")
+
+
+def test_torchs_advice_to_round_products_is_not_passed_on() -> None:
+    compiled.Compiler(pytest.fail)
+    warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication are not enabled", stacklevel=1)
 
 
 @pytest.mark.parametrize("failures", [1, 2])

@@ -398,6 +398,24 @@ def test_out_of_memory_names_what_to_make_smaller(error: RuntimeError) -> None:
     assert "--teacher-mode inline" in caught.value.hint
 
 
+def test_deterministic_runs_fill_no_memory_that_is_written_anyway() -> None:
+    held: Any = torch.utils.deterministic  # torch leaves it untyped
+    assert held.fill_uninitialized_memory
+    with backend_settings(torch.device("cpu"), "fp32", deterministic=True):
+        assert not held.fill_uninitialized_memory
+    assert held.fill_uninitialized_memory
+
+
+def test_cublas_that_was_set_otherwise_is_an_error_with_a_hint() -> None:
+    with (
+        pytest.raises(IcdctlError, match="`--deterministic` can't be kept on `cpu`") as caught,
+        backend_settings(torch.device("cpu"), "fp32", deterministic=True),
+    ):
+        # What torch says, shortened.
+        raise RuntimeError("you must set an environment variable: CUBLAS_WORKSPACE_CONFIG=:4096:8")
+    assert "CUBLAS_WORKSPACE_CONFIG=:4096:8" in caught.value.hint
+
+
 def test_an_absent_device_is_an_error_with_a_hint() -> None:
     with pytest.raises(IcdctlError, match=r"`cuda:99` is not there") as caught:
         resolve_device("cuda:99")

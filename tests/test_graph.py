@@ -145,7 +145,7 @@ def test_students_fork_from_the_stream_of_the_step_and_join_it(monkeypatch: pyte
         current.pop()
 
     def record(step: Callable[[], None], stream: Stream, pool: Any) -> Callable[[], None]:
-        told.append("capture")
+        told.append(f"capture into {pool}")
         with on(stream):
             step()
         return lambda: told.append(f"replay on {current[-1].name}")
@@ -154,7 +154,8 @@ def test_students_fork_from_the_stream_of_the_step_and_join_it(monkeypatch: pyte
     names = iter(("own", "left", "right"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
     monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    pools = iter(("one pool", "another pool"))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
     monkeypatch.setattr(graph, "goes_by_position", lambda device: True)
     monkeypatch.setattr(graph, "side_stream", lambda device: Stream(next(names)))
     monkeypatch.setattr(graph, "record", record)
@@ -166,11 +167,83 @@ def test_students_fork_from_the_stream_of_the_step_and_join_it(monkeypatch: pyte
     for index in range(2):
         loop.step(index, students, 4)
     once = ["left after own", "a on left", "right after own", "b on right", "own after left", "own after right"]
-    assert told == ["own after main", *once, "main after own", "capture", *once, "replay on main", "replay on main"]
+    captured = ["main after own", "capture into one pool", *once]
+    assert told == ["own after main", *once, *captured, "replay on main", "replay on main"]
     told.clear()
+    # Torch refuses to capture into a pool whose graphs are all gone.
     loop.forget(students[0])
     loop.step(2, students[1:], 4)
-    assert told == ["own after main", "b on own", "main after own", "capture", "b on own", "replay on main"]
+    captured = ["main after own", "capture into another pool", "b on own"]
+    assert told == ["own after main", "b on own", *captured, "replay on main"]
+
+
+def test_work_that_is_under_way_is_waited_for_where_another_student_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    @contextmanager
+    def beside(stream: str | None) -> Iterator[None]:
+        yield
+
+    class Student:
+        student, state, compiler = None, (), None
+
+        def __init__(self, *, fails: bool) -> None:
+            self.fails = fails
+
+        def __call__(self, *arguments: Any) -> None:
+            if self.fails:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    names = iter(("own", "left", "right"))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(graph, "goes_by_position", lambda device: True)
+    monkeypatch.setattr(graph, "side_stream", lambda device: next(names))
+    monkeypatch.setattr(graph, "beside", beside)
+    monkeypatch.setattr(graph, "join", lambda stream: told.append(f"joined {stream}"))
+    monkeypatch.setattr(graph, "_restore", lambda state, saved: told.append("restored"))
+    store, dataset = store_of(8, Augmentation())
+    said: list[str] = []
+    loop = graph.Loop(store, dataset.train_labels, 4, None, said.append)
+    loop.start_epoch(store.epoch(seed=0, epoch=1))
+    students: list[Any] = [Student(fails=False), Student(fails=True)]
+    with pytest.raises(torch.OutOfMemoryError):  # again, without a graph
+        loop.step(0, students, 4)
+    assert told[:4] == ["joined left", "joined right", "restored", "joined own"]
+    assert len(said) == 1
+
+
+def test_a_capture_that_fails_leaves_the_stream_and_names_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = ["main"]
+
+    class On:
+        def __init__(self, stream: str) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            self.before, current[0] = current[0], self.stream
+
+        def __exit__(self, *error: object) -> None:
+            current[0] = self.before
+
+    class Broken(On):
+        """What `torch.cuda.graph` is before torch 2.15, where the capture fails: its stream stays the current one."""
+
+        def __init__(self, graph: Any, *, pool: Any, stream: str, capture_error_mode: str) -> None:
+            super().__init__(stream)
+
+        def __exit__(self, *error: object) -> None:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore of it")
+
+    def step() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", Broken)
+    monkeypatch.setattr(torch.cuda, "stream", On)
+    with pytest.raises(RuntimeError) as caught:
+        graph.record(step, "own", None)  # type: ignore[arg-type]  # a name in place of a stream
+    assert current == ["main"]
+    assert str(graph._cause(caught.value)) == "operation not permitted when stream is capturing"
 
 
 class Listener(SilentObserver):

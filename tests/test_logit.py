@@ -174,3 +174,13 @@ def test_kl_divergence_equals_the_textbook_sum() -> None:
     student, teacher = logits(6).double().log_softmax(1), logits(7).double().log_softmax(1)
     expected = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
     assert_close(kl_divergence(student, teacher)[0], expected)
+
+
+def test_the_gradient_of_a_divergence_keeps_its_digits_where_the_two_nearly_agree() -> None:
+    teacher = logits(7).log_softmax(1)
+    for scale, dtype, rtol in ((1e-4, torch.float32, 1e-5), (1.0, torch.float64, 1e-9), (5.0, torch.float64, 1e-9)):
+        student = (teacher + scale * logits(6)).to(dtype)
+        exact = student.double().exp() - teacher.double().exp()
+        assert_close(kl_divergence(student, teacher.to(dtype))[1].double(), exact, rtol=rtol, atol=0.0)
+    _, gap = kl_divergence(torch.tensor([-0.1, -2.0, -torch.inf]), torch.tensor([-1.0, -0.5, -torch.inf]))
+    assert gap[2] == 0.0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from icdctl import data, models
 from icdctl.data import Augmentation, ImageStore
@@ -51,3 +54,34 @@ def test_a_step_looks_at_no_value(method: str, variant: str, weighted: bool, has
     assert step.log.shape == (2, len(rule.term_names) + 1)
     with pytest.raises(RuntimeError, match="meta"):
         step.num_right.item()
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Those that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_done_to_many_tensors_alike_is_one_operation_each() -> None:
+    # On CUDA every other way is a kernel for each tensor: as many as all the convolutions.
+    def operations(name: str, **changes: Any) -> list[str]:
+        student = models.create(name, 100).train()
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, fused=True)
+        rule = StepRule("ce", check_settings("ce", {}), (1, 2, 4), clip_norm=40.0, **changes)
+        step = TrainingStep(student, optimizer, rule, steps_per_epoch=1, device=torch.device("cpu"))
+        with Operations() as watched:
+            step(0, torch.randn(2, 3, 32, 32), torch.tensor([1, 7]), None)
+        counters = {int(value) for key, value in student.named_buffers() if key.endswith("num_batches_tracked")}
+        assert counters == {1}
+        return [name for name in watched.names if name != "view.default"]  # which is no work
+
+    plain, larger = operations("res8"), operations("res14")
+    assert plain.count("_foreach_add_.Scalar") == plain.count("add_.Tensor") == 1  # the norms; images that are right
+    extra = {"skip_nonfinite": True, "ema_decay": 0.9}
+    assert len(operations("res8", **extra)) - len(plain) == len(operations("res14", **extra)) - len(larger) < 40

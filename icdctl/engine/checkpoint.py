@@ -105,12 +105,15 @@ class CheckpointWriter:
         copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
         with beside(self._stream):
             on_host = {key: _to_host(copy) for key, copy in copies.items()}
+        # Not the stream itself is waited for: torch has few, and one that something else captures can't be.
+        copied = None if self._stream is None else self._stream.record_event()
         self._pending = Future()
-        Thread(target=self._finish, args=(self._pending, copies, path, on_host, said)).start()
+        Thread(target=self._finish, args=(self._pending, copied, copies, path, on_host, said)).start()
 
     def _finish(
         self,
         pending: Future[None],
+        copied: torch.cuda.Event | None,
         copies: dict[str, Tensor],
         path: Path,
         on_host: dict[str, Tensor],
@@ -118,8 +121,8 @@ class CheckpointWriter:
     ) -> None:
         """In the thread: wait for the copies, which live until then, and write the file."""
         try:
-            if self._stream is not None:
-                self._stream.synchronize()
+            if copied is not None:
+                copied.synchronize()
             copies.clear()
             _write(path, on_host, said)
         except BaseException as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any, TypeVar, cast
@@ -22,6 +23,8 @@ class Compiler:
             message: told once where compiling fails.
         """
         self._message = message
+        # Products are in float32 on purpose: the reference's are.
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         self.is_on = True
         """False once it has failed."""
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -110,16 +111,21 @@ def backend_settings(device: torch.device, precision: str, *, deterministic: boo
     """torch's global switches for one run, put back afterwards; out of memory becomes an error with a hint."""
     if device.type == "cpu":
         _keep_freed_memory()
+    new_tensors: Any = torch.utils.deterministic  # torch leaves it untyped
     before = (
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
         torch.are_deterministic_algorithms_enabled(),
+        new_tensors.fill_uninitialized_memory,
     )
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic)
-    if deterministic and device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may sum in another order each time
+    new_tensors.fill_uninitialized_memory = False  # a kernel for each new tensor, which nothing reads
+    if device.type == "cuda":
+        # Else cuBLAS may sum in another order each time. Torch looks once, at the process's first product, which may
+        # be of an earlier run that was not to be deterministic.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             yield
@@ -128,6 +134,11 @@ def backend_settings(device: torch.device, precision: str, *, deterministic: boo
             raise IcdctlError(
                 f"`--deterministic` can't be kept on `{device}`: {str(error).partition(',')[0]}",
                 hint="leave `--deterministic` out, choose another student, or use `--device cpu`",
+            ) from error
+        if "CUBLAS_WORKSPACE_CONFIG" in str(error):
+            raise IcdctlError(
+                f"`--deterministic` can't be kept on `{device}`: this process has used cuBLAS in another way before",
+                hint="start it anew with `CUBLAS_WORKSPACE_CONFIG=:4096:8` in its environment",
             ) from error
         # The CPU's allocator has no exception of its own.
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
@@ -139,3 +150,4 @@ def backend_settings(device: torch.device, precision: str, *, deterministic: boo
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[:2]
         torch.use_deterministic_algorithms(before[2])
+        new_tensors.fill_uninitialized_memory = before[3]

@@ -55,7 +55,7 @@ class Loop:
         self._stream = side_stream(store.device)
         self._branches: list[torch.cuda.Stream | None] = []
         # Graphs share their memory: they run one after the other, and nothing in it outlives a step.
-        self._pool = None if self._stream is None else torch.cuda.graph_pool_handle()
+        self._pool = self._new_pool()
         self._steps: dict[tuple[tuple[int, ...], int], Callable[[], object]] = {}
 
     @property
@@ -85,6 +85,11 @@ class Loop:
     def forget(self, student: TrainingStep) -> None:
         """Let go of the graphs of a student that is done or given up."""
         self._steps = {key: step for key, step in self._steps.items() if id(student) not in key[0]}
+        self._pool = self._new_pool()
+
+    def _new_pool(self) -> Any:
+        """Torch's name for memory that no graph has yet; one that all its graphs have left can't be captured into."""
+        return None if self._stream is None else torch.cuda.graph_pool_handle()
 
     def _made(self, students: list[TrainingStep], size: int) -> Callable[[], object]:
         """The step as a function: a graph's replay, or the plain function.
@@ -101,33 +106,46 @@ class Loop:
         step = partial(self._run, students, size, branches)
         state = [self._feed.position, *(tensor for student in students for tensor in student.state)]
         try:
-            with beside(self._stream):
-                rehearse(step, state)
-            join(self._stream)
+            try:
+                with beside(self._stream):
+                    rehearse(step, state)
+            finally:
+                join(self._stream)
             return record(step, self._stream, self._pool)
         except RuntimeError as error:
             compilers = {student.compiler for student in students if student.compiler is not None}
-            if any(compiler.is_on for compiler in compilers):
-                # One rung down: what was compiled may be what can't be captured.
-                for compiler in compilers:
-                    compiler.give_up(error)
-                return self._made(students, size)
-            self._can_capture = False
-            reason = (str(error).splitlines() or ["no reason given"])[0]
-            self._message(f"warning: steps run without a CUDA graph, slower, with the same numbers: {reason}")
-            return plain
+            compilers = {compiler for compiler in compilers if compiler.is_on}
+            if not compilers:
+                self._can_capture = False
+                reason = (str(_cause(error)).splitlines() or ["no reason given"])[0]
+                self._message(f"warning: steps run without a CUDA graph, slower, with the same numbers: {reason}")
+                return plain
+            for compiler in compilers:
+                compiler.give_up(_cause(error))
+        # One rung down: what was compiled may be what can't be captured.
+        self._pool = self._new_pool()
+        return self._made(students, size)
 
     def _run(self, students: list[TrainingStep], size: int, branches: Sequence[torch.cuda.Stream | None]) -> None:
         """One step: the batch and the teacher's answer, then each student on its branch; nothing looks at a value."""
         views = self._feed.batch(size)
         images, labels = self._store.inputs(views), self._labels[views.index]
         answer = None if self._answers is None else self._answers(views, images)
-        for student, branch in zip(students, branches, strict=True):
-            with beside(branch):
-                student(self._feed.position, images, labels, answer)
-        for branch in branches:
-            join(branch)
+        try:
+            for student, branch in zip(students, branches, strict=True):
+                with beside(branch):
+                    student(self._feed.position, images, labels, answer)
+        finally:  # where one fails, the others' work is still to be taken back, and not before its end
+            for branch in branches:
+                join(branch)
         self._feed.position += 1
+
+
+def _cause(error: Exception) -> Exception:
+    """What broke a capture: after it, all that is asked of its streams fails too, up to the capture's very end."""
+    while "previous error during capture" in str(error) and isinstance(error.__context__, Exception):
+        error = error.__context__
+    return error
 
 
 @torch.no_grad()
@@ -163,7 +181,11 @@ def record(step: Callable[[], None], stream: torch.cuda.Stream | None, pool: Any
         RuntimeError: something in it can't be captured, or there is no CUDA.
     """
     graph = torch.cuda.CUDAGraph()
+    # Around it the stream once more: where a capture fails, torch before 2.15 leaves its stream the current one.
     # Other threads (a checkpoint being written) may call the driver meanwhile: that is no matter of this capture.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+    with (
+        torch.cuda.stream(stream),
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+    ):
         step()
     return graph.replay

@@ -7,8 +7,8 @@ float64 and shareable by many students. Shapes: B images.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from icdctl import methods
 from icdctl.engine.compiled import Compiler
 from icdctl.engine.teacher import Answer
 from icdctl.methods import METHODS, Settings
-from icdctl.models import Classifier
+from icdctl.models import MODELS, Classifier
 
 _AVERAGE_WARMUP = 10
 """The average's decay is at most (1 + n) / (10 + n) after n steps, so that it soon forgets the first weights."""
@@ -83,8 +83,11 @@ class TrainingStep:
         self.compiler = compiler
         """Of the forward pass and the losses, or None."""
         self._compiled = None if compiler is None else compiler.compiled(self.outcome)
-        self._buffers = list(student.buffers()) if rule.skip_nonfinite else []
-        self._kept_buffers = [buffer.clone() for buffer in self._buffers]
+        norms = [module for module in student.modules() if isinstance(module, nn.BatchNorm2d) and module.momentum]
+        # Those of the models here run once a pass; of others nobody knows.
+        self._norms = norms if student.name in MODELS else []
+        self._buffers = _by_type(student.buffers()) if rule.skip_nonfinite else []
+        self._kept_buffers = [_joined(buffers) for buffers in self._buffers]
 
     def start_epoch(self, epoch: int) -> None:
         """Set the epoch, counted from 1, which the distillation warm-up reads, and clear the log."""
@@ -111,10 +114,10 @@ class TrainingStep:
             labels: [B] int64; -1 for an image that has none.
             answer: the teacher's, for methods that have one.
         """
-        for kept, buffer in zip(self._kept_buffers, self._buffers, strict=True):
-            kept.copy_(buffer)
+        self._kept_buffers = [_joined(buffers) for buffers in self._buffers]
         self.optimizer.zero_grad(set_to_none=True)
-        logits, terms = (self._compiled or self.outcome)(images, labels, answer)
+        with self.norms_counted():
+            logits, terms = (self._compiled or self.outcome)(images, labels, answer)
         total = self.backward(terms)
         gradient_norm = self.update(total)
         with torch.no_grad():
@@ -132,6 +135,24 @@ class TrainingStep:
         """The student's logits [B, K] and the loss terms."""
         logits, patches = self.forward(images)
         return logits, self.losses(logits, patches, labels, answer)
+
+    @contextmanager
+    def norms_counted(self) -> Iterator[None]:
+        """Around a forward pass: batch norms count it all at once, not each in a kernel of its own.
+
+        Nothing else goes by their counters: those with a momentum do not read them.
+        """
+        counters = [(norm, norm.num_batches_tracked) for norm in self._norms if norm.training]
+        for norm, _ in counters:
+            norm.num_batches_tracked = None
+        try:
+            yield
+        finally:
+            for norm, counter in counters:
+                norm.num_batches_tracked = counter
+        counted = [counter for _, counter in counters if counter is not None]
+        if counted:
+            torch._foreach_add_(counted, 1)
 
     # The phases of a step are methods of their own so that `bench` can time each.
 
@@ -183,17 +204,21 @@ class TrainingStep:
         bad = ~(torch.isfinite(total) & torch.isfinite(gradient_norm))
         # What a gradient scaler would set: the fused optimisers leave everything as it is where it is 1.
         self.optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]  # torch declares it nowhere
-        for kept, buffer in zip(self._kept_buffers, self._buffers, strict=True):
-            buffer.copy_(torch.where(bad, kept, buffer))
+        for kept, buffers in zip(self._kept_buffers, self._buffers, strict=True):
+            sizes = [buffer.numel() for buffer in buffers]
+            parts = torch.where(bad, kept, _joined(buffers)).split_with_sizes(sizes)
+            torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
 
     def _update_average(self, average: Classifier) -> None:
         steps = self.num_averaged
         share = 1 - torch.clamp((1 + steps) / (_AVERAGE_WARMUP + steps), max=self.rule.ema_decay)
-        for old, new in zip(average.state_dict().values(), self.student.state_dict().values(), strict=True):
-            if old.is_floating_point():
-                old.lerp_(new, share.to(old.dtype))
+        for old, new in zip(_numbers(average), _numbers(self.student), strict=True):
+            if old[0].is_floating_point():
+                change = torch._foreach_sub(new, old)
+                torch._foreach_mul_(change, share.to(old[0].dtype))
+                torch._foreach_add_(old, change)
             else:
-                old.copy_(new)
+                torch._foreach_copy_(old, new)
         steps += 1
 
     def _teacher_patches(self, answer: Answer | None) -> Tensor | None:
@@ -201,6 +226,24 @@ class TrainingStep:
         if answer is None or answer.cells is None or not self._needs_patches:
             return None
         return methods.pool_cells(answer.cells, self.rule.scales)
+
+
+def _numbers(model: nn.Module) -> list[list[Tensor]]:
+    """Weights and statistics, by type."""
+    return _by_type([*model.parameters(), *model.buffers()])
+
+
+def _by_type(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors of each type, which can be changed in one go."""
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.dtype, []).append(tensor)
+    return list(found.values())
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """All their numbers, one after the other."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
