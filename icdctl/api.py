@@ -24,7 +24,7 @@ from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting import Export, export_onnx
 from icdctl.lists import expand
 from icdctl.planning import Command, Job, make_jobs
-from icdctl.subjects import Model, named_weights, ready, subject_of
+from icdctl.subjects import Model, check_size_is_said, named_weights, ready, subject_of
 from icdctl.targets import Target
 
 Config = Mapping[str, Any] | RunConfig
@@ -111,6 +111,11 @@ def _stated(config: Config | None) -> dict[str, Any]:
     """The options that a configuration states."""
     if isinstance(config, RunConfig):
         return sources.options_of(config.model_dump())
+    if config is not None and not isinstance(config, Mapping):
+        raise UsageError(
+            f"the configuration is a {type(config).__name__}, expected a mapping of options",
+            hint="options go by keyword: `model=`, `student=`, `teacher=`, `dataset=`, ...",
+        )
     return dict(config or {})
 
 
@@ -220,6 +225,7 @@ def evaluate(
     *,
     dataset: str | None = None,
     teacher: Model | None = None,
+    model: nn.Module | None = None,
     data_dir: str | None = None,
     test_images: int | None = None,
     image_size: int | None = None,
@@ -232,6 +238,7 @@ def evaluate(
         target: a run folder, a weights file, `registry:NAME`, an .onnx file or an nn.Module.
         dataset: what to test on; by default what the target was trained on.
         teacher: another such thing to compare with.
+        model: the nn.Module that the weights of `target` belong to, where it is one of your own.
         data_dir: what holds the data sets.
         test_images: how many test images digits100 makes.
         image_size: what an nn.Module reads, in pixels, where `dataset` is an `imagefolder`; all else says it itself.
@@ -244,10 +251,7 @@ def evaluate(
     place = resolve_device(device)
     seen = observer or SilentObserver()
     named = None if dataset is None else data.describe(data.request(dataset, image_size=image_size))
-    is_folder = named is not None and named.name.startswith("imagefolder:")
-    if is_folder and image_size is None and isinstance(target, nn.Module):
-        raise UsageError("nothing says what size of images the module reads", hint="pass `image_size`, e.g. 224")
-    subject, predict = ready(target, named, place)
+    subject, predict = ready(target, named, place, module=model, image_size=image_size)
     wanted = subject.own_images(dataset, data_dir=data_dir, test_images=test_images)
     subjects = [subject]
     if teacher is not None:
@@ -287,6 +291,8 @@ def export(
     input_kind: Literal["uint8", "float"] = "uint8",
     opset: int = 18,
     dataset: str | None = None,
+    model: nn.Module | None = None,
+    image_size: int | None = None,
     data_dir: str | None = None,
     replace: bool = False,
 ) -> Export:
@@ -298,13 +304,23 @@ def export(
         input_kind: `uint8` pixels [batch, H, W, 3], or normalised `float` images [batch, 3, H, W].
         opset: 18 to 23.
         dataset: for weights that do not say what they were trained on.
+        model: the nn.Module that the weights belong to, where it is one of your own; it is left as it is.
+        image_size: what such a module reads, in pixels, where `dataset` is an `imagefolder`; all else says it itself.
         data_dir: what holds the data sets; where the data are there, the test images join the verification.
         replace: an existing folder.
 
     Raises:
         IcdctlError: with a message and a hint; a file that fails verification is not kept.
     """
-    found = targets.resolve(str(target), dataset=None if dataset is None else data.describe(data.request(dataset)))
+    if isinstance(target, nn.Module):
+        raise UsageError(
+            f"`{type(target).__name__}` is a module, expected what holds its weights",
+            hint="name the run folder or the weights file, and pass the module as `model`",
+        )
+    named = None if dataset is None else data.describe(data.request(dataset, image_size=image_size))
+    found = targets.resolve(str(target), dataset=named, module=model)
+    if model is not None and not found.weights.metadata:
+        check_size_is_said(named, image_size)
     if out is None:
         beside = found.path.parent if not str(target).startswith("registry:") else Path.cwd()
         out = beside / "onnx"

@@ -51,10 +51,6 @@ def _none_by_name(value: Any) -> Any:
 Pair = Annotated[tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], BeforeValidator(_paired)]
 Epochs = Annotated[tuple[int, ...], BeforeValidator(_listed)]
 
-CUSTOM_MODEL = "custom"
-"""The name of a student or teacher that was handed over as an nn.Module."""
-
-
 _NO_IDENTITY = (
     "data_dir",
     "device",

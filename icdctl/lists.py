@@ -81,10 +81,11 @@ def _entries(key: str, value: Any) -> list[Any]:
     else:
         return [value]
     flag = f"--{key}" if key in _LISTED else f"--set {key}"
+    named = f"list of models `{value}`" if key == "student" else f"`{flag} {value}`"  # `train` has it as `--model`
     if len(entries) > 1 and "" in entries:
-        raise UsageError(f"`{flag} {value}` has an empty entry", hint="put a value between all commas")
+        raise UsageError(f"{named} has an empty entry", hint="put a value between all commas")
     if len({str(entry) for entry in entries}) < len(entries):
-        raise UsageError(f"`{flag} {value}` names one twice", hint="give each once")
+        raise UsageError(f"{named} names one twice", hint="give each once")
     return entries
 
 

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from icdctl import data, files, methods, resolving, sources, teachers
-from icdctl.config import CUSTOM_MODEL, RunConfig
+from icdctl import data, files, methods, models, resolving, sources, teachers
+from icdctl.config import RunConfig
 from icdctl.data import Dataset, Description, Request
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.models import Classifier
-from icdctl.models.external import adapt
+from icdctl.models.external import CUSTOM_MODEL, adapt
 from icdctl.sources import Options
 from icdctl.targets import Target
 
@@ -164,8 +164,9 @@ class Job:
         if self.teacher_target is not None:
             target = self.teacher_target
             return target.model, str(target.path.resolve()), target.sha256
-        has_module = self.teacher_module is not None and not self.teacher_is_ignored
-        return (CUSTOM_MODEL, "", "") if has_module else None
+        if self.teacher_module is None or self.teacher_is_ignored:
+            return None
+        return CUSTOM_MODEL, "", models.hash_weights(self.teacher_module)
 
     def warnings(self) -> list[str]:
         """What was given and does nothing."""

@@ -11,9 +11,10 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError
 
 from icdctl import data, files, methods, models, recipes
-from icdctl.config import CUSTOM_MODEL, DATASET_SETTINGS, RunConfig, check_device, parse_duration
+from icdctl.config import DATASET_SETTINGS, RunConfig, check_device, parse_duration
 from icdctl.errors import ArtifactError, IcdctlError, UsageError, combine, unknown_name
 from icdctl.methods import SCALES
+from icdctl.models.external import CUSTOM_MODEL
 from icdctl.recipes import RECIPES, Recipe
 from icdctl.sources import WITHOUT_FLAG, Options, flag_of, from_validation
 

@@ -25,7 +25,8 @@ class Finding:
     """One thing that was looked at."""
 
     what: str
-    sound: bool
+    sound: bool | None
+    """None where it could not be looked at."""
     found: str
     hint: str = ""
 
@@ -61,7 +62,8 @@ def inspect(path: Path, *, dataset: str | None = None) -> list[Finding]:
 
 def _export_findings(report: Report) -> list[Finding]:
     hint = "make it again with `icdctl export`"
-    return [Finding(check.name, check.status != "fail", check.detail, hint) for check in report.checks]
+    sound = {"pass": True, "fail": False}
+    return [Finding(check.name, sound.get(check.status), check.detail, hint) for check in report.checks]
 
 
 def _run_folder(folder: Path) -> list[Finding]:
@@ -77,6 +79,8 @@ def _attempt(what: str, look: Callable[[], str]) -> Finding:
     """What a look finds, or why it failed."""
     try:
         return Finding(what, True, look())
+    except targets.OwnModuleError as error:
+        return Finding(what, None, error.message, error.hint)
     except IcdctlError as error:
         return Finding(what, False, error.message, error.hint)
 

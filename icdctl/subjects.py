@@ -99,11 +99,30 @@ def subject_of(target: Target) -> Subject:
     return Subject(target.origin, target.dataset, target.preprocessing, target.class_names, run)
 
 
-def ready(target: Model, dataset: Description | None, device: torch.device) -> tuple[Subject, evaluation.Predict]:
-    """What a person points at, ready to classify; `dataset` is for what does not say what it was trained on."""
+def ready(
+    target: Model,
+    dataset: Description | None,
+    device: torch.device,
+    *,
+    module: nn.Module | None = None,
+    image_size: int | None = None,
+) -> tuple[Subject, evaluation.Predict]:
+    """What a person points at, ready to classify.
+
+    Args:
+        target: weights, an ONNX file or a module.
+        dataset: for what does not say what it was trained on.
+        device: of all but ONNX files.
+        module: that the weights belong to, where it is a person's own.
+        image_size: what a module reads, where the data set does not say it.
+
+    Raises:
+        UsageError, ArtifactError: it can't be had, or too little is known of it.
+    """
     if isinstance(target, nn.Module):
         if dataset is None:
             raise UsageError("the data set is not named", hint="pass `dataset`, e.g. `dataset='cifar100'`")
+        check_size_is_said(dataset, image_size)
         predict = evaluation.module_predictor(target.eval().to(device), dataset.preprocessing, device)
         return Subject(type(target).__name__, None, dataset.preprocessing, None, None), predict
     label = str(target)
@@ -115,9 +134,17 @@ def ready(target: Model, dataset: Description | None, device: torch.device) -> t
         said = session.description
         run = _run_beside(path.parent) or _run_beside(path.parent.parent)
         return Subject(label, said.dataset, said.preprocessing, said.class_names, run), session.logits
-    found = targets.resolve(label, dataset=dataset)
+    found = targets.resolve(label, dataset=dataset, module=module)
+    if module is not None and not found.weights.metadata:
+        check_size_is_said(dataset, image_size)
     model = found.load().to(device).to(memory_format=torch.channels_last)
     return subject_of(found), evaluation.module_predictor(model, found.preprocessing, device)
+
+
+def check_size_is_said(dataset: Description | None, image_size: int | None) -> None:
+    """A module does not say what size of images it reads, nor does a folder of images."""
+    if dataset is not None and dataset.name.startswith("imagefolder:") and image_size is None:
+        raise UsageError("nothing says what size of images the module reads", hint="pass `image_size`, e.g. 224")
 
 
 def named_weights(teacher: Model, wanted: Request) -> Model:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from icdctl import files, models, registry
 from icdctl.data import Description, Preprocessing
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.models import Classifier, Weights
+from icdctl.models.external import CUSTOM_MODEL, adapt, without_adapter
 from icdctl.registry import WEIGHTS_FILE
 
 
@@ -25,7 +27,7 @@ class Target:
     sha256: str
     """Of the weights file."""
     model: str
-    """A name in `MODELS`."""
+    """A name in `MODELS`; the name of the class for a module of one's own."""
     dataset: str
     """What it was trained on, or is taken to have been."""
     class_names: tuple[str, ...]
@@ -33,6 +35,8 @@ class Target:
     origin: str
     """What was pointed at, as a person would write it."""
     weights: Weights
+    module: nn.Module | None = None
+    """What the weights belong to where no name says it; it is left as it is."""
 
     @property
     def num_classes(self) -> int:
@@ -59,9 +63,15 @@ class Target:
 
         Raises:
             ArtifactError: the file has changed since it was looked at, or does not fit.
+            UsageError: a module of one's own takes other images, or tells other classes apart.
         """
-        model = models.create(self.model, self.num_classes, image_size=self.preprocessing.size)
-        loaded = models.load_weights(model, self.path)
+        size = self.preprocessing.size
+        if self.module is None:
+            model = models.create(self.model, self.num_classes, image_size=size)
+        else:
+            module = copy.deepcopy(self.module).float().cpu()
+            model = adapt(module, image_size=size, num_classes=self.num_classes, needs_patches=False)
+        loaded = models.load_weights(without_adapter(model), self.path)
         if loaded.sha256 != self.sha256:
             raise ArtifactError(
                 f"`{self.path}` was replaced while it was being read", hint="run the command again when it is at rest"
@@ -80,7 +90,17 @@ def metadata(model: str, trained_on: Description) -> dict[str, Any]:
     }
 
 
-def resolve(target: str, *, dataset: Description | None = None, registry_folder: Path | None = None) -> Target:
+class OwnModuleError(UsageError):
+    """Weights of a module of one's own, and nobody handed it over."""
+
+
+def resolve(
+    target: str,
+    *,
+    dataset: Description | None = None,
+    registry_folder: Path | None = None,
+    module: nn.Module | None = None,
+) -> Target:
     """What `target` points at.
 
     Args:
@@ -88,15 +108,21 @@ def resolve(target: str, *, dataset: Description | None = None, registry_folder:
             `registry:NAME[@vN]`.
         dataset: what a file that does not say so was trained on; its normalisation and class names are then taken.
         registry_folder: where `registry:` names are looked up; the project's registry otherwise.
+        module: what the weights belong to, where that is no model of `MODELS`.
 
     Raises:
+        OwnModuleError: they belong to such a module, and none was given.
         UsageError: the file does not say what it was trained on, and `dataset` was not given.
         ArtifactError: nothing is there, or it is broken.
     """
+    if module is not None and not isinstance(module, nn.Module):
+        raise UsageError(
+            f"`model` is a {type(module).__name__}, expected an nn.Module", hint="pass the module itself: `model=Net()`"
+        )
     if target.startswith("registry:"):
         folder = registry_folder or registry.default_folder()
         artifact = registry.find(folder, target.removeprefix("registry:"))
-        return _from_file(artifact.file(WEIGHTS_FILE), origin=target, dataset=dataset)
+        return _from_file(artifact.file(WEIGHTS_FILE), origin=target, dataset=dataset, module=module)
     path = files.user_path(target)
     if path.is_dir():
         weights_file = path / WEIGHTS_FILE
@@ -106,35 +132,44 @@ def resolve(target: str, *, dataset: Description | None = None, registry_folder:
                 f"`{path}` holds no `{WEIGHTS_FILE}`" + (": its run is not finished" if unfinished else ""),
                 hint=f"finish it with `--resume --out {path}`" if unfinished else "point at a finished run folder",
             )
-        return _from_file(weights_file, origin=target, dataset=dataset)
-    return _from_file(path, origin=target, dataset=dataset)
+        return _from_file(weights_file, origin=target, dataset=dataset, module=module)
+    return _from_file(path, origin=target, dataset=dataset, module=module)
 
 
-def _from_file(path: Path, *, origin: str, dataset: Description | None) -> Target:
+def _from_file(path: Path, *, origin: str, dataset: Description | None, module: nn.Module | None) -> Target:
     weights = models.read_weights(path)
     said = weights.metadata
     if said:
-        return _from_metadata(path, origin, weights, said)
+        return _from_metadata(path, origin, weights, said, module)
     if dataset is None:
         raise UsageError(
             f"`{path}` does not say which data set it was trained on",
             hint="pass it with `--dataset`, e.g. `--dataset cifar100` for the CRD and mdistiller teachers",
         )
+    known = (dataset.name, dataset.class_names, dataset.preprocessing)
+    if module is not None:
+        return Target(path, weights.sha256, type(module).__name__, *known, origin, weights, module)
     model, num_classes = identify(path, weights.tensors, dataset=dataset)
     if num_classes != dataset.num_classes:
         raise ArtifactError(
             f"weights in `{path}` tell {num_classes} classes apart, `{dataset.name}` has {dataset.num_classes}",
             hint="pass the data set that they were trained on with `--dataset`",
         )
-    known = (dataset.name, dataset.class_names, dataset.preprocessing)
     return Target(path, weights.sha256, model, *known, origin, weights)
 
 
-def _from_metadata(path: Path, origin: str, weights: Weights, said: dict[str, Any]) -> Target:
+def _from_metadata(path: Path, origin: str, weights: Weights, said: dict[str, Any], module: nn.Module | None) -> Target:
+    if said.get("model") == CUSTOM_MODEL and module is None:
+        raise OwnModuleError(
+            f"`{path}` holds weights of a module of your own, which icdctl can't build",
+            hint="in Python, `icdctl.evaluate` and `icdctl.export` take it as `model=MODULE`; as a teacher or student, "
+            "load the weights into the module and pass that",
+        )
     try:
         class_names = tuple(str(name) for name in said["class_names"])
         preprocessing = Preprocessing.from_json(said["preprocessing"])
-        model, dataset = models.resolve(str(said["model"])), str(said["dataset"])
+        model = models.resolve(str(said["model"])) if module is None else type(module).__name__
+        dataset = str(said["dataset"])
         if len(class_names) < 2:
             raise ValueError(f"{len(class_names)} class names")
     except (KeyError, TypeError, ValueError, UsageError) as error:
@@ -142,7 +177,7 @@ def _from_metadata(path: Path, origin: str, weights: Weights, said: dict[str, An
             f"`{path}` does not say what it is as icdctl's files do: {error}",
             hint="it was written by another program or version; train or convert it again",
         ) from error
-    return Target(path, weights.sha256, model, dataset, class_names, preprocessing, origin, weights)
+    return Target(path, weights.sha256, model, dataset, class_names, preprocessing, origin, weights, module)
 
 
 def identify(path: Path, tensors: dict[str, Tensor], *, dataset: Description) -> tuple[str, int]:
@@ -163,5 +198,6 @@ def identify(path: Path, tensors: dict[str, Tensor], *, dataset: Description) ->
                 return name, num_classes
     raise ArtifactError(
         f"weights in `{path}` fit none of the {len(models.MODELS)} models for `{dataset.name}`",
-        hint="`icdctl list models` shows them; the layout must be that of CRD, mdistiller or icdctl",
+        hint="`icdctl list models` shows them; the layout must be that of CRD, mdistiller or icdctl. A module of your "
+        "own goes in through the library: `icdctl.distill(teacher=MODULE, ...)`",
     )

@@ -13,6 +13,7 @@ import torch
 from conftest import CommandLine
 
 from icdctl import models
+from icdctl.commands import training
 
 TINY = ("--dataset", "digits100", "--train-images", "128", "--test-images", "100", "--epochs", "1", "--device", "cpu")
 
@@ -83,6 +84,17 @@ def test_the_whole_job_by_commands(icdctl: CommandLine, run_folder: Path, tmp_pa
     assert icdctl(*again)[0] == 0
     stated = json.loads((tmp_path / "named" / "config.json").read_text())
     assert stated["teacher_sha256"] == json.loads((out / "config.json").read_text())["teacher_sha256"]
+
+
+def test_a_long_run_tells_a_log_now_and_then_that_it_is_alive(
+    icdctl: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_SECONDS_BETWEEN_LINES", 0.0)
+    given = ("--model", "res8", *TINY, "--epochs", "2", "--out", tmp_path / "run")
+    code, stdout, err = icdctl("train", *given, "--json")
+    assert code == 0
+    assert [line.partition(" test top-1 ")[0] for line in err.splitlines()] == ["epoch 1/2", "epoch 2/2"]
+    assert err.endswith(f"{json.loads(stdout)['final_top1']:.2f}\n")
 
 
 def test_a_model_trained_as_teacher_is_found_by_its_name(icdctl: CommandLine, tmp_path: Path) -> None:

@@ -252,6 +252,15 @@ def test_one_cause_is_told_once_for_all_its_runs(icdctl: CommandLine) -> None:
     assert "`icdctl train --model MODEL --dataset digits100 --out runs/teacher`" in err
 
 
+def test_several_causes_of_one_failure_are_told_in_plain_lines(icdctl: CommandLine) -> None:
+    write_params({"kd": {"teacher": "res32x4", "student": "res8", "method": "kd"}}, train={"dataset": "cifar100"})
+    code, _, err = icdctl("grid", "run")
+    assert (code, "\\x0a" in err) == (1, False)
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "teacher `res32x4` for `cifar100` is not there" in error
+    assert "CIFAR-100 is not there" in error
+
+
 def test_packs_fill_the_slots_and_are_of_one_size(teacher: Path) -> None:
     write_params({"kd": KD, "plain": PLAIN}, train=QUICK, seeds=list(range(9)))
     grid = read_grid(Path.cwd())

@@ -549,6 +549,7 @@ def test_the_whole_job_on_a_folder_of_mixed_files(icdctl: CommandLine, tmp_path:
     assert code == 0, err
     assert "imagefolder-pets/res8-ce@v1, found by `--teacher res8`" in stdout
     assert "images are resized to 32 x 32: `--image-size`" in err
+    assert "3 classes, 24 images for training, 6 images for testing\n" in err
     for place, told in enumerate((tmp_path / "teacher", "res8", "registry:imagefolder-pets/res8-ce")):
         out = tmp_path / f"student{place}"
         student = ("--method", "cd_sdd_dkd", "--teacher", told, "--student", "mv2", "--dataset", name)
@@ -559,7 +560,9 @@ def test_the_whole_job_on_a_folder_of_mixed_files(icdctl: CommandLine, tmp_path:
     metrics = metrics_of(tmp_path / "student0")
     assert (metrics["train_images"], metrics["skipped_images"], metrics["unlabeled_images"]) == (24, 0, 0)
     assert icdctl("validate", tmp_path / "student0")[0] == 0
-    assert "imagefolder:pets" in icdctl("list", "teachers", "--json")[1]
+    (registered, *_) = json.loads(icdctl("list", "teachers", "--json")[1])["teachers"]
+    assert registered["dataset"] == "imagefolder:pets"
+    assert registered["top-1"] == round(metrics_of(tmp_path / "teacher")["final_top1"], 2) != 0
 
 
 def test_a_file_that_can_not_be_decoded_is_named_or_skipped_and_counted(
@@ -852,7 +855,7 @@ def test_unlabelled_images_change_what_a_student_learns_from_a_teacher_alone(
     assert 0 <= float(history(after)[0]["train_top1"]) <= 100
 
 
-SNIPPET_FILES = {"large.jpg": (301, 199), "small.png": (11, 60), "turned.jpg": (90, 45)}
+SNIPPET_FILES = {"large.jpg": (301, 199), "small.png": (11, 60), "turned.jpg": (90, 45), "deep.png": (50, 40)}
 
 
 @pytest.mark.parametrize("file", SNIPPET_FILES)
@@ -864,6 +867,9 @@ def test_the_cards_program_gives_the_class_that_icdctl_gives(
     image = picture(5, *SNIPPET_FILES[file])
     exif = Image.Exif()
     exif[0x0112] = 6 if file == "turned.jpg" else 1
+    if file == "deep.png":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+        assert image.mode == "I;16"
     image.save(out / file, exif=exif)
     program = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
     assert program is not None
@@ -872,3 +878,6 @@ def test_the_cards_program_gives_the_class_that_icdctl_gives(
     model = OnnxClassifier(out / "model.onnx")
     pixels = torch.from_numpy(decode_image(out / file, resize=(32, 32), crop=None))[None]
     assert said == CLASSES[int(model.logits(pixels).argmax())]
+    shown = program[1].replace("image.png", file) + "\nimport sys\nsys.stdout.buffer.write(image.tobytes())"
+    done = subprocess.run([sys.executable, "-c", shown], cwd=out, capture_output=True, check=True)
+    assert done.stdout.endswith(pixels.numpy().tobytes()), "the very pixels"

@@ -50,7 +50,8 @@ def test_seeds_are_ranges_and_lists(text: str, seeds: list[int]) -> None:
     ("options", "seeds", "message"),
     [
         ({"method": "kd,,dkd"}, None, "has an empty entry"),
-        ({"method": "kd,kd"}, None, "names one twice"),
+        ({"method": "kd,kd"}, None, "`--method kd,kd` names one twice"),
+        ({"student": "res8,res8"}, None, "list of models `res8,res8` names one twice"),
         ({"method": "kd,dkd", "settings": {"gamma": "2"}}, None, "unknown setting of these methods `gamma`"),
         ({"method": "kd", "seed": 1}, "0-1", "both given"),
         ({"method": "kd"}, "", "no list of whole numbers"),

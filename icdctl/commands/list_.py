@@ -138,12 +138,15 @@ def _crop(recipe: Recipe) -> str:
 def _teachers() -> list[dict[str, Any]]:
     from icdctl import registry, teachers
 
+    def rounded(top1: Any) -> float | None:
+        return None if top1 is None else round(top1, 2)
+
     registered = [
         {
             "name": artifact.reference,
             "dataset": artifact.manifest.dataset.name,
             "model": artifact.manifest.model,
-            "top-1": artifact.manifest.metrics.get("final_top1"),
+            "top-1": rounded(artifact.manifest.metrics.get("final_top1")),
             "state": "registered",
             "hash": "recorded",
             "source": "trained here",
@@ -157,7 +160,7 @@ def _teachers() -> list[dict[str, Any]]:
             "name": row["name"],
             "dataset": row["dataset"],
             "model": row["model"],
-            "top-1": row["published top-1"] if row["measured top-1"] is None else row["measured top-1"],
+            "top-1": rounded(row["published top-1"] if row["measured top-1"] is None else row["measured top-1"]),
             "state": row["state"],
             "hash": row["hash"],
             "source": row["source"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +18,18 @@ if TYPE_CHECKING:
     from icdctl.engine.run import Failure
 
 
+_SECONDS_BETWEEN_LINES = 30.0
+"""Of progress that goes to a log: a short run stays silent there, a long one is seen to be alive."""
+
+
 class ProgressObserver:
-    """Shows a run as a progress bar with the time left."""
+    """Shows a run as a progress bar with the time left; as a line now and then where stderr is not a terminal."""
 
     def __init__(self, display: Progress, label: str = "") -> None:
         self._display = display
         self._label = f"{label}: " if label else ""
         self._task: TaskID | None = None
+        self._last_line = time.monotonic()
 
     def begin(self, what: str, total: int) -> None:
         """See `icdctl.engine.observer.Observer`."""
@@ -40,6 +46,9 @@ class ProgressObserver:
             watched = "test" if "test_top1" in row else "val"
             note = f"epoch {row['epoch']:.0f}/{epochs} {watched} top-1 {row[f'{watched}_top1']:.2f}"
             self._display.update(self._task, note=note)
+            if self._display.disable and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+                self._last_line = time.monotonic()
+                console.talk(f"{self._label}{note}")
 
     def message(self, text: str) -> None:
         """See `icdctl.engine.observer.Observer`."""
@@ -126,7 +135,10 @@ def _show_many(results: Sequence[RunResult | Failure], as_json: bool) -> None:
         ]
         console.show_table(["run folder", "top-1", "time"], rows)
     if failures:
-        told = [IcdctlError(f"`{each.config.out}`: {each.error.message}", hint=each.error.hint) for each in failures]
+        told = [
+            IcdctlError(f"`{each.config.out}`: {'; '.join(each.error.messages)}", hint="; ".join(each.error.hints))
+            for each in failures
+        ]
         raise combine(told)
 
 

@@ -28,11 +28,12 @@ def validate(
     from icdctl.soundness import inspect
 
     checks = inspect(path, dataset=dataset)
-    broken = [check for check in checks if not check.sound]
+    broken = [check for check in checks if check.sound is False]
     if as_json and not broken:
         console.show_json({"path": str(path), "checks": [check.as_json() for check in checks]})
     elif not as_json:
-        rows = [[check.what, "sound" if check.sound else "BROKEN", check.found] for check in checks]
+        result = {True: "sound", False: "BROKEN", None: "skipped"}
+        rows = [[check.what, result[check.sound], check.found] for check in checks]
         console.show_table(["what", "result", "found"], rows)
     if broken:
         raise ArtifactError(

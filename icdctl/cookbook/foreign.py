@@ -17,11 +17,12 @@ import yaml
 from pydantic import ValidationError
 
 from icdctl import data, files, methods, models, recipes, resolving, sources
-from icdctl.config import CUSTOM_MODEL, RunConfig
+from icdctl.config import RunConfig
 from icdctl.cookbook.catalogue import resolved
 from icdctl.errors import ArtifactError, UsageError, unknown_name
 from icdctl.grid.cells import GridCell, make_cell
 from icdctl.methods import METHODS
+from icdctl.models.external import CUSTOM_MODEL
 from icdctl.reproducing import name_of
 from icdctl.science import paper
 from icdctl.science.paper import FAMILIES

@@ -128,7 +128,7 @@ def load(wanted: Request, on_images: OnImages) -> Dataset:
         sha256=fingerprint_of([part.sha256 for part, _ in parts], *labels),
         val_images=None if val is None else val.images,
         val_labels=None if val is None else labels[2],
-        notes=_notes(wanted, division, side),
+        notes=_notes(wanted, division, side, num_classes=description.num_classes),
         skipped_images=sum(len(part.broken) for part, _ in parts),
         caveat=_broken_caveat([part for part, _ in parts]),
     )
@@ -143,8 +143,10 @@ def _check_all_classes_left(folder: Path, labels: Tensor, class_names: Sequence[
         )
 
 
-def _notes(wanted: Request, division: Division, side: int) -> tuple[str, ...]:
-    notes = [f"images are resized to {side} x {side}: `--image-size`"]
+def _notes(wanted: Request, division: Division, side: int, *, num_classes: int) -> tuple[str, ...]:
+    parts = {"training": division.train, "validation": division.val, "testing": division.test}
+    counts = [f"{len(part.names):,} images for {use}" for use, part in parts.items() if part is not None]
+    notes = [f"{num_classes} classes, {', '.join(counts)}", f"images are resized to {side} x {side}: `--image-size`"]
     if not division.has_own_test:
         notes.append(
             f"no `val/` or `test/`: {len(division.test.names)} images, {wanted.test_split:.0%} of each class, are the "

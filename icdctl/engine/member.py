@@ -26,7 +26,7 @@ from icdctl.engine.teacher import Answer
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.evaluation import Evaluation, batch_size_on, evaluate_logits, module_predictor, predict_all
 from icdctl.models import Classifier
-from icdctl.models.external import Adapted
+from icdctl.models.external import Adapted, without_adapter
 
 
 @dataclass(frozen=True)
@@ -423,7 +423,7 @@ class Member:
         }
         write_history(self.out / "history.csv", progress.history)
         said = targets.metadata(config.student, dataset)
-        models.save_weights(self.out / registry.WEIGHTS_FILE, self.result_model, said)
+        models.save_weights(self.out / registry.WEIGHTS_FILE, without_adapter(self.result_model), said)
         files.write_json(self.out / "metrics.json", metrics)
         return RunResult(self.out, config, metrics, True, self.result_model.eval())
 
@@ -458,7 +458,7 @@ def _class_weights(dataset: Dataset) -> Tensor:
 
 def _load_first_weights(student: Classifier, config: RunConfig) -> None:
     """Start from a file's weights."""
-    loaded = models.load_weights(student, Path(str(config.init_weights)))
+    loaded = models.load_weights(without_adapter(student), Path(str(config.init_weights)))
     if loaded.sha256 != (config.init_sha256 or loaded.sha256):
         raise ArtifactError(
             f"first weights `{config.init_weights}` have sha256 {loaded.sha256[:12]}..., the configuration states "

@@ -301,7 +301,8 @@ class _Session:
             place.store,
             demand,
             place.dataset,
-            teacher_sha256=config.teacher_sha256 or "",
+            # Of a module that was handed over the weights are known, but not the code: nothing is kept for it.
+            teacher_sha256=(config.teacher_weights and config.teacher_sha256) or "",
             precision=precision,
             teacher=config.teacher or "",
         )

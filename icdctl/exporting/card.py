@@ -64,8 +64,10 @@ def snippet(description: Description) -> str:
         "import onnxruntime as ort",
         "from PIL import Image, ImageOps",
         f'session = ort.InferenceSession("{MODEL_FILE}", providers=["CPUExecutionProvider"])',
-        'picture = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")',
-        f"picture = picture.resize(({resized_width}, {resized_height}), Image.Resampling.BILINEAR)",
+        'picture = ImageOps.exif_transpose(Image.open("image.png"))',
+        'if picture.mode.startswith("I"):  # grey of 16 bits: `convert` would clip it',
+        "    picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))",
+        f'picture = picture.convert("RGB").resize(({resized_width}, {resized_height}), Image.Resampling.BILINEAR)',
     ]
     if (resized_height, resized_width) != (height, width):
         left, top = round((resized_width - width) / 2), round((resized_height - height) / 2)

@@ -75,7 +75,8 @@ def _without_batch_norms(model: nn.Module) -> nn.Module:
     """
     network = fold_batch_norms(model)
     for name, norm in list(network.named_modules()):
-        if isinstance(norm, nn.BatchNorm2d):
+        # Of a module of one's own: a subclass may do more, and a norm without statistics takes those of the batch.
+        if type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats:
             parent, _, child = name.rpartition(".")
             setattr(network.get_submodule(parent), child, Affine(norm))
     return network

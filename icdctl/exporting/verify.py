@@ -226,7 +226,15 @@ def _from_weights(target: Target, images: Tensor) -> _Reference:
     model = target.load()
     single = batched(lambda part: model(preprocessing.normalise(part)), images, NUM_PROBES)
     model.double()
-    double = batched(lambda part: model(((part.double() / 255 - mean) / std).permute(0, 3, 1, 2)), images, NUM_PROBES)
+    try:
+        double = batched(
+            lambda part: model(((part.double() / 255 - mean) / std).permute(0, 3, 1, 2)), images, NUM_PROBES
+        )
+    except RuntimeError as error:  # a module of one's own may fix the kind of its numbers
+        raise ArtifactError(
+            f"`{target.model}` can't be run in float64, so there is nothing to verify against: {error}",
+            hint="its `forward` must leave the kind of numbers to its input, e.g. without `.float()`",
+        ) from error
     noise = _gap(single, double)
     tolerance = max(SMALLEST_TOLERANCE, NOISE_FACTOR * noise)
     return _Reference(double, NUM_PROBES, tolerance, noise, "PyTorch in float64 from the original weights")

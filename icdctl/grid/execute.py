@@ -198,7 +198,7 @@ def _outcome(run: GridRun, result: api.RunResult | Failure) -> Outcome:
 
 
 def _failed(run: GridRun, error: IcdctlError) -> Outcome:
-    return Outcome(run.label, "failed", message=error.message, hint=error.hint)
+    return Outcome(run.label, "failed", message="; ".join(error.messages), hint="; ".join(error.hints))
 
 
 def _told_failure(run: GridRun, error: Exception) -> Outcome:

@@ -15,7 +15,7 @@ from icdctl.models.resnetv2 import res18, res50
 from icdctl.models.shufflenetv1 import ShuffleNetV1
 from icdctl.models.shufflenetv2 import ShuffleNetV2
 from icdctl.models.vgg import VGG
-from icdctl.models.weights import Weights, load_weights, read_weights, save_weights
+from icdctl.models.weights import Weights, hash_weights, load_weights, read_weights, save_weights
 from icdctl.models.wrn import WideResNet
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Weights",
     "create",
     "fold_batch_norms",
+    "hash_weights",
     "load_weights",
     "read_weights",
     "resolve",

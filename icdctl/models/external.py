@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from icdctl.errors import UsageError
 from icdctl.models.outputs import Classifier, Features, Outputs
 
+CUSTOM_MODEL = "custom"
+"""The name, in configurations and weight files, of a model that was handed over as an nn.Module."""
+
 _PROBE_IMAGES = 2
 _TOLERANCE = 1e-4
 
@@ -54,6 +57,11 @@ class Adapted(Classifier):
         feature_map = self.outputs(images).feature_map
         return Features((), (), feature_map)
 
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> logits [B, K]: the module's own pass, which an exporter can follow."""
+        logits: Tensor = self.inner(images)
+        return logits
+
     def outputs(self, images: Tensor) -> Outputs:
         """See `Classifier`; `feature_map` is [B, C, 1, 1], what the head reads, where the module has no such map."""
         captured: dict[str, Tensor] = {}
@@ -68,16 +76,26 @@ class Adapted(Classifier):
         if self._map_name is not None:
             handles.append(self.inner.get_submodule(self._map_name).register_forward_hook(keep_output))
         try:
-            logits: Tensor = self.inner(images)
+            logits = self.inner(images)
         finally:
             for handle in handles:
                 handle.remove()
+        if not isinstance(logits, Tensor):  # some modules give more than logits in training mode alone
+            raise UsageError(
+                f"`{self.name}` gives a {type(logits).__name__} in training mode, expected logits [B, K]",
+                hint="make it without auxiliary heads, e.g. `aux_logits=False` for torchvision's models",
+            )
         pooled = captured["pooled"]
         return Outputs(logits, (), captured.get("map", pooled[:, :, None, None]), pooled)
 
     def conv_bn_pairs(self) -> list[tuple[str, str]]:
         """None: what reads a foreign module's convolutions is not known."""
         return []
+
+
+def without_adapter(model: Classifier) -> nn.Module:
+    """The module as it was handed over: its weights go by its own keys in files."""
+    return model.inner if isinstance(model, Adapted) else model
 
 
 def adapt(module: nn.Module, *, image_size: tuple[int, int], num_classes: int, needs_patches: bool) -> Classifier:

@@ -120,6 +120,17 @@ def save_weights(path: Path | str, model: nn.Module | Mapping[str, Tensor], meta
     Raises:
         ArtifactError: the place can't be written to.
     """
+    content = _content(model, metadata)
+    write_bytes(Path(path), content)
+    return sha256_bytes(content)
+
+
+def hash_weights(model: nn.Module) -> str:
+    """sha256, hex, of the file that `save_weights` would write of a module, without metadata."""
+    return sha256_bytes(_content(model, {}))
+
+
+def _content(model: nn.Module | Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
     state = model.state_dict() if isinstance(model, nn.Module) else model
     tensors = {}
     for key, tensor in state.items():
@@ -127,9 +138,7 @@ def save_weights(path: Path | str, model: nn.Module | Mapping[str, Tensor], meta
         # A clone, for safetensors refuses tensors that share memory.
         tensors[key] = tensor.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
     text = json.dumps(dict(metadata), sort_keys=True, allow_nan=False)
-    content = safetensors.torch.save(tensors, {_METADATA_KEY: text})
-    write_bytes(Path(path), content)
-    return sha256_bytes(content)
+    return safetensors.torch.save(tensors, {_METADATA_KEY: text})
 
 
 def _read_safetensors(path: Path, content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from icdctl import evaluation, files, installed, targets, teachers
-from icdctl.config import CUSTOM_MODEL
 from icdctl.data import Dataset
 from icdctl.engine.observer import Observer
 from icdctl.errors import ArtifactError, UsageError
@@ -30,6 +29,7 @@ from icdctl.evaluation import Evaluation
 from icdctl.exporting import OnnxClassifier, onnx_bytes
 from icdctl.methods import cell_logits, gram_matrix, pool_cells
 from icdctl.models import Classifier
+from icdctl.models.external import CUSTOM_MODEL
 from icdctl.reporting.gather import Group, Run
 from icdctl.targets import Target
 
