@@ -13,10 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icdctl import methods, models
-    from icdctl.api import distill, distill_many, evaluate, export, train
+    from icdctl.api import distill, distill_many, evaluate, export, predict, train
     from icdctl.errors import IcdctlError
 
-__all__ = ["IcdctlError", "__version__", "distill", "distill_many", "evaluate", "export", "methods", "models", "train"]
+__all__ = [
+    "IcdctlError",
+    "__version__",
+    "distill",
+    "distill_many",
+    "evaluate",
+    "export",
+    "methods",
+    "models",
+    "predict",
+    "train",
+]
 
 __version__ = metadata.version("icdctl")
 
@@ -26,6 +37,7 @@ _HOMES = {
     "distill_many": "icdctl.api",
     "evaluate": "icdctl.api",
     "export": "icdctl.api",
+    "predict": "icdctl.api",
     "train": "icdctl.api",
 }
 

@@ -24,6 +24,7 @@ from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting import Export, export_onnx
 from icdctl.lists import expand
 from icdctl.planning import Command, Job, make_jobs
+from icdctl.predicting import PredictionResult, image_files, predict_files
 from icdctl.subjects import Model, check_size_is_said, named_weights, ready, subject_of
 from icdctl.targets import Target
 
@@ -284,6 +285,57 @@ def evaluate(
     )
 
 
+def predict(
+    target: Model,
+    images: str | Path | Sequence[str | Path],
+    *,
+    dataset: str | None = None,
+    model: nn.Module | None = None,
+    image_size: int | None = None,
+    top: int = 1,
+    skip_broken: bool = False,
+    device: str = "auto",
+    observer: Observer | None = None,
+) -> PredictionResult:
+    """The likeliest classes of image files, which are decoded as a folder of training images is.
+
+    Args:
+        target: a run folder, a weights file, `registry:NAME`, an .onnx file, an export folder or an nn.Module.
+        images: a file, a folder, or several of them.
+        dataset: for a target that does not say what it was trained on.
+        model: the nn.Module that the weights of `target` belong to, where it is one of your own.
+        image_size: what an nn.Module reads, in pixels, where `dataset` is an `imagefolder`; all else says it itself.
+        top: how many classes to tell of each image.
+        skip_broken: leave out files that can't be decoded, rather than fail.
+        device: for torch models; ONNX files run on the CPU.
+        observer: told of the progress.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    if top < 1:
+        raise UsageError(f"`top` is {top}, expected 1 or more", hint="e.g. `--top 5`")
+    seen = observer or SilentObserver()
+    named = None if dataset is None else data.describe(data.request(dataset, image_size=image_size))
+    subject, logits_of = ready(target, named, resolve_device(device), module=model, image_size=image_size)
+    class_names = subject.class_names or (() if named is None else named.class_names)
+    paths = image_files([images] if isinstance(images, str | Path) else images)
+    seen.begin("classifying", len(paths))
+    result = predict_files(
+        logits_of,
+        paths,
+        target=subject.label,
+        preprocessing=subject.preprocessing,
+        class_names=class_names,
+        top=top,
+        skip_broken=skip_broken,
+        on_images=seen.advance,
+    )
+    for image in result.skipped:
+        seen.message(f"warning: left out: `{image.path}`: {image.reason}")
+    return result
+
+
 def export(
     target: str | Path,
     out: str | Path | None = None,
@@ -366,11 +418,13 @@ def _facts(target: Target) -> dict[str, Any]:
 __all__ = [
     "EvaluationResult",
     "Failure",
+    "PredictionResult",
     "RunResult",
     "distill",
     "distill_many",
     "evaluate",
     "export",
+    "predict",
     "start",
     "train",
 ]

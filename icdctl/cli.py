@@ -29,6 +29,7 @@ from icdctl.commands import (
     fetch_teachers,
     grid,
     list_,
+    predict,
     recipes,
     registry,
     report,
@@ -61,6 +62,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("verify")(verify.verify)
 app.add_typer(registry.app, name="registry")
+app.command("predict")(predict.predict)
 app.command("list")(list_.list_)
 app.add_typer(recipes.app, name="recipes")
 app.command("validate")(validate.validate)

@@ -24,7 +24,8 @@ from torchvision import transforms
 
 from icdctl import files
 from icdctl.data import decode
-from icdctl.data.decode import BrokenImageError, Decoded, decode_files, decode_image
+from icdctl.data.decode import BrokenImageError, decode_image
+from icdctl.data.image_cache import Decoded, decode_files
 from icdctl.errors import ArtifactError, UsageError
 
 RESIZE, CROP = (256, 256), (224, 224)
@@ -492,7 +493,7 @@ def test_an_interrupt_stops_at_once_and_leaves_nothing(tmp_path: Path, monkeypat
 DECODE = """
 import sys, time
 from pathlib import Path
-from icdctl.data import decode
+from icdctl.data.image_cache import decode_files
 folder = Path(sys.argv[1])
 names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg"))
 
@@ -502,7 +503,7 @@ def told(done, total):
 
 print("ready", flush=True)
 sys.stdin.readline()
-decoded = decode.decode_files(folder, names, resize=(32, 40), crop=(30, 30), content_key=None, label="photos",
+decoded = decode_files(folder, names, resize=(32, 40), crop=(30, 30), content_key=None, label="photos",
                               skip_broken=False, on_images=told)
 print("sha256", decoded.sha256, flush=True)
 """

@@ -67,6 +67,7 @@ def export(
             f"{'top-1':<11} {result.accuracy['top1']:.2f} with onnxruntime on {result.accuracy['images']:,} test images"
         )
     console.show_line(f"{'card':<11} {result.folder / 'README.md'}")
+    console.talk(f"`icdctl predict {result.folder} IMAGE` classifies image files with it")
 
 
 def _input_kind(name: str) -> Literal["uint8", "float"]:

@@ -12,8 +12,8 @@ from icdctl.data import release
 from icdctl.data.archive import Limits
 from icdctl.data.assemble import fingerprint_of, of_halves
 from icdctl.data.dataset import Dataset, Description, OnImages, Preprocessing, Request
-from icdctl.data.decode import decode_files
 from icdctl.data.download import RemoteFile
+from icdctl.data.image_cache import decode_files
 from icdctl.data.release import Release
 from icdctl.errors import ArtifactError
 

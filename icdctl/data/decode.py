@@ -1,40 +1,26 @@
-"""Image files of any size and mode, decoded once: one uint8 array on disk, memory-mapped from then on.
-
-The array lies in the state folder under a name that states what it was made of, so that other images, another size
-or another Pillow make another array. Beside it lies what can't be seen from the pixels: their hash, and the files that
-could not be decoded.
-"""
+"""Image files of any size and mode as 8-bit RGB of one size."""
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import io
-import json
 import logging
 import os
-import re
 import stat
 import threading
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import numpy.typing as npt
-import PIL
-import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
-from torch import Tensor
 
 from icdctl import files
-from icdctl.data.dataset import OnImages
 from icdctl.errors import ArtifactError, UsageError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -44,8 +30,6 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 Pixels = npt.NDArray[np.uint8]
 
-_SCHEME = 1
-"""Part of the cache's key: raise it whenever the pixels or the files change."""
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 """No other is tried, whatever Pillow could read: EPS, for one, runs a program."""
 _NO_IMAGE = "no JPEG, PNG, BMP, GIF, WebP, TIFF or PPM image"
@@ -53,7 +37,6 @@ _MOST_PIXELS = 178_956_970
 """Where Pillow sees a decompression bomb; held here too, since another library may have lifted Pillow's limit."""
 _MANY_PIXELS = 1 << 25
 _LONGEST_REASON = 120
-_NAMED_FILES = 3
 _MOST_THREADS = 16
 _ONE_LARGE_IMAGE = threading.Lock()
 """Held while an image of more than `_MANY_PIXELS` is decoded: one may need a GB, and each thread could have one."""
@@ -86,20 +69,6 @@ class BrokenImage:
     """A few words, in one line."""
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """The images of those files that could be decoded."""
-
-    images: Tensor
-    """[M, H, W, 3] uint8, mapped from disk copy-on-write: what is written to it never reaches the file."""
-    rows: Tensor
-    """[M] int64, ascending: which of the names each image belongs to."""
-    broken: tuple[BrokenImage, ...]
-    """The others, in the order of the names."""
-    sha256: str
-    """Of the pixels in `images`."""
-
-
 def decode_image(path: Path, *, resize: Size, crop: Size | None) -> Pixels:
     """One image file as 8-bit RGB: turned upright, resized (bilinear, antialiased, aspect not kept), centre-cropped.
 
@@ -122,60 +91,6 @@ def decode_image(path: Path, *, resize: Size, crop: Size | None) -> Pixels:
     check_sizes(resize, crop)
     with _quiet_pillow():
         return _decode(path, resize, crop)
-
-
-def decode_files(
-    folder: Path,
-    names: Sequence[str],
-    *,
-    resize: Size,
-    crop: Size | None,
-    content_key: str | None,
-    label: str,
-    skip_broken: bool,
-    remedy: str | None = None,
-    on_images: OnImages = lambda done, total: None,
-) -> Decoded:
-    """Many image files as one array, from the cache or decoded into it; two processes decode them once.
-
-    Args:
-        folder: what the names start from.
-        names: POSIX paths relative to `folder`, in the order that the images shall have.
-        resize: as for `decode_image`.
-        crop: as for `decode_image`.
-        content_key: what stands for the content of all files, e.g. the hash of the archive that they come from. None:
-            the folder, and size and time of change of each file.
-        label: starts the name of the cache's files, for a person who looks at them.
-        skip_broken: leave out what can't be decoded.
-        remedy: what a person does about files that are missing or broken, where these are not their own.
-        on_images: told of the progress, by the calling thread; not called where the cache has them.
-
-    Raises:
-        ArtifactError: a file is missing or can't be read; one can't be decoded and `skip_broken` is not set; none can;
-            or the cache can't be written.
-        UsageError: the sizes can't be.
-    """
-    check_sizes(resize, crop)
-    if not names:
-        raise ArtifactError(f"there is no image to decode in `{folder}`", hint="name a folder of images")
-    height, width = crop or resize
-    content = content_key if content_key is not None else _states(folder, names, remedy)
-    cache = _Cache(_stem(label, names, resize, crop, content), folder, names, (height, width))
-    decoded = cache.read()
-    if decoded is None:
-        with files.waited_lock(cache.lock):
-            decoded = cache.read()  # another process may have decoded them meanwhile
-            if decoded is None:
-                _clear_remains(cache.home, cache.stem)
-                cache.delete()
-                _states(folder, names, remedy)  # a missing file is told now, not when its turn comes
-                with closing(_decode_in_order(folder, names, resize, crop)) as results:
-                    decoded = cache.fill(results, on_images)
-                if decoded.broken and content_key is not None:
-                    cache.delete()  # a mended file would not make another key
-    if decoded.broken and not skip_broken:
-        raise _broken_files(decoded.broken, folder, len(names), remedy)
-    return decoded
 
 
 def check_sizes(resize: Size, crop: Size | None) -> None:
@@ -217,18 +132,32 @@ def _decode(path: Path, resize: Size, crop: Size | None) -> Pixels:
 
 def _read(path: Path) -> bytes:
     """The whole file. Apart from decoding, so that a disk's or a permission's error is not taken for a broken image."""
+    state_of(path)
     try:
-        _check_state(path, path.stat())
         return path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
-def _check_state(path: Path, state: os.stat_result) -> None:
+def state_of(path: Path, remedy: str | None = None) -> os.stat_result:
+    """What the file system says of an image file.
+
+    Args:
+        path: the file.
+        remedy: what a person does where it is missing.
+
+    Raises:
+        ArtifactError: it is missing, no file, too large or can't be looked at.
+    """
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error, remedy) from error
     if not stat.S_ISREG(state.st_mode):  # a device or a pipe never ends
         raise ArtifactError(f"image `{path}` is no file", hint="leave it out")
     if state.st_size > files.LARGEST_FOREIGN_BYTES:
         raise ArtifactError(f"image `{path}` is refused: it is larger than 2 GiB", hint="leave it out")
+    return state
 
 
 def _unreadable(path: Path, error: OSError, remedy: str | None = None) -> ArtifactError:
@@ -304,10 +233,19 @@ def _quiet_pillow() -> Iterator[None]:
         log.removeHandler(silence)
 
 
-def _decode_in_order(
-    folder: Path, names: Sequence[str], resize: Size, crop: Size | None
+def decode_in_order(
+    paths: Iterable[Path], *, resize: Size, crop: Size | None
 ) -> Generator[Pixels | BrokenImage, None, None]:
-    """What each file gives, decoded by as many threads as there are cores: Pillow holds no lock meanwhile."""
+    """What each file gives, decoded by as many threads as there are cores: Pillow holds no lock meanwhile.
+
+    Args:
+        paths: the files.
+        resize: as for `decode_image`; `check_sizes` accepts both.
+        crop: as for `decode_image`.
+
+    Raises:
+        ArtifactError: one is missing or can't be read.
+    """
 
     def decode_one(path: Path) -> Pixels | BrokenImage:
         try:
@@ -320,229 +258,11 @@ def _decode_in_order(
     pending: deque[Future[Pixels | BrokenImage]] = deque()
     with _quiet_pillow():
         try:
-            for name in names:
-                pending.append(pool.submit(decode_one, folder / name))
+            for path in paths:
+                pending.append(pool.submit(decode_one, path))
                 if len(pending) > 8 * num_threads:  # bounds the memory where a slow image is waited for
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         finally:  # also after Ctrl-C: what has begun takes milliseconds, the rest is dropped
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _states(folder: Path, names: Sequence[str], remedy: str | None) -> list[Any]:
-    """What stands for the content of files without reading them: the folder, and size and time of change of each.
-
-    Raises:
-        ArtifactError: one is missing or no file.
-    """
-    facts: list[Any] = [str(folder.resolve())]
-    for name in names:
-        path = folder / name
-        try:
-            state = path.stat()
-        except OSError as error:
-            raise _unreadable(path, error, remedy) from error
-        _check_state(path, state)
-        facts.append([state.st_size, state.st_mtime_ns])
-    return facts
-
-
-def _stem(label: str, names: Sequence[str], resize: Size, crop: Size | None, content: object) -> str:
-    """The name of the cache's files, without a suffix; it holds no dot. Another Pillow may make other pixels."""
-    facts = [_SCHEME, PIL.__version__, list(names), list(resize), None if crop is None else list(crop), content]
-    key = files.sha256_bytes(json.dumps(facts).encode("ascii"))
-    return f"{re.sub('[^A-Za-z0-9_-]', '_', label)[:60]}-{key[:32]}"
-
-
-class _Cache:
-    """The array of some images on disk, `<stem>.npy`, and what is to be known of it, `<stem>.json`."""
-
-    def __init__(self, stem: str, folder: Path, names: Sequence[str], size: Size) -> None:
-        self.home = files.cache_folder() / "images"
-        self.stem = stem
-        self.lock = self.home / f".{stem}.lock"
-        self._array = self.home / f"{stem}.npy"
-        self._facts = self.home / f"{stem}.json"
-        self._partial = self.home / f".{stem}.part"
-        self._folder = folder
-        self._names = names
-        self._size = size
-
-    def read(self) -> Decoded | None:
-        """What it holds; None where it is absent, damaged or cut short."""
-        try:
-            facts = files.read_json(self._facts, what="cache", hint="")
-            reasons = {int(row): str(reason) for row, reason in facts["broken"]}
-            if facts["check"] != _check(reasons, facts["sha256"]):
-                return None
-            decoded = self._map(reasons, facts["sha256"])
-        except (ArtifactError, OSError, ValueError, TypeError, LookupError, OverflowError):
-            return None
-        whole = hashlib.sha256(decoded.images.numpy().data).hexdigest() == decoded.sha256
-        if whole:
-            files.mark_used(self._facts)
-        return decoded if whole else None
-
-    def delete(self) -> None:
-        """Give the room of a damaged one back."""
-        try:
-            self._array.unlink(missing_ok=True)
-            self._facts.unlink(missing_ok=True)
-        except OSError as error:
-            raise files.not_writable(self._array, error) from error
-
-    def fill(self, results: Iterator[Pixels | BrokenImage], on_images: OnImages) -> Decoded:
-        """Write what the files give, in their order, and map it.
-
-        Raises:
-            ArtifactError: it can't be written, or no image could be decoded. Nothing is left then.
-        """
-        broken: dict[int, BrokenImage] = {}
-        digest = hashlib.sha256()
-        total = len(self._names)
-        try:
-            with self._opened() as file:
-                for row, result in enumerate(results):
-                    if isinstance(result, BrokenImage):
-                        broken[row] = result
-                    else:
-                        digest.update(result.data)
-                        self._write(file, result)
-                    on_images(row + 1, total)
-                if len(broken) == total:
-                    raise _broken_files(tuple(broken.values()), self._folder, total)
-                self._finish(file, total - len(broken))
-            reasons = {row: image.reason for row, image in broken.items()}
-            return self._publish(reasons, digest.hexdigest())
-        finally:
-            self._partial.unlink(missing_ok=True)
-
-    @contextmanager
-    def _opened(self) -> Iterator[io.FileIO]:
-        """The file under its temporary name, at the place of the first pixel, with room for all images."""
-        header = _npy_header((len(self._names), *self._size, 3))
-        num_bytes = len(header) + len(self._names) * self._size[0] * self._size[1] * 3
-        with self._told(), self._partial.open("wb", buffering=0):
-            pass  # a place that can't be written to is told before the first image is decoded
-        with self._partial.open("r+b", buffering=0) as file:
-            with self._told():
-                _reserve(file.fileno(), num_bytes)
-                file.seek(len(header))
-            yield file
-
-    def _write(self, file: io.FileIO, pixels: Pixels) -> None:
-        rest = pixels.data.cast("B")
-        with self._told():
-            while rest:  # an unbuffered file may take a part
-                rest = rest[file.write(rest) :]
-
-    def _finish(self, file: io.FileIO, num_images: int) -> None:
-        """Cut off the room that broken images left, and state the shape; numpy's header is as long for any count."""
-        with self._told():
-            file.truncate()
-            file.seek(0)
-            file.write(_npy_header((num_images, *self._size, 3)))
-            os.fsync(file.fileno())
-
-    def _publish(self, reasons: dict[int, str], sha256: str) -> Decoded:
-        """Give the file its name. The facts come last: pixels without them are decoded anew."""
-        with self._told():
-            self._partial.replace(self._array)
-        try:
-            facts = {
-                "of": str(self._folder),
-                "sha256": sha256,
-                "broken": sorted(reasons.items()),
-                "check": _check(reasons, sha256),
-            }
-            files.write_json(self._facts, facts)
-            with self._told():
-                return self._map(reasons, sha256)
-        except BaseException:
-            self._array.unlink(missing_ok=True)
-            raise
-
-    def _map(self, reasons: dict[int, str], sha256: str) -> Decoded:
-        """The array as it lies on disk.
-
-        Raises:
-            OSError, ValueError: it is missing, or has not the header and the length that these facts ask for.
-        """
-        rows = [row for row in range(len(self._names)) if row not in reasons]
-        shape = (len(rows), *self._size, 3)
-        header = _npy_header(shape)
-        with self._array.open("rb") as file:
-            files.hold_mapped(file)
-            length = os.fstat(file.fileno()).st_size
-            if file.read(len(header)) != header or length != len(header) + shape[0] * shape[1] * shape[2] * 3:
-                raise ValueError("another array")
-            images = np.memmap(file, dtype=np.uint8, mode="c", offset=len(header), shape=shape)
-        return Decoded(
-            images=torch.from_numpy(images),
-            rows=torch.tensor(rows, dtype=torch.int64),
-            broken=tuple(BrokenImage(self._folder / self._names[row], reasons[row]) for row in sorted(reasons)),
-            sha256=sha256,
-        )
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """What the disk refuses, as the error that a person sees."""
-        try:
-            yield
-        except OSError as error:
-            raise files.not_writable(self._array, error) from error
-
-
-def _check(reasons: dict[int, str], sha256: str) -> str:
-    """A hash of the facts themselves: a row number that changed on disk would give images the labels of others."""
-    return files.sha256_bytes(json.dumps([sha256, sorted(reasons.items())]).encode("ascii"))
-
-
-def _npy_header(shape: tuple[int, ...]) -> bytes:
-    """How a `.npy` file of uint8 starts."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    return header.getvalue()
-
-
-def _reserve(descriptor: int, num_bytes: int) -> None:
-    """Have the room before the work. A file system that can't promise it fails at the write instead.
-
-    Raises:
-        OSError: there is not so much.
-    """
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(descriptor, 0, num_bytes)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
-
-
-def _clear_remains(home: Path, own: str) -> None:
-    """Delete the temporary files of killed runs, of these images or others: one whose lock is free has no owner.
-
-    Args:
-        home: the folder of the caches.
-        own: the stem whose lock this process holds.
-    """
-    for remains in (*home.glob(".*.part"), *home.glob(".*.json.*")):
-        stem = remains.name.split(".")[1]
-        is_own = stem == own
-        try:
-            with nullcontext() if is_own else filelock.FileLock(home / f".{stem}.lock").acquire(blocking=False):
-                remains.unlink(missing_ok=True)
-        except (filelock.Timeout, OSError):
-            continue  # in use, or another user's
-
-
-def _broken_files(broken: Sequence[BrokenImage], folder: Path, total: int, remedy: str | None = None) -> ArtifactError:
-    named = [f"`{image.path.relative_to(folder).as_posix()}`: {image.reason}" for image in broken[:_NAMED_FILES]]
-    more = ["..."] if len(broken) > _NAMED_FILES else []
-    own = "mend or delete them, or leave them out with `--skip-broken`"
-    return ArtifactError(
-        f"{len(broken)} of {total} images can't be decoded: {'; '.join(named + more)}",
-        hint=remedy or (own if len(broken) < total else "name a folder of images that can be decoded"),
-    )

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from icdctl.data.assemble import fingerprint_of
 from icdctl.data.dataset import UNLABELED, Dataset, Description, OnImages, Preprocessing, Request
-from icdctl.data.decode import SUFFIXES, Decoded, decode_files
+from icdctl.data.decode import SUFFIXES
+from icdctl.data.image_cache import Decoded, decode_files
 from icdctl.data.split import stratified
 from icdctl.errors import ArtifactError
 

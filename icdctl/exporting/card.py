@@ -107,7 +107,8 @@ def _verification(description: Description, report: Report) -> str:
     return (
         "## Verification\n\n"
         f"Made from weights with sha256 `{description.weights_sha256}` and compared with them before this folder was "
-        "written; all numbers are in `verify.json`. `icdctl verify .` looks again.\n\n"
+        "written; all numbers are in `verify.json`. `icdctl verify .` looks again, `icdctl predict . IMAGE` classifies "
+        "image files.\n\n"
         f"| check | result | |\n|---|---|---|\n{rows}"
     )
 

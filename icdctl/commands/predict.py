@@ -1,0 +1,48 @@
+"""`icdctl predict`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from icdctl import console
+from icdctl.commands import options
+from icdctl.commands.training import observed
+
+
+def predict(
+    target: Annotated[
+        str, typer.Argument(help="An .onnx file or export folder, a run folder, a weights file or `registry:NAME`.")
+    ],
+    images: Annotated[list[str], typer.Argument(help="Image files, and folders of them.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to tell of each image.")] = 1,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="For weights that do not say what they were trained on.", show_default=False),
+    ] = None,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out what can't be decoded.")] = False,
+    device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`; ONNX files run on the CPU.")] = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Classify image files of any size: a line an image, with the class and its probability.
+
+    Example: icdctl predict runs/student/onnx photos --top 3
+    """
+    from icdctl import api
+
+    with observed() as observer:
+        result = api.predict(
+            target, images, dataset=dataset, top=top, skip_broken=skip_broken, device=device, observer=observer
+        )
+    if as_json:
+        console.show_json(result.as_json())
+        return
+    columns = ["image", "class", "probability"]
+    for place in range(2, 1 + max((len(each.top) for each in result.predictions), default=0)):
+        columns += [f"class {place}", f"probability {place}"]
+    rows = [
+        [each.image, *(cell for guess in each.top for cell in (guess.class_name, f"{guess.probability:.4f}"))]
+        for each in result.predictions
+    ]
+    console.show_table(columns, rows)

@@ -1,0 +1,170 @@
+"""What a classifier sees in image files: the likeliest classes of each. Shapes: B images, K classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from icdctl import files
+from icdctl.data import Preprocessing
+from icdctl.data.decode import SUFFIXES, BrokenImage, Pixels, check_sizes, decode_in_order, state_of
+from icdctl.errors import ArtifactError, IcdctlError
+from icdctl.evaluation import Predict
+
+_BATCH_SIZE = 64
+_NAMED_FILES = 3
+
+
+class Guess(NamedTuple):
+    """A class, and how likely the classifier holds it to be."""
+
+    class_name: str
+    probability: float
+    """Softmax of the logits; `icdctl eval` says how far such numbers can be trusted (ece)."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one image file."""
+
+    image: Path
+    top: tuple[Guess, ...]
+    """The likeliest first."""
+
+
+@dataclass(frozen=True)
+class PredictionResult:
+    """Of many image files."""
+
+    target: str
+    predictions: tuple[Prediction, ...]
+    skipped: tuple[BrokenImage, ...]
+    """Files that can't be decoded."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {
+            "target": self.target,
+            "predictions": [
+                {
+                    "image": str(each.image),
+                    "class": each.top[0].class_name,
+                    "probability": each.top[0].probability,
+                    "top": [{"class": guess.class_name, "probability": guess.probability} for guess in each.top],
+                }
+                for each in self.predictions
+            ],
+            "skipped": [{"image": str(each.path), "reason": each.reason} for each in self.skipped],
+        }
+
+
+def image_files(given: Sequence[str | Path]) -> list[Path]:
+    """The files themselves, and all images at any depth below folders, sorted.
+
+    Raises:
+        ArtifactError: one is missing, or a folder holds no images.
+    """
+    found: list[Path] = []
+    for each in given:
+        path = files.user_path(str(each))
+        if not path.is_dir():
+            state_of(path, "check its path")
+            found.append(path)
+            continue
+        below = sorted(_images_below(path))
+        if not below:
+            raise ArtifactError(
+                f"`{path}` holds no images", hint=f"name a folder of files that end in {' '.join(sorted(SUFFIXES))}"
+            )
+        found += below
+    if not found:
+        raise ArtifactError("no image is named", hint="name image files, or folders of them")
+    return found
+
+
+def predict_files(
+    predict: Predict,
+    paths: Sequence[Path],
+    *,
+    target: str,
+    preprocessing: Preprocessing,
+    class_names: Sequence[str],
+    top: int,
+    skip_broken: bool,
+    on_images: Callable[[int], None],
+) -> PredictionResult:
+    """Decode files as a folder of training images is decoded, and classify them, a batch at a time.
+
+    Args:
+        predict: the classifier.
+        paths: of the images.
+        target: what the classifier is called.
+        preprocessing: of the classifier.
+        class_names: K names.
+        top: how many classes to tell of each image; all where there are fewer.
+        skip_broken: leave out what can't be decoded.
+        on_images: told how many more are done.
+
+    Raises:
+        ArtifactError: a file is missing or can't be read, or can't be decoded and `skip_broken` is not set.
+        IcdctlError: the logits are not finite.
+    """
+    size, resize = preprocessing.size, preprocessing.resize
+    check_sizes(resize or size, size)
+    predictions: list[Prediction] = []
+    broken: list[BrokenImage] = []
+    batch: list[tuple[Path, Pixels]] = []
+
+    def classify() -> None:
+        images = torch.from_numpy(np.stack([pixels for _, pixels in batch]))
+        logits = predict(images).double()
+        if not torch.isfinite(logits).all():
+            raise IcdctlError(
+                f"`{target}` gives logits that are not finite", hint="check it with `icdctl validate` and `icdctl eval`"
+            )
+        likeliest = logits.softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
+        rows = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+        for (path, _), (classes, probabilities) in zip(batch, rows, strict=True):
+            guesses = (Guess(class_names[place], share) for place, share in zip(classes, probabilities, strict=True))
+            predictions.append(Prediction(path, tuple(guesses)))
+        on_images(len(batch))
+        batch.clear()
+
+    with closing(decode_in_order(paths, resize=resize or size, crop=None if resize is None else size)) as results:
+        for path, result in zip(paths, results, strict=True):
+            if isinstance(result, BrokenImage):
+                broken.append(result)
+                on_images(1)
+                continue
+            batch.append((path, result))
+            if len(batch) == _BATCH_SIZE:
+                classify()
+    if broken and not skip_broken:
+        raise _broken_files(broken, len(paths))
+    if batch:
+        classify()
+    return PredictionResult(target, tuple(predictions), tuple(broken))
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+                yield Path(place, name)
+
+
+def _broken_files(broken: Sequence[BrokenImage], total: int) -> ArtifactError:
+    named = [f"`{image.path}`: {image.reason}" for image in broken[:_NAMED_FILES]]
+    more = ["..."] if len(broken) > _NAMED_FILES else []
+    return ArtifactError(
+        f"{len(broken)} of {total} images can't be decoded: {'; '.join(named + more)}",
+        hint="mend them, or leave them out with `--skip-broken`",
+    )
