@@ -14,11 +14,10 @@ from torch import nn
 
 from icdctl import data, evaluation, files, methods, sources, targets
 from icdctl.config import RunConfig
-from icdctl.data import OnImages
 from icdctl.engine import run as engine
 from icdctl.engine.device import resolve_device
 from icdctl.engine.member import RunResult
-from icdctl.engine.observer import Observer, SilentObserver
+from icdctl.engine.observer import Observer, SilentObserver, decoding
 from icdctl.engine.run import Failure
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting import Export, export_onnx
@@ -161,7 +160,7 @@ def _run(
     """Load what is needed, once, then train."""
     observer = observer or SilentObserver()
     engine.check_together([job.config for job in jobs])
-    dataset = data.load(jobs[0].config.images, on_images=_decoding(observer))
+    dataset = data.load(jobs[0].config.images, on_images=decoding(observer))
     caveat = [f"warning: {dataset.caveat}"] if dataset.caveat else []
     warnings = [warning for job in jobs for warning in job.warnings()]
     for text in dict.fromkeys([*dataset.notes, *caveat, *warnings]):
@@ -183,21 +182,6 @@ def _run(
 def _origin_of(teacher: Target | None) -> dict[str, str | None]:
     """Whose weights a student learns from, for its metrics."""
     return {} if teacher is None else {"teacher_source": teacher.source, "teacher_licence": teacher.licence}
-
-
-def _decoding(observer: Observer) -> OnImages:
-    """Progress of decoding, as the observer hears it: (images here, in all) as steps."""
-    here = 0
-
-    def advance(done: int, total: int | None) -> None:
-        nonlocal here
-        if done < here or here == 0:
-            here = 0
-            observer.begin("decoding images", total or 0)
-        observer.advance(done - here)
-        here = done
-
-    return advance
 
 
 @dataclass(frozen=True)
@@ -265,7 +249,7 @@ def evaluate(
             )
     for each in subjects:
         each.check_size(data.describe(wanted))
-    held = data.load(wanted, on_images=_decoding(seen))
+    held = data.load(wanted, on_images=decoding(seen))
     others = None
     if teacher is not None:
         seen.begin("teacher", held.test_images.shape[0])

@@ -14,12 +14,11 @@ import torch
 
 from icdctl import files
 from icdctl.data import Preprocessing
-from icdctl.data.decode import SUFFIXES, BrokenImage, Pixels, check_sizes, decode_in_order, state_of
+from icdctl.data.decode import SUFFIXES, BrokenImage, Pixels, broken_images_told, check_sizes, decode_in_order, state_of
 from icdctl.errors import ArtifactError, IcdctlError
 from icdctl.evaluation import Predict
 
 _BATCH_SIZE = 64
-_NAMED_FILES = 3
 
 
 class Guess(NamedTuple):
@@ -147,7 +146,9 @@ def predict_files(
             if len(batch) == _BATCH_SIZE:
                 classify()
     if broken and not skip_broken:
-        raise _broken_files(broken, len(paths))
+        raise ArtifactError(
+            broken_images_told(broken, len(paths)), hint="mend them, or leave them out with `--skip-broken`"
+        )
     if batch:
         classify()
     return PredictionResult(target, tuple(predictions), tuple(broken))
@@ -159,12 +160,3 @@ def _images_below(folder: Path) -> Iterator[Path]:
         for name in names:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
                 yield Path(place, name)
-
-
-def _broken_files(broken: Sequence[BrokenImage], total: int) -> ArtifactError:
-    named = [f"`{image.path}`: {image.reason}" for image in broken[:_NAMED_FILES]]
-    more = ["..."] if len(broken) > _NAMED_FILES else []
-    return ArtifactError(
-        f"{len(broken)} of {total} images can't be decoded: {'; '.join(named + more)}",
-        hint="mend them, or leave them out with `--skip-broken`",
-    )

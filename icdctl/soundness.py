@@ -1,18 +1,22 @@
-"""Is a run folder, a configuration, a weights file or an export what it should be?"""
+"""Is a run folder, a configuration, a weights file, an export or a folder of images what it should be?"""
 
 from __future__ import annotations
 
 import csv
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
-from icdctl import data, files, registry, targets
+from icdctl import data, files, targets
 from icdctl.config import RunConfig
+from icdctl.data import OnImages, Request, imagefolder
+from icdctl.data.decode import BrokenImage, broken_images_told, decode_in_order
 from icdctl.errors import ArtifactError, IcdctlError
 from icdctl.exporting import Report, verify_file, verify_folder
 from icdctl.sources import from_validation
@@ -35,16 +39,23 @@ class Finding:
         return asdict(self)
 
 
-def inspect(path: Path, *, dataset: str | None = None) -> list[Finding]:
+def inspect(path: Path, *, dataset: str | None = None, on_images: OnImages = lambda done, total: None) -> list[Finding]:
     """Everything that can be said of what lies at `path`.
 
     Args:
-        path: of a run folder, a configuration, weights or an export.
+        path: of a run folder, a configuration, weights or an export; or `imagefolder:DIR`.
         dataset: for weights that do not say what they were trained on.
+        on_images: told of the progress, where images are decoded.
 
     Raises:
         ArtifactError: nothing lies there, or nothing that icdctl knows.
     """
+    if str(path).startswith(imagefolder.PREFIX):
+        wanted = data.request(str(path))
+        return [
+            _attempt("classes", lambda: _classes(wanted)),
+            _attempt("images", lambda: _images(wanted, on_images)),
+        ]
     if not path.exists():
         raise ArtifactError(f"`{path}` does not exist", hint="name a run folder, a file or an export folder")
     if path.is_dir():
@@ -52,7 +63,10 @@ def inspect(path: Path, *, dataset: str | None = None) -> list[Finding]:
             return _export_findings(verify_folder(path))
         if (path / "config.json").is_file():
             return _run_folder(path)
-        raise ArtifactError(f"`{path}` is neither a run folder nor an export", hint="point at the folder itself")
+        raise ArtifactError(
+            f"`{path}` is neither a run folder nor an export",
+            hint=f"point at the folder itself; a folder of images goes by `{imagefolder.PREFIX}{path}`",
+        )
     if path.suffix == ".onnx":
         return _export_findings(verify_file(path))
     if path.suffix == ".json":
@@ -70,7 +84,7 @@ def _run_folder(folder: Path) -> list[Finding]:
     findings = [_attempt("config", lambda: _config(folder / "config.json"))]
     if not (folder / "metrics.json").is_file():
         return [*findings, Finding("metrics", False, "the run is not finished: no metrics.json", _AGAIN)]
-    findings.append(_attempt("weights", lambda: _weights(folder / registry.WEIGHTS_FILE)))
+    findings.append(_attempt("weights", lambda: _weights(folder)))
     findings.append(_attempt("history", lambda: _history(folder)))
     return findings
 
@@ -100,6 +114,45 @@ def _weights(path: Path, dataset: str | None = None) -> str:
     target = targets.resolve(str(path), dataset=None if dataset is None else data.describe(data.request(dataset)))
     target.load()
     return f"{target.model}, {target.num_classes} classes, finite, sha256 {target.sha256[:12]}"
+
+
+def _classes(wanted: Request) -> str:
+    """How many there are, and of how many images."""
+    folder = imagefolder.folder_of(wanted.name)
+    names = imagefolder.class_names(folder)
+    division = imagefolder.divide(folder, test_split=wanted.test_split or 0.0, val_split=0.0, seed=wanted.split_seed)
+    counts = torch.bincount(division.train.labels, minlength=len(names)).tolist()
+    fewest = counts.index(min(counts))
+    told = [
+        f"{len(names)} classes of {counts[fewest]:,} (`{names[fewest]}`) to {max(counts):,} images for training",
+        f"{len(division.test.names):,} images for testing" + ("" if division.has_own_test else ", split off"),
+    ]
+    if division.val is not None:
+        told.append(f"{len(division.val.names):,} for validation")
+    if division.unlabeled:
+        told.append(f"{len(division.unlabeled):,} without labels")
+    return "; ".join(told)
+
+
+def _images(wanted: Request, on_images: OnImages) -> str:
+    """That all of them can be decoded."""
+    folder = imagefolder.folder_of(wanted.name)
+    division = imagefolder.divide(folder, test_split=wanted.test_split or 0.0, val_split=0.0, seed=wanted.split_seed)
+    held_out = () if division.val is None else division.val.names
+    names = [*division.train.names, *division.test.names, *held_out, *division.unlabeled]
+    broken: list[BrokenImage] = []
+    side = wanted.image_size or imagefolder.DEFAULT_IMAGE_SIZE
+    results = decode_in_order([folder / name for name in names], resize=(side, side), crop=None)
+    with closing(results):
+        for number, result in enumerate(results, start=1):
+            if isinstance(result, BrokenImage):
+                broken.append(result)
+            on_images(number, len(names))
+    if broken:
+        raise ArtifactError(
+            broken_images_told(broken, len(names), folder=folder), hint="mend them, or train with `--skip-broken`"
+        )
+    return f"all {len(names):,} can be decoded"
 
 
 def _history(folder: Path) -> str:

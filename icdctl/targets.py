@@ -17,6 +17,9 @@ from icdctl.models import Classifier, Weights
 from icdctl.models.external import CUSTOM_MODEL, adapt, without_adapter
 from icdctl.registry import WEIGHTS_FILE
 
+HASH_KEY = "weights_sha256"
+"""Of metrics.json: the hash of the weights beside it."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -132,8 +135,23 @@ def resolve(
                 f"`{path}` holds no `{WEIGHTS_FILE}`" + (": its run is not finished" if unfinished else ""),
                 hint=f"finish it with `--resume --out {path}`" if unfinished else "point at a finished run folder",
             )
-        return _from_file(weights_file, origin=target, dataset=dataset, module=module)
+        found = _from_file(weights_file, origin=target, dataset=dataset, module=module)
+        _check_as_written(path, found)
+        return found
     return _from_file(path, origin=target, dataset=dataset, module=module)
+
+
+def _check_as_written(folder: Path, found: Target) -> None:
+    """Refuse weights that are not those that the run in that folder left; a byte that flipped on disk looks sound."""
+    metrics = folder / "metrics.json"
+    stated = files.read_json(metrics, what="metrics", hint="train it again") if metrics.is_file() else None
+    sha256 = stated.get(HASH_KEY) if isinstance(stated, dict) else None
+    if sha256 not in (None, found.sha256):
+        raise ArtifactError(
+            f"`{found.path}` has sha256 {found.sha256[:12]}..., `{metrics}` states {str(sha256)[:12]}...: it has "
+            "changed since its run wrote it",
+            hint=f"restore it, or point at `{found.path}` itself to use it as it is now",
+        )
 
 
 def _from_file(path: Path, *, origin: str, dataset: Description | None, module: nn.Module | None) -> Target:

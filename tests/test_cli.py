@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -189,6 +190,20 @@ def test_validate_tells_sound_from_broken(icdctl: CommandLine, run_folder: Path)
     assert code == 1
     assert json.loads(stdout)["error"]["code"] == 1
     assert "has epochs [2]" in err
+
+
+def test_weights_that_changed_since_their_run_are_refused(icdctl: CommandLine, run_folder: Path) -> None:
+    weights = run_folder / "student.safetensors"
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    assert metrics["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # the sign or the largest digits of nothing: it loads as ever
+    weights.write_bytes(content)
+    for command in ("eval", "export", "validate"):
+        code, out, err = icdctl(command, run_folder)
+        assert (code, "BROKEN" in out) == (1, command == "validate")
+        assert "it has changed since its run wrote it" in err
+    assert icdctl("eval", weights)[0] == 0
 
 
 def test_json_failures_and_piped_output_are_plain(tmp_path: Path) -> None:

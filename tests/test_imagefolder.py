@@ -689,6 +689,30 @@ def test_validation_images_are_watched_in_place_of_the_test_images(
         assert "the test images were looked at once" in card.read_text()
 
 
+def test_validate_looks_at_a_folder_before_it_is_trained_on(icdctl: CommandLine, tmp_path: Path) -> None:
+    folder = in_parts(tmp_path / "pets", "train", "val")
+    fill(folder / "unlabeled", 2)
+    code, out, err = icdctl("validate", f"imagefolder:{folder}", "--json")
+    assert (code, err) == (0, "")
+    found = {check["what"]: check["found"] for check in json.loads(out)["checks"]}
+    division = load(folder)
+    counts = torch.bincount(division.train_labels).tolist()
+    assert found["classes"].startswith(f"{len(counts)} classes of {min(counts)} (`")
+    assert f"to {max(counts)} images for training; {len(division.test_labels)} images for testing; 2 without" in out
+    assert found["images"] == f"all {len(division.train_labels) + len(division.test_labels) + 2} can be decoded"
+    first = next((folder / "train").rglob("*.png"))
+    first.write_bytes(first.read_bytes()[:50])
+    code, out, err = icdctl("validate", f"imagefolder:{folder}")
+    assert code == 1
+    assert "BROKEN" in out
+    assert f"`{first.relative_to(folder)}`: " in err
+    assert "--skip-broken" in err
+    code, _, err = icdctl("validate", folder)
+    assert code == 1
+    assert f"a folder of images goes by `imagefolder:{folder}`" in err
+    assert icdctl("validate", f"imagefolder:{tmp_path / 'nowhere'}")[0] == 1
+
+
 @pytest.mark.parametrize("name", ["digits100", "cifar100"])
 def test_a_split_of_a_published_data_set_is_stratified_and_takes_from_training(tmp_path: Path, name: str) -> None:
     write_cifar(tmp_path, train=1000, test=100)

@@ -9,12 +9,16 @@ import typer
 
 from icdctl import console
 from icdctl.commands import options
+from icdctl.commands.training import observed
 from icdctl.errors import ArtifactError
 
 
 def validate(
     path: Annotated[
-        Path, typer.Argument(help="A run folder, a config.json, a weights file, an export folder or an .onnx file.")
+        Path,
+        typer.Argument(
+            help="A run folder, a config.json, a weights file, an export folder, an .onnx file or `imagefolder:DIR`."
+        ),
     ],
     dataset: Annotated[
         str | None, typer.Option(help="For weights that do not say what they were trained on.", show_default=False)
@@ -25,9 +29,11 @@ def validate(
 
     Example: icdctl validate runs/demo/distilled
     """
+    from icdctl.engine.observer import decoding
     from icdctl.soundness import inspect
 
-    checks = inspect(path, dataset=dataset)
+    with observed() as observer:
+        checks = inspect(path, dataset=dataset, on_images=decoding(observer))
     broken = [check for check in checks if check.sound is False]
     if as_json and not broken:
         console.show_json({"path": str(path), "checks": [check.as_json() for check in checks]})

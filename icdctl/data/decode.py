@@ -9,7 +9,7 @@ import stat
 import threading
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ _MOST_PIXELS = 178_956_970
 """Where Pillow sees a decompression bomb; held here too, since another library may have lifted Pillow's limit."""
 _MANY_PIXELS = 1 << 25
 _LONGEST_REASON = 120
+_NAMED_FILES = 3
 _MOST_THREADS = 16
 _ONE_LARGE_IMAGE = threading.Lock()
 """Held while an image of more than `_MANY_PIXELS` is decoded: one may need a GB, and each thread could have one."""
@@ -158,6 +159,14 @@ def state_of(path: Path, remedy: str | None = None) -> os.stat_result:
     if state.st_size > files.LARGEST_FOREIGN_BYTES:
         raise ArtifactError(f"image `{path}` is refused: it is larger than 2 GiB", hint="leave it out")
     return state
+
+
+def broken_images_told(broken: Sequence[BrokenImage], total: int, *, folder: Path | None = None) -> str:
+    """How many of how many files can't be decoded, and why the first ones: by their paths in a folder."""
+    paths = [image.path if folder is None else image.path.relative_to(folder) for image in broken[:_NAMED_FILES]]
+    named = [f"`{path.as_posix()}`: {image.reason}" for path, image in zip(paths, broken, strict=False)]
+    more = ["..."] if len(broken) > _NAMED_FILES else []
+    return f"{len(broken)} of {total} images can't be decoded: {'; '.join(named + more)}"
 
 
 def _unreadable(path: Path, error: OSError, remedy: str | None = None) -> ArtifactError:

@@ -27,12 +27,11 @@ from torch import Tensor
 
 from icdctl import files
 from icdctl.data.dataset import OnImages
-from icdctl.data.decode import BrokenImage, Pixels, Size, check_sizes, decode_in_order, state_of
+from icdctl.data.decode import BrokenImage, Pixels, Size, broken_images_told, check_sizes, decode_in_order, state_of
 from icdctl.errors import ArtifactError
 
 _SCHEME = 1
 """Part of the name: raise it whenever the pixels or the files change."""
-_NAMED_FILES = 3
 
 
 @dataclass(frozen=True)
@@ -307,10 +306,8 @@ def _clear_remains(home: Path, own: str) -> None:
 
 
 def _broken_files(broken: Sequence[BrokenImage], folder: Path, total: int, remedy: str | None = None) -> ArtifactError:
-    named = [f"`{image.path.relative_to(folder).as_posix()}`: {image.reason}" for image in broken[:_NAMED_FILES]]
-    more = ["..."] if len(broken) > _NAMED_FILES else []
     own = "mend or delete them, or leave them out with `--skip-broken`"
     return ArtifactError(
-        f"{len(broken)} of {total} images can't be decoded: {'; '.join(named + more)}",
+        broken_images_told(broken, total, folder=folder),
         hint=remedy or (own if len(broken) < total else "name a folder of images that can be decoded"),
     )

@@ -423,7 +423,8 @@ class Member:
         }
         write_history(self.out / "history.csv", progress.history)
         said = targets.metadata(config.student, dataset)
-        models.save_weights(self.out / registry.WEIGHTS_FILE, without_adapter(self.result_model), said)
+        sha256 = models.save_weights(self.out / registry.WEIGHTS_FILE, without_adapter(self.result_model), said)
+        metrics[targets.HASH_KEY] = sha256
         files.write_json(self.out / "metrics.json", metrics)
         return RunResult(self.out, config, metrics, True, self.result_model.eval())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from icdctl.data import OnImages
+
 
 class Observer(Protocol):
     """Told of the progress of runs; it never changes them."""
@@ -35,3 +37,18 @@ class SilentObserver:
 
     def message(self, text: str) -> None:
         """See `Observer`."""
+
+
+def decoding(observer: Observer) -> OnImages:
+    """Progress of decoding, as the observer hears it: (images here, in all) as steps."""
+    here = 0
+
+    def advance(done: int, total: int | None) -> None:
+        nonlocal here
+        if done < here or here == 0:
+            here = 0
+            observer.begin("decoding images", total or 0)
+        observer.advance(done - here)
+        here = done
+
+    return advance
