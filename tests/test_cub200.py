@@ -41,7 +41,8 @@ MEMBERS = cub_members()
 ARCHIVE = cub_archive(MEMBERS)
 RELEASE = cub_release_of(MEMBERS, ARCHIVE)
 NAME = "CUB_200_2011.tgz"
-KNOWN = list(cub200.RELEASE.member_md5)
+REAL, NUM_REAL = cub200.RELEASE, (cub200.NUM_TRAIN, cub200.NUM_TEST)
+KNOWN = list(REAL.member_md5)
 PUBLISHED = published.load_list()
 CPU = torch.device("cpu")
 
@@ -57,6 +58,8 @@ def swap_release(monkeypatch: pytest.MonkeyPatch, described: Release) -> None:
     row = data.DATASETS["cub200"]
     changed = dataclasses.replace(row, release=described, train_images=CUB_TRAIN, test_images=CUB_TEST)
     monkeypatch.setitem(data.DATASETS, "cub200", changed)
+    for name, value in (("RELEASE", described), ("NUM_TRAIN", CUB_TRAIN), ("NUM_TEST", CUB_TEST)):
+        monkeypatch.setattr(cub200, name, value)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +102,7 @@ def put_data(folder: Path) -> Path:
 
 
 def test_the_pins_are_the_published_ones() -> None:
-    archive = cub200.RELEASE.archive
+    archive = REAL.archive
     assert (archive.name, archive.num_bytes) == (NAME, 1_150_585_339)
     assert archive.md5 == "97eceeb196236b17998738112f37df78"
     assert archive.sha256 == "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081"
@@ -107,8 +110,8 @@ def test_the_pins_are_the_published_ones() -> None:
         "https://data.caltech.edu/records/65de6-vp158",
         "https://data.caltech.edu/api/records/65de6-vp158",
     ]
-    assert len(cub200.RELEASE.member_md5) == 4
-    assert (cub200.NUM_TRAIN, cub200.NUM_TEST) == (5994, 5794)
+    assert len(REAL.member_md5) == 4
+    assert NUM_REAL == (5994, 5794)
     assert len(set(cub200.CLASS_NAMES)) == len(cub200.CLASS_NAMES) == 200
     assert [cub200.CLASS_NAMES[index] for index in (0, 1, 197, 199)] == [
         Path(name).parts[1].partition(".")[2] for name in KNOWN
@@ -162,8 +165,8 @@ def test_it_is_taken_from_a_copy(icdctl: CommandLine, tmp_path: Path, own_state:
 def test_what_can_not_be_had_is_named_with_size_and_hash(
     icdctl: CommandLine, own_state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(data.DATASETS, "cub200", dataclasses.replace(data.DATASETS["cub200"], release=cub200.RELEASE))
-    facts = (NAME, "1,150,585,339 bytes", "97eceeb196236b17998738112f37df78", str(cub200.RELEASE.archive.sha256))
+    monkeypatch.setitem(data.DATASETS, "cub200", dataclasses.replace(data.DATASETS["cub200"], release=REAL))
+    facts = (NAME, "1,150,585,339 bytes", "97eceeb196236b17998738112f37df78", str(REAL.archive.sha256))
     code, _, err = icdctl("fetch-data", "cub200", "--offline")
     assert code == 1
     for fact in (*facts, str(own_state / "data" / NAME), "--from FILE"):
