@@ -166,6 +166,7 @@ def test_what_can_not_be_had_is_named_with_size_and_hash(
     icdctl: CommandLine, own_state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(data.DATASETS, "cub200", dataclasses.replace(data.DATASETS["cub200"], release=REAL))
+    monkeypatch.setattr(cub200, "RELEASE", REAL)
     facts = (NAME, "1,150,585,339 bytes", "97eceeb196236b17998738112f37df78", str(REAL.archive.sha256))
     code, _, err = icdctl("fetch-data", "cub200", "--offline")
     assert code == 1
