@@ -38,10 +38,10 @@ class InvertedResidual(nn.Module):
         self.conv = nn.Sequential(
             conv1x1(in_channels, hidden),
             nn.BatchNorm2d(hidden),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             conv3x3(hidden, hidden, stride=stride, groups=hidden),
             nn.BatchNorm2d(hidden),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             conv1x1(hidden, channels),
             nn.BatchNorm2d(channels),
         )
@@ -49,7 +49,7 @@ class InvertedResidual(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C, H / stride, W / stride], not activated."""
         out: Tensor = self.conv(features)
-        return features + out if self.has_residual else out
+        return out.add_(features) if self.has_residual else out
 
 
 class MobileNetV2(Classifier):
@@ -69,7 +69,9 @@ class MobileNetV2(Classifier):
 
     def __init__(self, num_classes: int, *, cub200: bool = False) -> None:
         super().__init__()
-        self.conv1 = nn.Sequential(conv3x3(3, _STEM_WIDTH, stride=2), nn.BatchNorm2d(_STEM_WIDTH), nn.ReLU())
+        self.conv1 = nn.Sequential(
+            conv3x3(3, _STEM_WIDTH, stride=2), nn.BatchNorm2d(_STEM_WIDTH), nn.ReLU(inplace=True)
+        )
         groups = []
         in_channels = _STEM_WIDTH
         for expansion, channels, count, first_stride in _GROUPS:
@@ -79,14 +81,16 @@ class MobileNetV2(Classifier):
                 in_channels = channels
             groups.append(nn.Sequential(*blocks))
         self.blocks = nn.ModuleList(groups)
-        self.conv2 = nn.Sequential(conv1x1(in_channels, _HEAD_WIDTH), nn.BatchNorm2d(_HEAD_WIDTH), nn.ReLU())
+        self.conv2 = nn.Sequential(
+            conv1x1(in_channels, _HEAD_WIDTH), nn.BatchNorm2d(_HEAD_WIDTH), nn.ReLU(inplace=True)
+        )
         self.classifier = nn.Sequential(nn.Linear(_HEAD_WIDTH, num_classes))
         initialise_convolutions(self)
         nn.init.normal_(self.head.weight, 0.0, 0.01)
         nn.init.zeros_(self.head.bias)
         if cub200:
             self.conv1 = nn.Sequential(
-                large_image_stem(_STEM_WIDTH), nn.BatchNorm2d(_STEM_WIDTH), nn.ReLU(), nn.MaxPool2d(2)
+                large_image_stem(_STEM_WIDTH), nn.BatchNorm2d(_STEM_WIDTH), nn.ReLU(inplace=True), nn.MaxPool2d(2)
             )
             self.smallest_image = 32
 

@@ -29,9 +29,9 @@ class BasicBlock(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C, H / stride, W / stride]."""
         residual: Tensor = features if self.downsample is None else self.downsample(features)
-        out = F.relu(self.bn1(self.conv1(features)))
+        out = F.relu(self.bn1(self.conv1(features)), inplace=True)
         normalised: Tensor = self.bn2(self.conv2(out))
-        return normalised + residual
+        return normalised.add_(residual)
 
 
 class ResNet(Classifier):
@@ -72,7 +72,7 @@ class ResNet(Classifier):
 
     def features(self, images: Tensor) -> Features:
         """[B, 3, H, W] -> four stages; the last one is the feature map."""
-        stem = F.relu(self.bn1(self.conv1(images)))
+        stem = F.relu(self.bn1(self.conv1(images)), inplace=True)
         before1, stage1 = run_blocks(self.layer1, stem)
         before2, stage2 = run_blocks(self.layer2, stage1)
         before3, stage3 = run_blocks(self.layer3, stage2)

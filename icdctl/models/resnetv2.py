@@ -31,10 +31,10 @@ class BasicBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C, H / stride, W / stride]."""
-        out = F.relu(self.bn1(self.conv1(features)))
+        out = F.relu(self.bn1(self.conv1(features)), inplace=True)
         normalised: Tensor = self.bn2(self.conv2(out))
         residual: Tensor = self.shortcut(features)
-        return normalised + residual
+        return normalised.add_(residual)
 
 
 class Bottleneck(nn.Module):
@@ -56,11 +56,11 @@ class Bottleneck(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, 4 * C, H / stride, W / stride]."""
-        out = F.relu(self.bn1(self.conv1(features)))
-        out = F.relu(self.bn2(self.conv2(out)))
+        out = F.relu(self.bn1(self.conv1(features)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         normalised: Tensor = self.bn3(self.conv3(out))
         residual: Tensor = self.shortcut(features)
-        return normalised + residual
+        return normalised.add_(residual)
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
@@ -121,7 +121,7 @@ class ResNetV2(Classifier):
 
     def features(self, images: Tensor) -> Features:
         """[B, 3, H, W] -> five stages; the last one is the feature map."""
-        stages = [F.relu(self.bn1(self.conv1(images)))]
+        stages = [F.relu(self.bn1(self.conv1(images)), inplace=True)]
         preactivations = [stages[0]]
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             before, after = run_blocks(layer, stages[-1])

@@ -41,12 +41,12 @@ class Unit(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C, H / stride, W / stride]."""
-        out = F.relu(self.bn1(self.conv1(features)))
+        out = F.relu(self.bn1(self.conv1(features)), inplace=True)
         out = shuffle_channels(out, self.first_groups)
-        out = F.relu(self.bn2(self.conv2(out)))
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         branch: Tensor = self.bn3(self.conv3(out))
         if self.stride == 1:
-            return branch + features
+            return branch.add_(features)
         return torch.cat((branch, F.avg_pool2d(features, 3, stride=2, padding=1)), dim=1)
 
 
@@ -85,7 +85,7 @@ class ShuffleNetV1(Classifier):
 
     def features(self, images: Tensor) -> Features:
         """[B, 3, H, W] -> four stages; the last one is the feature map."""
-        stem = F.relu(self.bn1(self.conv1(images)))
+        stem = F.relu(self.bn1(self.conv1(images)), inplace=True)
         before1, stage1 = run_blocks(self.layer1, stem)
         before2, stage2 = run_blocks(self.layer2, stage1)
         before3, stage3 = run_blocks(self.layer3, stage2)

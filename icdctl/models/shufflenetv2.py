@@ -35,7 +35,7 @@ class BasicUnit(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C, H, W] -> both [B, C, H, W]: before the last ReLU and the shuffle, and after them."""
         kept, changed = features.chunk(2, dim=1)
-        out = F.relu(self.bn1(self.conv1(changed)))
+        out = F.relu(self.bn1(self.conv1(changed)), inplace=True)
         out = self.bn2(self.conv2(out))
         before = self.bn3(self.conv3(out))
         shuffled = shuffle_channels(torch.cat((kept, F.relu(before)), dim=1), 2)
@@ -62,10 +62,10 @@ class DownUnit(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C, H / 2, W / 2]."""
         left = self.bn1(self.conv1(features))
-        left = F.relu(self.bn2(self.conv2(left)))
-        right = F.relu(self.bn3(self.conv3(features)))
+        left = F.relu(self.bn2(self.conv2(left)), inplace=True)
+        right = F.relu(self.bn3(self.conv3(features)), inplace=True)
         right = self.bn4(self.conv4(right))
-        right = F.relu(self.bn5(self.conv5(right)))
+        right = F.relu(self.bn5(self.conv5(right)), inplace=True)
         return shuffle_channels(torch.cat((left, right), dim=1), 2)
 
 
@@ -108,7 +108,7 @@ class ShuffleNetV2(Classifier):
 
     def features(self, images: Tensor) -> Features:
         """[B, 3, H, W] -> four stages and the 1024-channel map."""
-        features = F.relu(self.bn1(self.conv1(images)))
+        features = F.relu(self.bn1(self.conv1(images)), inplace=True)
         stages, preactivations = [features], [features]
         for layer in (self.layer1, self.layer2, self.layer3):
             down, *units = layer
@@ -118,5 +118,5 @@ class ShuffleNetV2(Classifier):
                 before, features = unit(features)
             stages.append(features)
             preactivations.append(before)
-        feature_map = F.relu(self.bn2(self.conv2(features)))
+        feature_map = F.relu(self.bn2(self.conv2(features)), inplace=True)
         return Features(tuple(stages), tuple(preactivations), feature_map)

@@ -76,6 +76,6 @@ def _block(in_channels: int, channels: int, num_convolutions: int) -> nn.Sequent
     """Convolution, norm, ReLU, repeated; the last ReLU is left to `features`, so that the keys fit the weights."""
     layers: list[nn.Module] = []
     for _ in range(num_convolutions):
-        layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
+        layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
         in_channels = channels
     return nn.Sequential(*layers[:-1])

@@ -33,10 +33,10 @@ class PreactivationBlock(nn.Module):
     def forward(self, features: Tensor, normalised: Tensor) -> Tensor:
         """[B, C_in, H, W] and `bn1` of it -> [B, C, H / stride, W / stride], not activated."""
         activated = F.relu(normalised)
-        out = F.relu(self.bn2(self.conv1(activated)))
+        out = F.relu(self.bn2(self.conv1(activated)), inplace=True)
         residual: Tensor = features if self.convShortcut is None else self.convShortcut(activated)
         convolved: Tensor = self.conv2(out)
-        return convolved + residual
+        return convolved.add_(residual)
 
 
 class Group(nn.Module):
