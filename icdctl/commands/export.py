@@ -16,7 +16,13 @@ def export(
     target: Annotated[str, typer.Argument(help="A run folder, a weights file or `registry:NAME`.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Folder to make.", show_default="onnx in the run folder"),
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Folder to make.",
+            show_default="onnx in the run folder, or here for `registry:`",
+        ),
     ] = None,
     input_kind: Annotated[
         str,
