@@ -24,6 +24,7 @@ from icdctl.exporting import Export, export_onnx
 from icdctl.lists import expand
 from icdctl.planning import Command, Job, make_jobs
 from icdctl.predicting import PredictionResult, image_files, predict_files
+from icdctl.registry import HASH_KEY
 from icdctl.subjects import Model, check_size_is_said, named_weights, ready, subject_of
 from icdctl.targets import Target
 
@@ -395,7 +396,8 @@ def _facts(target: Target) -> dict[str, Any]:
                 raise ArtifactError(f"`{folder / name}` holds no JSON object", hint=hint)
         facts |= {key: config.get(key) for key in ("method", "teacher", "teacher_sha256", "scales", "settings", "seed")}
         told = ("final_top1", "best_top1", "best_epoch", "variant", "teacher_source", "teacher_licence")
-        facts |= {key: metrics[key] for key in told if metrics.get(key) is not None}
+        if metrics.get(HASH_KEY) in (None, target.sha256):  # else they are of other weights
+            facts |= {key: metrics[key] for key in told if metrics.get(key) is not None}
     return facts
 
 

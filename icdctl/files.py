@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -168,7 +169,7 @@ def not_writable(path: Path, error: OSError) -> ArtifactError:
 
 @contextmanager
 def locked(path: Path, *, busy: str, hint: str, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the lock file `path` while the block runs, or fail at once with `busy` where another process holds it.
+    """Hold the lock file `path` while the block runs, or fail soon with `busy` where another process holds it.
 
     With `waiting`, `busy` is told to it, and the other process is waited for. The system frees the lock of a process
     that dies.
@@ -178,10 +179,13 @@ def locked(path: Path, *, busy: str, hint: str, waiting: Callable[[str], None] |
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
-        if waiting is None:
+        if waiting is not None:
+            waiting(f"waiting: {busy}")
+        # Once more in any case, for whoever only looks at it holds it for a moment.
+        later = _acquire_when_free(path, attempts=1 if waiting is None else None)
+        if later is None:
             raise ArtifactError(busy, hint=hint) from error
-        waiting(f"waiting: {busy}")
-        lock = _acquire_when_free(path)
+        lock = later
     except OSError as error:
         raise not_writable(path, error) from error
     try:
@@ -192,9 +196,13 @@ def locked(path: Path, *, busy: str, hint: str, waiting: Callable[[str], None] |
         lock.release()
 
 
-def _acquire_when_free(path: Path) -> filelock.BaseFileLock:
-    """Wait for a lock whose holder removes its file when it is done: each attempt opens the file that is there then."""
-    while True:
+def _acquire_when_free(path: Path, *, attempts: int | None) -> filelock.BaseFileLock | None:
+    """Wait for a lock whose holder removes its file when it is done: each attempt opens the file that is there then.
+
+    Returns:
+        The lock; None where that many attempts have failed.
+    """
+    for _ in count() if attempts is None else range(attempts):
         time.sleep(_LOCK_PAUSE_SECONDS)
         lock = filelock.FileLock(path)
         try:
@@ -204,6 +212,7 @@ def _acquire_when_free(path: Path) -> filelock.BaseFileLock:
         if path.exists():  # and was not removed between being opened and being locked
             return lock
         lock.release()
+    return None
 
 
 @contextmanager
@@ -242,8 +251,11 @@ def hold_mapped(file: IO[bytes]) -> None:
 @contextmanager
 def unless_locked(path: Path) -> Iterator[bool]:
     """Whether nobody holds a lock file, or has a file in use by `hold_mapped`; if so, nobody will in the block."""
-    import fcntl
-
+    try:
+        import fcntl
+    except ImportError:  # as for `hold_mapped`
+        yield True
+        return
     with path.open("rb") as file:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

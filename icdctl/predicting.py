@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,16 @@ import torch
 
 from icdctl import files
 from icdctl.data import Preprocessing
-from icdctl.data.decode import SUFFIXES, BrokenImage, Pixels, broken_images_told, check_sizes, decode_in_order, state_of
+from icdctl.data.decode import (
+    SUFFIXES,
+    BrokenImage,
+    Pixels,
+    broken_images_told,
+    check_sizes,
+    decode_in_order,
+    images_below,
+    state_of,
+)
 from icdctl.errors import ArtifactError, IcdctlError
 from icdctl.evaluation import Predict
 
@@ -77,7 +85,7 @@ def image_files(given: Sequence[str | Path]) -> list[Path]:
             state_of(path, "check its path")
             found.append(path)
             continue
-        below = sorted(_images_below(path))
+        below = sorted(images_below(path))
         if not below:
             raise ArtifactError(
                 f"`{path}` holds no images", hint=f"name a folder of files that end in {' '.join(sorted(SUFFIXES))}"
@@ -124,6 +132,11 @@ def predict_files(
     def classify() -> None:
         images = torch.from_numpy(np.stack([pixels for _, pixels in batch]))
         logits = predict(images).double()
+        if logits.shape[1] != len(class_names):
+            raise ArtifactError(
+                f"`{target}` tells {logits.shape[1]} classes apart, {len(class_names)} are named",
+                hint="name the data set that it was trained on with `--dataset`",
+            )
         if not torch.isfinite(logits).all():
             raise IcdctlError(
                 f"`{target}` gives logits that are not finite", hint="check it with `icdctl validate` and `icdctl eval`"
@@ -142,6 +155,8 @@ def predict_files(
                 broken.append(result)
                 on_images(1)
                 continue
+            if broken and not skip_broken:  # the rest is decoded to name all that are broken
+                continue
             batch.append((path, result))
             if len(batch) == _BATCH_SIZE:
                 classify()
@@ -152,11 +167,3 @@ def predict_files(
     if batch:
         classify()
     return PredictionResult(target, tuple(predictions), tuple(broken))
-
-
-def _images_below(folder: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                yield Path(place, name)

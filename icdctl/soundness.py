@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,11 +51,7 @@ def inspect(path: Path, *, dataset: str | None = None, on_images: OnImages = lam
         ArtifactError: nothing lies there, or nothing that icdctl knows.
     """
     if str(path).startswith(imagefolder.PREFIX):
-        wanted = data.request(str(path))
-        return [
-            _attempt("classes", lambda: _classes(wanted)),
-            _attempt("images", lambda: _images(wanted, on_images)),
-        ]
+        return _image_folder(data.request(str(path)), on_images)
     if not path.exists():
         raise ArtifactError(f"`{path}` does not exist", hint="name a run folder, a file or an export folder")
     if path.is_dir():
@@ -116,15 +112,29 @@ def _weights(path: Path, dataset: str | None = None) -> str:
     return f"{target.model}, {target.num_classes} classes, finite, sha256 {target.sha256[:12]}"
 
 
-def _classes(wanted: Request) -> str:
-    """How many there are, and of how many images."""
+def _image_folder(wanted: Request, on_images: OnImages) -> list[Finding]:
+    """That it can be divided, and all its images decoded."""
     folder = imagefolder.folder_of(wanted.name)
-    names = imagefolder.class_names(folder)
-    division = imagefolder.divide(folder, test_split=wanted.test_split or 0.0, val_split=0.0, seed=wanted.split_seed)
-    counts = torch.bincount(division.train.labels, minlength=len(names)).tolist()
+    try:
+        classes = imagefolder.class_names(folder)
+        division = imagefolder.divide(
+            folder, test_split=wanted.test_split or 0.0, val_split=wanted.val_split, seed=wanted.split_seed
+        )
+    except IcdctlError as error:
+        unseen = Finding("images", None, "not looked at")
+        return [Finding("classes", False, error.message, error.hint), unseen]
+    side = wanted.image_size or imagefolder.DEFAULT_IMAGE_SIZE
+    return [
+        Finding("classes", True, _counted(division, classes)),
+        _attempt("images", lambda: _decoded(folder, division, side, on_images)),
+    ]
+
+
+def _counted(division: imagefolder.Division, classes: Sequence[str]) -> str:
+    counts = torch.bincount(division.train.labels, minlength=len(classes)).tolist()
     fewest = counts.index(min(counts))
     told = [
-        f"{len(names)} classes of {counts[fewest]:,} (`{names[fewest]}`) to {max(counts):,} images for training",
+        f"{len(classes)} classes of {counts[fewest]:,} (`{classes[fewest]}`) to {max(counts):,} images for training",
         f"{len(division.test.names):,} images for testing" + ("" if division.has_own_test else ", split off"),
     ]
     if division.val is not None:
@@ -134,16 +144,11 @@ def _classes(wanted: Request) -> str:
     return "; ".join(told)
 
 
-def _images(wanted: Request, on_images: OnImages) -> str:
-    """That all of them can be decoded."""
-    folder = imagefolder.folder_of(wanted.name)
-    division = imagefolder.divide(folder, test_split=wanted.test_split or 0.0, val_split=0.0, seed=wanted.split_seed)
+def _decoded(folder: Path, division: imagefolder.Division, side: int, on_images: OnImages) -> str:
     held_out = () if division.val is None else division.val.names
     names = [*division.train.names, *division.test.names, *held_out, *division.unlabeled]
     broken: list[BrokenImage] = []
-    side = wanted.image_size or imagefolder.DEFAULT_IMAGE_SIZE
-    results = decode_in_order([folder / name for name in names], resize=(side, side), crop=None)
-    with closing(results):
+    with closing(decode_in_order((folder / name for name in names), resize=(side, side), crop=None)) as results:
         for number, result in enumerate(results, start=1):
             if isinstance(result, BrokenImage):
                 broken.append(result)

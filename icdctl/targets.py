@@ -15,10 +15,7 @@ from icdctl.data import Description, Preprocessing
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.models import Classifier, Weights
 from icdctl.models.external import CUSTOM_MODEL, adapt, without_adapter
-from icdctl.registry import WEIGHTS_FILE
-
-HASH_KEY = "weights_sha256"
-"""Of metrics.json: the hash of the weights beside it."""
+from icdctl.registry import HASH_KEY, WEIGHTS_FILE
 
 
 @dataclass(frozen=True)

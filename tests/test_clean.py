@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -317,6 +318,25 @@ def test_what_can_not_be_meant_is_told(icdctl: CommandLine, arguments: tuple[str
     code, out, err = icdctl(*arguments)
     assert (code, out, message in err) == (2, "", True), err
     assert kinds_of(icdctl) == ["images", "finished"]
+
+
+def test_who_looks_at_a_lock_for_a_moment_stops_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    path.touch()
+
+    def look() -> None:
+        with files.unless_locked(path) as is_free:
+            assert is_free
+            looking.set()
+            time.sleep(0.2)
+
+    looking = threading.Event()
+    thread = threading.Thread(target=look)
+    thread.start()
+    looking.wait()
+    with files.locked(path, busy="busy", hint=""):
+        pass
+    thread.join()
 
 
 def test_two_do_not_clean_at_once(icdctl: CommandLine, state: Path) -> None:

@@ -204,6 +204,10 @@ def test_weights_that_changed_since_their_run_are_refused(icdctl: CommandLine, r
         assert (code, "BROKEN" in out) == (1, command == "validate")
         assert "it has changed since its run wrote it" in err
     assert icdctl("eval", weights)[0] == 0
+    code, _, err = icdctl("registry", "add", run_folder)
+    assert (code, "has changed since its run wrote it" in err) == (1, True)
+    assert icdctl("export", weights, "--out", run_folder / "changed")[0] == 0
+    assert "final_top1" not in (run_folder / "changed" / "README.md").read_text()
 
 
 def test_json_failures_and_piped_output_are_plain(tmp_path: Path) -> None:

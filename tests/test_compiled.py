@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,24 @@ def test_where_compiling_fails_students_learn_as_they_are_and_it_is_said_once(
     assert weights(tmp_path / "plain") == weights(tmp_path / "one") == weights(tmp_path / "two")
 
 
-def test_torchs_advice_to_round_products_is_not_passed_on() -> None:
-    compiled.Compiler(pytest.fail)
-    warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication are not enabled", stacklevel=1)
+def test_torchs_advice_to_round_products_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    advice = "TensorFloat32 tensor cores for float32 matrix multiplication are not enabled"
+
+    def compile_and_advise(function: Callable[[int], int], **options: Any) -> Callable[[int], int]:
+        def fast(number: int) -> int:
+            warnings.warn(advice, stacklevel=1)
+            return function(number)
+
+        return fast
+
+    class Student:
+        def outcome(self, number: int) -> int:
+            return number + 1
+
+    monkeypatch.setattr(torch, "compile", compile_and_advise)
+    assert compiled.Compiler(pytest.fail).compiled(Student().outcome)(1) == 2
+    with pytest.warns(UserWarning, match="TensorFloat32"):  # whoever asks for it elsewhere still hears it
+        warnings.warn(advice, stacklevel=1)
 
 
 @pytest.mark.parametrize("failures", [1, 2])

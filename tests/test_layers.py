@@ -69,6 +69,7 @@ ALLOWED: dict[str, set[str]] = {
         "methods",
         "planning",
         "predicting",
+        "registry",
         "sources",
         "subjects",
         "targets",

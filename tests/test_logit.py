@@ -184,3 +184,23 @@ def test_the_gradient_of_a_divergence_keeps_its_digits_where_the_two_nearly_agre
         assert_close(kl_divergence(student, teacher.to(dtype))[1].double(), exact, rtol=rtol, atol=0.0)
     _, gap = kl_divergence(torch.tensor([-0.1, -2.0, -torch.inf]), torch.tensor([-1.0, -0.5, -torch.inf]))
     assert gap[2] == 0.0
+    certain, even = torch.tensor([0.0, -torch.inf]), torch.tensor([0.5, 0.5]).log()
+    value, gap = kl_divergence(even, certain)
+    assert_close(value, torch.tensor(math.log(2)))
+    assert_close(gap, torch.tensor([-0.5, 0.5]))
+
+
+@pytest.mark.parametrize("lead", [-14.0, -4.0, 0.0, 4.0, 14.0, 20.0])
+def test_the_gradient_of_the_target_term_keeps_its_digits_where_both_are_certain(lead: float) -> None:
+    def gradient(student: Tensor, teacher: Tensor) -> Tensor:
+        given = student.clone().requires_grad_()
+        loss = dkd_loss(given, teacher, LABELS, alpha=1.0, beta=0.0, temperature=4.0)
+        (found,) = torch.autograd.grad(loss.sum(), given)
+        return found
+
+    student, teacher = logits(2, num_classes=100), logits(3, num_classes=100)
+    for each in (student, teacher):
+        each[torch.arange(3), LABELS] += 4 * lead
+    exact = gradient(student.double(), teacher.double())
+    gap = torch.linalg.vector_norm(gradient(student, teacher).double() - exact)
+    assert gap < 1e-5 * torch.linalg.vector_norm(exact)

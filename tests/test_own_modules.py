@@ -22,6 +22,16 @@ from icdctl.targets import OwnModuleError
 SMALL: dict[str, Any] = {"dataset": "digits100", "train_images": 200, "test_images": 100, "epochs": 1, "device": "cpu"}
 
 
+class WithState(nn.Linear):
+    """Keeps more than tensors."""
+
+    def get_extra_state(self) -> Any:
+        return {"made": "by hand"}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
 class NormAndReLU(nn.BatchNorm2d):
     """A batch norm that does more than its class says, as those of other libraries do."""
 
@@ -166,3 +176,12 @@ def test_a_module_with_another_answer_in_training_mode_is_refused(tmp_path: Path
 
     with pytest.raises(UsageError, match="gives a Answer in training mode"):
         library.train(model=WithAuxiliary(), **SMALL, out=str(tmp_path / "run"))
+
+
+def test_a_module_whose_state_is_more_than_tensors_is_refused(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Flatten(), WithState(3072, 100))
+    with pytest.raises(UsageError, match=r"`1\._extra_state` of the module's state is a dict, expected tensors alone"):
+        library.distill(method="kd", teacher=module, student="res8", **SMALL, out=str(tmp_path / "taught"))
+    with pytest.raises(UsageError, match="expected tensors alone"):
+        library.train(model=module, **SMALL, out=str(tmp_path / "trained"))
+    assert not (tmp_path / "trained").exists()

@@ -155,6 +155,11 @@ def test_a_module_of_ones_own_predicts_too(pictures: Path) -> None:
     assert {each.top[0].class_name for each in result.predictions} == {"99"}
     with pytest.raises(library.IcdctlError, match="the data set is not named"):
         library.predict(Constant(), pictures)
+    for classes in (10, 1000):
+        other = Constant()
+        other.head = nn.Linear(1, classes)
+        with pytest.raises(library.IcdctlError, match=f"tells {classes} classes apart, 100 are named"):
+            library.predict(other, pictures, dataset="digits100")
     broken = Constant()
     nn.init.constant_(broken.head.bias, torch.nan)
     with pytest.raises(library.IcdctlError, match="logits that are not finite"):

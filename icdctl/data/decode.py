@@ -94,6 +94,36 @@ def decode_image(path: Path, *, resize: Size, crop: Size | None) -> Pixels:
         return _decode(path, resize, crop)
 
 
+def images_below(base: Path) -> Iterator[Path]:
+    """The images at any depth below a folder, by their suffixes; links are followed, but never in circles.
+
+    A link upwards would bring in the images of other classes, so what `base` lies in counts as seen.
+
+    Raises:
+        ArtifactError: a folder can't be read.
+    """
+    if not base.is_dir():
+        return
+    seen = {os.path.realpath(above) for above in (*base.parents, *base.resolve().parents)}
+    for place, folders, names in os.walk(base, followlinks=True, onerror=_refuse_unreadable):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+                yield Path(place, name)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    """A folder that is left out in silence would be a data set of another size."""
+    raise ArtifactError(
+        f"image folder `{error.filename}` can't be read: {error.strerror or error}", hint="check its permissions"
+    ) from error
+
+
 def check_sizes(resize: Size, crop: Size | None) -> None:
     """Whether images can be resized and cropped so.
 

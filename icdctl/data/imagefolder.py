@@ -8,7 +8,6 @@ DIR/unlabeled/...       images without a label, for distillation
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from icdctl.data.assemble import fingerprint_of
 from icdctl.data.dataset import UNLABELED, Dataset, Description, OnImages, Preprocessing, Request
-from icdctl.data.decode import SUFFIXES
+from icdctl.data.decode import SUFFIXES, images_below
 from icdctl.data.image_cache import Decoded, decode_files
 from icdctl.data.split import stratified
 from icdctl.errors import ArtifactError
@@ -283,7 +282,7 @@ def _part(folder: Path, base: Path, classes: Sequence[str]) -> Part:
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(_images_below(folder, base / name))
+        found = sorted(_paths_below(folder, base / name))
         names += found
         labels += [label] * len(found)
     return Part(tuple(names), torch.tensor(labels, dtype=torch.int64))
@@ -302,31 +301,9 @@ def _check_filled(folder: Path, train: Part, classes: Sequence[str]) -> None:
 
 def _unlabeled(folder: Path) -> tuple[str, ...]:
     kinds = [name for name in _folders_in(folder) if name.lower() in _UNLABELED]
-    return tuple(sorted(name for kind in kinds for name in _images_below(folder, folder / kind)))
+    return tuple(sorted(name for kind in kinds for name in _paths_below(folder, folder / kind)))
 
 
-def _images_below(folder: Path, base: Path) -> Iterator[str]:
-    """Paths below `folder`, of the images at any depth below `base`; links are followed, but never in circles.
-
-    A link upwards would bring in the images of other classes, so what `base` lies in counts as seen.
-    """
-    if not base.is_dir():
-        return
-    seen = {os.path.realpath(above) for above in (*base.parents, *base.resolve().parents)}
-    for place, folders, names in os.walk(base, followlinks=True, onerror=_refuse_unreadable):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                yield Path(place, name).relative_to(folder).as_posix()
-
-
-def _refuse_unreadable(error: OSError) -> None:
-    """A folder that is left out in silence would be a data set of another size."""
-    raise ArtifactError(
-        f"image folder `{error.filename}` can't be read: {error.strerror or error}", hint="check its permissions"
-    ) from error
+def _paths_below(folder: Path, base: Path) -> Iterator[str]:
+    """The paths below `folder` of the images at any depth below `base`, in POSIX form."""
+    return (path.relative_to(folder).as_posix() for path in images_below(base))

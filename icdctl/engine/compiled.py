@@ -23,8 +23,6 @@ class Compiler:
             message: told once where compiling fails.
         """
         self._message = message
-        # Products are in float32 on purpose: the reference's are.
-        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         self.is_on = True
         """False once it has failed."""
 
@@ -48,7 +46,10 @@ class Compiler:
             if self.is_on:
                 try:
                     # The whole function is one graph: nothing has run where compiling fails.
-                    return fast(*arguments)
+                    with warnings.catch_warnings():
+                        # Products are in float32 on purpose: the reference's are.
+                        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+                        return fast(*arguments)
                 except Exception as error:  # of torch's many own; one of the function itself comes again below
                     self.give_up(error)
             return method(*arguments)

@@ -423,8 +423,10 @@ class Member:
         }
         write_history(self.out / "history.csv", progress.history)
         said = targets.metadata(config.student, dataset)
-        sha256 = models.save_weights(self.out / registry.WEIGHTS_FILE, without_adapter(self.result_model), said)
-        metrics[targets.HASH_KEY] = sha256
+        # Those of an earlier training in this folder, whose weights go now.
+        (self.out / "metrics.json").unlink(missing_ok=True)
+        weights_path = self.out / registry.WEIGHTS_FILE
+        metrics[registry.HASH_KEY] = models.save_weights(weights_path, without_adapter(self.result_model), said)
         files.write_json(self.out / "metrics.json", metrics)
         return RunResult(self.out, config, metrics, True, self.result_model.eval())
 

@@ -99,14 +99,18 @@ def dkd_loss(
     target = _is_target(labels, student_logits.shape[1])
     both = _both(student_logits, teacher_logits) / temperature
     of_others = F.log_softmax(both.masked_fill(target, -torch.inf), dim=2)
-    target_term, target_gap = kl_divergence(*_target_split(F.log_softmax(both, dim=2), of_others, labels))
+    split = _target_split(F.log_softmax(both, dim=2), of_others, labels)
+    target_term, gaps = kl_divergence(*split)
+    target_gap, rest_gap = gaps[:, :1], gaps[:, 1:]
     other_term, other_gap = kl_divergence(*of_others)
+    # The two gaps are opposite, and the one of the less likely side has kept its digits.
+    target_gap = torch.where(split[1, :, :1] > split[1, :, 1:], -rest_gap, target_gap)
     # What goes to the target is taken from the others, from each by its share.
     to_target = target.to(both.dtype) - of_others[0].exp()
     return with_gradient(
         student_logits,
         (alpha * target_term + beta * other_term) * temperature**2,
-        (alpha * target_gap[:, :1] * to_target + beta * other_gap) * temperature,
+        (alpha * target_gap * to_target + beta * other_gap) * temperature,
     )
 
 
@@ -174,14 +178,14 @@ def kl_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor) -> tuple
     """
     student_log_probs, teacher_log_probs = student_log_probs.detach(), teacher_log_probs.detach()
     teacher_probs = teacher_log_probs.exp()
-    excluded = teacher_log_probs == -torch.inf
-    difference = (student_log_probs - teacher_log_probs).masked_fill(excluded, 0.0)
-    gap = torch.where(
+    difference = student_log_probs - teacher_log_probs
+    gap = torch.where(  # where both sides are -inf the difference is NaN, and the second form is 0
         difference < 1.0,
         teacher_probs * torch.expm1(difference),
         student_log_probs.exp() - teacher_probs,
     )
-    return (gap - teacher_probs * difference).sum(dim=-1), gap
+    product = (teacher_probs * difference).masked_fill(teacher_log_probs == -torch.inf, 0.0)
+    return (gap - product).sum(dim=-1), gap
 
 
 def with_gradient(inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from icdctl.errors import UsageError
 from icdctl.models.outputs import Classifier, Features, Outputs
+from icdctl.models.weights import check_state
 
 CUSTOM_MODEL = "custom"
 """The name, in configurations and weight files, of a model that was handed over as an nn.Module."""
@@ -110,6 +111,7 @@ def adapt(module: nn.Module, *, image_size: tuple[int, int], num_classes: int, n
     Raises:
         UsageError: it does not fit.
     """
+    check_state(module.state_dict())
     classifier = module if isinstance(module, Classifier) else Adapted(module, image_size=image_size)
     name = type(module).__name__
     if classifier.head.out_features != num_classes:

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from icdctl.errors import ArtifactError
+from icdctl.errors import ArtifactError, UsageError
 from icdctl.files import LARGEST_FOREIGN_BYTES, read_foreign, sha256_bytes, write_bytes
 from icdctl.models.outputs import Classifier
 
@@ -130,8 +130,23 @@ def hash_weights(model: nn.Module) -> str:
     return sha256_bytes(_content(model, {}))
 
 
+def check_state(state: Mapping[str, Any]) -> None:
+    """Whether a state_dict can be kept in a weights file.
+
+    Raises:
+        UsageError: it holds more than tensors.
+    """
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UsageError(
+                f"`{key}` of the module's state is a {type(value).__name__}, expected tensors alone",
+                hint="leave what is no tensor out of its state_dict (`get_extra_state`)",
+            )
+
+
 def _content(model: nn.Module | Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
     state = model.state_dict() if isinstance(model, nn.Module) else model
+    check_state(state)
     tensors = {}
     for key, tensor in state.items():
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype

@@ -25,6 +25,7 @@ from icdctl.errors import ArtifactError
 from icdctl.registry.artifact import (
     CARD_FILE,
     FILES_FOLDER,
+    HASH_KEY,
     MANIFEST_FILE,
     SCHEMA,
     WEIGHTS_FILE,
@@ -172,6 +173,13 @@ def _read_run(run_folder: Path) -> _Run:
     metrics, all_metrics = _read(run_folder / "metrics.json", _Metrics, hint)
     environment, _ = _read(run_folder / "environment.json", _Environment, hint)
     _check_weights(run_folder / WEIGHTS_FILE, hint)
+    sha256 = files.sha256_file(run_folder / WEIGHTS_FILE)
+    if all_metrics.get(HASH_KEY, sha256) != sha256:
+        raise ArtifactError(
+            f"`{run_folder / WEIGHTS_FILE}` has changed since its run wrote it: sha256 {sha256[:12]}…, `metrics.json` "
+            f"states {str(all_metrics[HASH_KEY])[:12]}…",
+            hint=hint,
+        )
     return _Run(config, metrics, all_metrics, environment)
 
 

@@ -26,6 +26,8 @@ CARD_FILE = "card.md"
 FILES_FOLDER = "files"
 DVC_FILE = "files.dvc"
 WEIGHTS_FILE = "student.safetensors"
+HASH_KEY = "weights_sha256"
+"""Of a run's metrics.json: the hash of the weights beside it."""
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
