@@ -36,7 +36,7 @@ CAVEATS = (
     "teacher's larger training set reaching the student.",
     f"Plain training catches up with more data: on {TEACHER_IMAGES:,} images, for as many epochs, the same student "
     "reached 97.1, 97.1 and 97.8 without a teacher (seeds 0 to 2). What distillation saves here is data and time.",
-    "The cluster term shows no gain on these images: cd_sdd_dkd less sdd_dkd was -0.37 +- 2.40 points over five paired "
+    "The cluster term shows no gain on these images: cd_sdd_dkd less sdd_dkd was -0.68 +- 1.67 points over five paired "
     "seeds of six epochs. What helps here is SDD.",
     "One seed, and small synthetic compositions of real digits: this shows that the machinery works, not how methods "
     "rank.",
