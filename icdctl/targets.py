@@ -15,7 +15,7 @@ from icdctl.data import Description, Preprocessing
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.models import Classifier, Weights
 from icdctl.models.external import CUSTOM_MODEL, adapt, without_adapter
-from icdctl.registry import HASH_KEY, WEIGHTS_FILE
+from icdctl.registry import WEIGHTS_FILE
 
 
 @dataclass(frozen=True)
@@ -133,22 +133,10 @@ def resolve(
                 hint=f"finish it with `--resume --out {path}`" if unfinished else "point at a finished run folder",
             )
         found = _from_file(weights_file, origin=target, dataset=dataset, module=module)
-        _check_as_written(path, found)
+        as_it_is = f"restore it, or point at `{found.path}` itself to use it as it is now"
+        registry.check_as_written(path, found.sha256, hint=as_it_is)
         return found
     return _from_file(path, origin=target, dataset=dataset, module=module)
-
-
-def _check_as_written(folder: Path, found: Target) -> None:
-    """Refuse weights that are not those that the run in that folder left; a byte that flipped on disk looks sound."""
-    metrics = folder / "metrics.json"
-    stated = files.read_json(metrics, what="metrics", hint="train it again") if metrics.is_file() else None
-    sha256 = stated.get(HASH_KEY) if isinstance(stated, dict) else None
-    if sha256 not in (None, found.sha256):
-        raise ArtifactError(
-            f"`{found.path}` has sha256 {found.sha256[:12]}..., `{metrics}` states {str(sha256)[:12]}...: it has "
-            "changed since its run wrote it",
-            hint=f"restore it, or point at `{found.path}` itself to use it as it is now",
-        )
 
 
 def _from_file(path: Path, *, origin: str, dataset: Description | None, module: nn.Module | None) -> Target:

@@ -13,7 +13,7 @@ from typing import Any
 from icdctl import files
 from icdctl.errors import ArtifactError
 from icdctl.registry.add import add
-from icdctl.registry.artifact import FILES_FOLDER, HASH_KEY, WEIGHTS_FILE, Artifact, Manifest, card
+from icdctl.registry.artifact import FILES_FOLDER, HASH_KEY, WEIGHTS_FILE, Artifact, Manifest, card, check_as_written
 from icdctl.registry.find import (
     artifact_at,
     find,
@@ -33,6 +33,7 @@ __all__ = [
     "Verification",
     "add",
     "card",
+    "check_as_written",
     "default_folder",
     "find",
     "find_teacher",

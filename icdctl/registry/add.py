@@ -25,7 +25,6 @@ from icdctl.errors import ArtifactError
 from icdctl.registry.artifact import (
     CARD_FILE,
     FILES_FOLDER,
-    HASH_KEY,
     MANIFEST_FILE,
     SCHEMA,
     WEIGHTS_FILE,
@@ -37,6 +36,7 @@ from icdctl.registry.artifact import (
     OnnxRecord,
     TeacherRecord,
     card,
+    check_as_written,
     first_problem,
 )
 from icdctl.registry.find import check_name, list_artifacts, newest, taken_numbers, versions_of
@@ -173,13 +173,7 @@ def _read_run(run_folder: Path) -> _Run:
     metrics, all_metrics = _read(run_folder / "metrics.json", _Metrics, hint)
     environment, _ = _read(run_folder / "environment.json", _Environment, hint)
     _check_weights(run_folder / WEIGHTS_FILE, hint)
-    sha256 = files.sha256_file(run_folder / WEIGHTS_FILE)
-    if all_metrics.get(HASH_KEY, sha256) != sha256:
-        raise ArtifactError(
-            f"`{run_folder / WEIGHTS_FILE}` has changed since its run wrote it: sha256 {sha256[:12]}…, `metrics.json` "
-            f"states {str(all_metrics[HASH_KEY])[:12]}…",
-            hint=hint,
-        )
+    check_as_written(run_folder, files.sha256_file(run_folder / WEIGHTS_FILE), hint=hint)
     return _Run(config, metrics, all_metrics, environment)
 
 
