@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from icdctl import data, evaluation, files, methods, sources, targets
+from icdctl import data, evaluation, files, methods, sources
 from icdctl.config import RunConfig
 from icdctl.engine import run as engine
 from icdctl.engine.device import resolve_device
@@ -25,7 +25,7 @@ from icdctl.lists import expand
 from icdctl.planning import Command, Job, make_jobs
 from icdctl.predicting import PredictionResult, image_files, predict_files
 from icdctl.registry import HASH_KEY
-from icdctl.subjects import Model, check_size_is_said, named_weights, ready, subject_of
+from icdctl.subjects import Model, named_weights, ready, subject_of, weights_at
 from icdctl.targets import Target
 
 Config = Mapping[str, Any] | RunConfig
@@ -241,7 +241,9 @@ def evaluate(
     wanted = subject.own_images(dataset, data_dir=data_dir, test_images=test_images)
     subjects = [subject]
     if teacher is not None:
-        other, predict_as_other = ready(named_weights(teacher, wanted), data.describe(wanted), place)
+        other, predict_as_other = ready(
+            named_weights(teacher, wanted), data.describe(wanted), place, image_size=wanted.image_size
+        )
         subjects.append(other)
         if dataset is None and other.dataset not in (None, subject.dataset):
             raise UsageError(
@@ -355,9 +357,7 @@ def export(
             hint="name the run folder or the weights file, and pass the module as `model`",
         )
     named = None if dataset is None else data.describe(data.request(dataset, image_size=image_size))
-    found = targets.resolve(str(target), dataset=named, module=model)
-    if model is not None and not found.weights.metadata:
-        check_size_is_said(named, image_size)
+    found = weights_at(str(target), named, module=model, image_size=image_size)
     if out is None:
         beside = found.path.parent if not str(target).startswith("registry:") else Path.cwd()
         out = beside / "onnx"

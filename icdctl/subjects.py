@@ -122,7 +122,7 @@ def ready(
     if isinstance(target, nn.Module):
         if dataset is None:
             raise UsageError("the data set is not named", hint="pass `dataset`, e.g. `dataset='cifar100'`")
-        check_size_is_said(dataset, image_size)
+        _check_size_is_said(dataset, image_size)
         predict = evaluation.module_predictor(target.eval().to(device), dataset.preprocessing, device)
         return Subject(type(target).__name__, None, dataset.preprocessing, None, None), predict
     label = str(target)
@@ -134,14 +134,20 @@ def ready(
         said = session.description
         run = _run_beside(path.parent) or _run_beside(path.parent.parent)
         return Subject(label, said.dataset, said.preprocessing, said.class_names, run), session.logits
-    found = targets.resolve(label, dataset=dataset, module=module)
-    if module is not None and not found.weights.metadata:
-        check_size_is_said(dataset, image_size)
+    found = weights_at(label, dataset, module=module, image_size=image_size)
     model = found.load().to(device).to(memory_format=torch.channels_last)
     return subject_of(found), evaluation.module_predictor(model, found.preprocessing, device)
 
 
-def check_size_is_said(dataset: Description | None, image_size: int | None) -> None:
+def weights_at(target: str, dataset: Description | None, *, module: nn.Module | None, image_size: int | None) -> Target:
+    """Weights on disk, with the module that they belong to, where it is a person's own; arguments as for `ready`."""
+    found = targets.resolve(target, dataset=dataset, module=module)
+    if module is not None and not found.weights.metadata:
+        _check_size_is_said(dataset, image_size)
+    return found
+
+
+def _check_size_is_said(dataset: Description | None, image_size: int | None) -> None:
     """A module does not say what size of images it reads, nor does a folder of images."""
     if dataset is not None and dataset.name.startswith("imagefolder:") and image_size is None:
         raise UsageError("nothing says what size of images the module reads", hint="pass `image_size`, e.g. 224")

@@ -21,7 +21,7 @@ from PIL import Image
 from test_data import write_cifar
 
 import icdctl as library
-from icdctl import data, planning
+from icdctl import data, models, planning
 from icdctl.data import UNLABELED
 from icdctl.data.decode import decode_image
 from icdctl.errors import ArtifactError, UsageError
@@ -687,6 +687,14 @@ def test_validation_images_are_watched_in_place_of_the_test_images(
         assert code == 0, err
         card = Path("registry", *json.loads(stdout)["reference"].split("@")) / "card.md"
         assert "the test images were looked at once" in card.read_text()
+
+
+def test_a_module_is_compared_with_at_the_size_of_what_it_is_compared_to(tmp_path: Path) -> None:
+    folder = flat(tmp_path / "pets")
+    given: dict[str, Any] = {"dataset": f"imagefolder:{folder}", "epochs": 1, "device": "cpu", "batch_size": 4}
+    library.train(model="res8", **given, out=str(tmp_path / "run"))
+    num_classes = len(load(folder).class_names)
+    assert library.evaluate(tmp_path / "run", teacher=models.create("res8", num_classes)).agreement is not None
 
 
 def test_validate_looks_at_a_folder_before_it_is_trained_on(icdctl: CommandLine, tmp_path: Path) -> None:

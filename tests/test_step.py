@@ -60,7 +60,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
     """Those that torch is asked for."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # likewise
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
