@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from icdctl.benchmark import measure
+from icdctl.benchmark import clocks
 from icdctl.benchmark.workload import Plan, build_config, fresh_model, parse_pairs, random_dataset
 from icdctl.engine.device import resolve_device
 from icdctl.engine.observer import SilentObserver
@@ -91,8 +91,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         os.environ["ICDCTL_HOME"] = str(Path(name) / "state")
         pairs = {pair: measured(pair, Path(name), **sizes, mode=given.teacher_mode) for pair in given.pairs.split(",")}
-    found = {"pairs": pairs, **sizes, "device": measure.describe(resolve_device(given.device), "auto")}
-    print(json.dumps(found | {"versions": measure.versions()}, indent=2))
+    found = {"pairs": pairs, **sizes, "device": clocks.describe(resolve_device(given.device), "auto")}
+    print(json.dumps(found | {"versions": clocks.package_versions()}, indent=2))
 
 
 if __name__ == "__main__":

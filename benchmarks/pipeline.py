@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from icdctl import installed
+from icdctl import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 REPEATS = 5
@@ -65,7 +65,7 @@ def main() -> None:
         "first_seconds": first,
         "noop_seconds": {"median": seconds, "low": min(again), "high": max(again), "repeats": REPEATS},
         "noop_seconds_per_stage": seconds / stages,
-        "versions": installed.versions(["dvc"]),
+        "versions": versions.versions(["dvc"]),
     }
     print(json.dumps(facts, indent=2))
 

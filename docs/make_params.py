@@ -10,12 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from icdctl.cookbook import pipeline
-from icdctl.cookbook.pipeline import Form
 from icdctl.grid.cells import GridCell
 from icdctl.grid.params import dump
 from icdctl.methods import METHODS
-from icdctl.reproducing import grid_cell, name_of
+from icdctl.papers import pipeline
+from icdctl.papers.pipeline import Form
+from icdctl.papers.reproduce import grid_cell, name_of
 from icdctl.science import tables
 
 TABLES = ("icd-cifar100", "icd-cub200", "icd-gamma", "icd-scales", "icd-time")

@@ -16,10 +16,10 @@ from typing import Annotated
 
 import typer
 
-from icdctl import console
 from icdctl.commands import (
     bench,
     clean,
+    console,
     demo,
     distill,
     doctor,

@@ -15,13 +15,13 @@ from typing import Any
 
 from icdctl import api, data, files, registry
 from icdctl.engine.device import resolve_device
-from icdctl.engine.member import RunResult
 from icdctl.engine.observer import Observer
 from icdctl.engine.run import Interrupted
+from icdctl.engine.student_run import RunResult
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.exporting import Export, OnnxClassifier
+from icdctl.reporting.collect import read_history
 from icdctl.reporting.figures import Curve, learning_curves
-from icdctl.reporting.gather import read_history
 
 DATASET = "digits100"
 TEACHER_IMAGES = 4000

@@ -298,7 +298,7 @@ def state_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where lies what can be made again; `icdctl.caching` lists and clears it."""
+    """Where lies what can be made again; `icdctl.cleanup` lists and clears it."""
     return state_folder() / "cache"
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from icdctl import planning
+from icdctl.api import planning
 
 PLAIN: dict[str, Any] = {"student": "res8", "method": "ce"}
 TRAIN: dict[str, Any] = {"dataset": "digits100", "train_images": 400, "test_images": 50, "epochs": 8, "device": "cpu"}

@@ -14,8 +14,8 @@ from conftest import CommandLine
 from torch import Tensor
 
 from icdctl import models
-from icdctl.benchmark import against, ceilings, measure, reference, speed, work, workload
-from icdctl.engine import graph, member, teacher
+from icdctl.benchmark import against, ceilings, clocks, operations, reference, speed, workload
+from icdctl.engine import device_loop, student_run, teacher
 from icdctl.engine.teacher import InlineTeacher
 from icdctl.errors import ArtifactError, IcdctlError
 
@@ -232,9 +232,9 @@ def by_position(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From the call on, steps go as on CUDA; in place of a graph's replay stands the function itself."""
 
     def switch() -> None:
-        monkeypatch.setattr(member, "goes_by_position", lambda device: True)
-        monkeypatch.setattr(graph, "goes_by_position", lambda device: True)
-        monkeypatch.setattr(graph, "record", lambda step, stream, pool: step)
+        monkeypatch.setattr(student_run, "goes_by_position", lambda device: True)
+        monkeypatch.setattr(device_loop, "goes_by_position", lambda device: True)
+        monkeypatch.setattr(device_loop, "record", lambda step, stream, pool: step)
 
     return switch
 
@@ -266,7 +266,7 @@ def test_what_is_timed_on_cuda_learns_what_is_timed_on_a_cpu(
         step = stepper.session.member.step
         return stepper.captures, step.student.state_dict(), step.log
 
-    with measure.threads(1):
+    with clocks.threads(1):
         is_captured, weights, log = learned()
         by_position()
         is_captured_now, weights_now, log_now = learned()
@@ -309,7 +309,7 @@ def test_where_nothing_can_be_captured_the_bench_says_so_once(
         raise RuntimeError("not while a test is looking")
 
     by_position()
-    monkeypatch.setattr(graph, "record", refuse)
+    monkeypatch.setattr(device_loop, "record", refuse)
     code, out, err = icdctl("bench", "--pairs", "res8:res8", "--seconds", "0.1", *TINY, "--json")
     row = json.loads(out)["pairs"]["res8:res8"]
     assert (code, row["cuda_graph"]) == (0, False)
@@ -478,8 +478,8 @@ def test_a_wrong_method_for_a_checkout_says_what_it_has() -> None:
 
 
 def test_percentiles_and_ratios_are_those_of_the_definition() -> None:
-    assert [measure.percentile(range(1, 101), share) for share in (50, 90, 99)] == [50, 90, 99]
-    assert [measure.percentile([3.0, 1.0, 2.0], share) for share in (50, 90, 99)] == [2, 3, 3]
+    assert [clocks.percentile(range(1, 101), share) for share in (50, 90, 99)] == [50, 90, 99]
+    assert [clocks.percentile([3.0, 1.0, 2.0], share) for share in (50, 90, 99)] == [2, 3, 3]
     blocks = [({"cpu_seconds": a, "wall_seconds": 2 * a}, {"cpu_seconds": 1.0, "wall_seconds": 4.0}) for a in (3, 1, 2)]
     numbers = against._summary(blocks, 64, on_cpu=True)
     assert (numbers["ratio"], numbers["ratio_min"], numbers["ratio_max"]) == (2, 1, 3)
@@ -492,7 +492,7 @@ def test_work_is_counted_as_by_hand() -> None:
     student = workload.fresh_model("res8", dataset, seed=0, is_teacher=False)
     before = {key: tensor.clone() for key, tensor in student.state_dict().items()}
     images = dataset.preprocessing.normalise(dataset.train_images[:2])
-    counted = work.count(None, lambda: student.train()(images), student)
+    counted = operations.count(None, lambda: student.train()(images), student)
     # Products per image: the stem, three stages of two convolutions, two shortcuts, the head.
     stages = (16 * 16 * 9 * 2) * 32**2 + (16 * 32 + 32 * 32) * 9 * 16**2 + (32 * 64 + 64 * 64) * 9 * 8**2
     products = 3 * 16 * 9 * 32**2 + stages + 16 * 32 * 16**2 + 32 * 64 * 8**2 + 64 * 100

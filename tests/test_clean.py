@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import icdctl as library
-from icdctl import caching, files
-from icdctl.caching import CACHES, KINDS
+from icdctl import cleanup, files
+from icdctl.cleanup import CACHES, KINDS
 
 DIGITS: dict[str, Any] = {"dataset": "digits100", "train_images": 250, "test_images": 50, "epochs": 1, "device": "cpu"}
 ANSWERS: dict[str, Any] = {"crop_padding": 4, "teacher_mode": "cache", "teacher_precision": "fp32"}
@@ -214,7 +214,7 @@ def test_processes_that_read_do_not_notice_what_is_deleted(photos: Path) -> None
     ]
     freed = 0
     while any(process.poll() is None for process in processes):
-        done = caching.clean(caching.chosen([], None, among=caching.entries()))
+        done = cleanup.clean(cleanup.chosen([], None, among=cleanup.entries()))
         assert done.failed == ()
         freed += len(done.freed)
         time.sleep(0.02)

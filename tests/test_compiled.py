@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_device_loop import Listener
 from test_engine import SMALL, history, weights
-from test_graph import Listener
 from test_together import planned, together
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import icdctl as library
-from icdctl import planning
-from icdctl.engine import compiled, graph, member
+from icdctl.api import planning
+from icdctl.engine import compiled, device_loop, student_run
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +97,9 @@ def test_the_ladder_is_gone_down_rung_by_rung(
         return step
 
     monkeypatch.setattr(compiled, "_BACKEND", "aot_eager")
-    for module in (member, graph):
+    for module in (student_run, device_loop):
         monkeypatch.setattr(module, "goes_by_position", lambda device: True)
-    monkeypatch.setattr(graph, "record", record)
+    monkeypatch.setattr(device_loop, "record", record)
     listener = Listener()
     result = library.distill(**given, compile=True, out=str(tmp_path / "ladder"), observer=listener)
     assert [said.split(",")[0] for said in listener.said] == [

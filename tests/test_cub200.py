@@ -29,13 +29,14 @@ from PIL import Image
 from test_download import add, partials, visible, wait_for
 from torchvision import transforms
 
-from icdctl import api, data, files, models, registry, targets, teachers
+from icdctl import api, data, files, models, registry, teachers
 from icdctl.data import Augmentation, ImageStore, cub200, release
 from icdctl.data.decode import decode_image
 from icdctl.data.release import Release
 from icdctl.errors import ArtifactError
+from icdctl.registry import trained
 from icdctl.registry.artifact import read_manifest
-from icdctl.teachers import fetch, published
+from icdctl.teachers import fetch, sources
 
 MEMBERS = cub_members()
 ARCHIVE = cub_archive(MEMBERS)
@@ -43,7 +44,7 @@ RELEASE = cub_release_of(MEMBERS, ARCHIVE)
 NAME = "CUB_200_2011.tgz"
 REAL, NUM_REAL = cub200.RELEASE, (cub200.NUM_TRAIN, cub200.NUM_TEST)
 KNOWN = list(REAL.member_md5)
-PUBLISHED = published.load_list()
+PUBLISHED = sources.load_list()
 CPU = torch.device("cpu")
 
 
@@ -532,11 +533,11 @@ def checkpoint(model: str = "res32x4", *, num_classes: int = 200, side: int = 22
     return buffer.getvalue()
 
 
-def small_teacher(monkeypatch: pytest.MonkeyPatch, *, top1: float) -> published.Published:
+def small_teacher(monkeypatch: pytest.MonkeyPatch, *, top1: float) -> sources.Published:
     """A published teacher that classifies 224 x 224 images in milliseconds."""
     known = next(row for row in PUBLISHED if row.name == "cub200/res32x4")
     teacher = known.model_copy(update={"model": "res8", "reference": "resnet8", "top1": top1})
-    monkeypatch.setattr(published, "load_list", lambda: (*PUBLISHED, teacher))
+    monkeypatch.setattr(sources, "load_list", lambda: (*PUBLISHED, teacher))
     return teacher
 
 
@@ -664,15 +665,15 @@ def test_weights_without_a_full_record_say_what_is_known_of_their_source(tmp_pat
     known = data.describe(data.request("cub200"))
     path = tmp_path / "t.pth"
     path.write_bytes(checkpoint("res8"))
-    found = targets.resolve(str(path), dataset=known)
+    found = trained.resolve(str(path), dataset=known)
     assert (found.model, found.source, found.licence) == ("res8", "a file without a record", None)
-    said = targets.metadata("res8", known)
+    said = known.weights_metadata("res8")
     for origin, source in (
         ({"url": "https://127.0.0.1/t.pth"}, "https://127.0.0.1/t.pth"),
         (None, "icdctl on `cub200`"),
     ):
         models.save_weights(tmp_path / "t.safetensors", found.load(), {**said, "origin": origin} if origin else said)
-        found_again = targets.resolve(str(tmp_path / "t.safetensors"))
+        found_again = trained.resolve(str(tmp_path / "t.safetensors"))
         assert found_again.source.endswith(source)
         assert found_again.licence is None
 
@@ -736,7 +737,7 @@ def test_whose_the_teachers_weights_are_goes_with_the_student(
     assert icdctl("fetch-teachers", "cub200/res8", "--from", path, "--accept-accuracy")[0] == 0
     given = ("distill", "--method", "sdd_kd", "--teacher", "res8", "--student", "res8", "--dataset", "cub200")
     code, out, err = icdctl(*given, "--val-split", "0.5", *TINY, "--out", "run")
-    place_target = targets.resolve(str(place))
+    place_target = trained.resolve(str(place))
     exported_teacher = api._facts(place_target)
     place.unlink()
     assert code == 0, err
@@ -777,7 +778,7 @@ def check_snippet(
     folder: Path, card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The program in the card names the class that icdctl names, from the very pixels that icdctl reads."""
-    found = targets.resolve("run")
+    found = trained.resolve("run")
     model = found.load()
     snippet = card.partition("```python\n")[2].partition("```")[0]
     program = compile(snippet, "card", "exec")

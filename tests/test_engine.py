@@ -18,11 +18,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import icdctl as library
-from icdctl import config, files, methods, models, planning, resolving, sources
+from icdctl import files, methods, models
+from icdctl.api import planning
+from icdctl.config import resolving, run, sources
 from icdctl.engine import run as engine
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
-from icdctl.engine.folder import lock_path
 from icdctl.engine.observer import SilentObserver
+from icdctl.engine.run_folder import lock_path
 from icdctl.engine.schedule import learning_rate
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 
@@ -312,7 +314,7 @@ def test_bf16_trains_too(tmp_path: Path) -> None:
     assert library.train(model="res8", **SMALL, precision="bf16", out=str(tmp_path / "run")).finished
 
 
-def configuration(**given: Any) -> config.RunConfig:
+def configuration(**given: Any) -> run.RunConfig:
     return resolving.make_config("train", sources.gather({"student": "res8", **given}))
 
 

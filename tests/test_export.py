@@ -25,8 +25,8 @@ from onnx import numpy_helper
 from PIL import Image
 from torch import Tensor, nn
 
-from icdctl import data, models, targets
-from icdctl.data import Description, Preprocessing
+from icdctl import data, models
+from icdctl.data import DatasetInfo, Preprocessing
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting import (
     Export,
@@ -39,7 +39,8 @@ from icdctl.exporting import (
     verify_file,
     verify_folder,
 )
-from icdctl.targets import Target
+from icdctl.registry import trained
+from icdctl.registry.trained import TrainedModel
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASS_NAMES = ("apple", "aquarium fish", 'a "quoted" one', "Bär", "bed", "bee", "6", "7", "8", "nine")
@@ -60,14 +61,14 @@ def one_thread() -> Iterator[None]:
 
 def make_target(
     folder: Path, name: str, *, dataset: str = "cifar100", preprocessing: Preprocessing = PREPROCESSING, seed: int = 3
-) -> Target:
+) -> TrainedModel:
     """A weights file whose batch norms are far from the identity, so that an error in folding them shows."""
     model = models.create(name, len(CLASS_NAMES), dataset=dataset)
     golden.fill(model, fill_seed=seed, gain=1.4)
     path = folder / f"{name}-{seed}.safetensors"
-    known = Description(dataset, CLASS_NAMES, preprocessing, source="", licence="")
-    models.save_weights(path, model, targets.metadata(name, known))
-    return targets.resolve(str(path))
+    known = DatasetInfo(dataset, CLASS_NAMES, preprocessing, source="", licence="")
+    models.save_weights(path, model, known.weights_metadata(name))
+    return trained.resolve(str(path))
 
 
 def random_images(count: int, size: tuple[int, int] = (32, 32)) -> Tensor:
@@ -75,19 +76,19 @@ def random_images(count: int, size: tuple[int, int] = (32, 32)) -> Tensor:
     return torch.randint(0, 256, (count, *size, 3), dtype=torch.uint8, generator=generator)
 
 
-def torch_logits(target: Target, images: Tensor) -> Tensor:
+def torch_logits(target: TrainedModel, images: Tensor) -> Tensor:
     with torch.no_grad():
         logits: Tensor = target.load()(target.preprocessing.normalise(images))
     return logits
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+def target(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
     return make_target(tmp_path_factory.mktemp("weights"), "res8")
 
 
 @pytest.fixture(scope="module")
-def exported(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Export:
+def exported(target: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """One real export that many tests read; none writes to it."""
     out = tmp_path_factory.mktemp("exports") / "res8"
     images = random_images(20)
@@ -119,7 +120,7 @@ def ready_graph(exported: Export, monkeypatch: pytest.MonkeyPatch) -> bytes:
 # What is exported
 
 
-def check_export(target: Target, out: Path, **options: Any) -> None:
+def check_export(target: TrainedModel, out: Path, **options: Any) -> None:
     done = export_onnx(target, out, **options)
     assert done.report.passed
     statuses = {check.name: check.status for check in done.report.checks}
@@ -171,12 +172,12 @@ def test_the_variants_for_large_images_are_verified(name: str, tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("opset", graph.OPSETS)
-def test_every_opset_is_verified(opset: int, target: Target, tmp_path: Path) -> None:
+def test_every_opset_is_verified(opset: int, target: TrainedModel, tmp_path: Path) -> None:
     check_export(target, tmp_path / "out", opset=opset)
     assert read_onnx(tmp_path / "out" / "model.onnx").opset == opset
 
 
-def test_both_kinds_of_input_give_the_same_logits(exported: Export, target: Target, tmp_path: Path) -> None:
+def test_both_kinds_of_input_give_the_same_logits(exported: Export, target: TrainedModel, tmp_path: Path) -> None:
     done = export_onnx(target, tmp_path / "float", input_kind="float")
 
     images = random_images(16)
@@ -201,7 +202,7 @@ def test_the_interface_is_what_the_contract_says(exported: Export) -> None:
     assert read_onnx(exported.model_file).description == exported.description
 
 
-def test_the_folder_tells_the_whole_story(exported: Export, target: Target) -> None:
+def test_the_folder_tells_the_whole_story(exported: Export, target: TrainedModel) -> None:
     facts = json.loads((exported.folder / "model.json").read_text())
     verification = json.loads((exported.folder / "verify.json").read_text())
     card = (exported.folder / "README.md").read_text()
@@ -218,17 +219,19 @@ def test_the_folder_tells_the_whole_story(exported: Export, target: Target) -> N
     assert json.loads(json.dumps(exported.as_json()))["verification"]["passed"] is True
 
 
-def test_nothing_of_this_machine_is_in_the_folder(exported: Export, target: Target) -> None:
+def test_nothing_of_this_machine_is_in_the_folder(exported: Export, target: TrainedModel) -> None:
     for path in exported.folder.iterdir():
         content = path.read_bytes()
         for trace in (str(ROOT), str(target.path.parent), str(Path.home()) + "/", "somebody", ".py", sys.prefix):
             assert trace.encode() not in content, f"{trace} in {path.name}"
 
 
-def test_equal_weights_give_equal_bytes_in_every_process(exported: Export, target: Target, tmp_path: Path) -> None:
+def test_equal_weights_give_equal_bytes_in_every_process(
+    exported: Export, target: TrainedModel, tmp_path: Path
+) -> None:
     program = (
         "import sys; from pathlib import Path; from icdctl import targets; from icdctl.exporting import export_onnx\n"
-        "done = export_onnx(targets.resolve(sys.argv[1]), Path(sys.argv[2]), facts={'variant': {'gamma': 8}})\n"
+        "done = export_onnx(trained.resolve(sys.argv[1]), Path(sys.argv[2]), facts={'variant': {'gamma': 8}})\n"
         "print(done.sha256)"
     )
     runs = []
@@ -243,7 +246,7 @@ def test_equal_weights_give_equal_bytes_in_every_process(exported: Export, targe
     assert hashes == [[exported.sha256]] * 2
 
 
-def run_snippet(folder: Path, target: Target) -> None:
+def run_snippet(folder: Path, target: TrainedModel) -> None:
     code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     assert len(code) == 1
     pixels = random_images(1)
@@ -262,7 +265,7 @@ def run_snippet(folder: Path, target: Target) -> None:
     assert done.stdout.strip() == CLASS_NAMES[int(torch_logits(target, pixels).argmax())]
 
 
-def test_the_snippet_of_the_card_runs_without_torch(copied: Path, target: Target) -> None:
+def test_the_snippet_of_the_card_runs_without_torch(copied: Path, target: TrainedModel) -> None:
     run_snippet(copied, target)
 
 
@@ -376,7 +379,7 @@ def mutated(content: bytes, mutate: Mutation) -> bytes:
     return bytes(changed)
 
 
-def assert_refused_and_nothing_left(target: Target, folder: Path, reason: str) -> None:
+def assert_refused_and_nothing_left(target: TrainedModel, folder: Path, reason: str) -> None:
     folder.mkdir(exist_ok=True)
     with pytest.raises(ArtifactError, match="nothing was written") as caught:
         export_onnx(target, folder / "out")
@@ -386,7 +389,7 @@ def assert_refused_and_nothing_left(target: Target, folder: Path, reason: str) -
 
 @pytest.mark.parametrize("name", GRAPH_MUTATIONS)
 def test_a_damaged_graph_is_refused(
-    name: str, target: Target, ready_graph: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, target: TrainedModel, ready_graph: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mutate, reason = GRAPH_MUTATIONS[name]
     monkeypatch.setattr(graph, "graph_bytes", lambda *_, **__: mutated(ready_graph, mutate))
@@ -402,7 +405,7 @@ def train_mode(module: nn.Module) -> None:
 
 
 def test_a_module_exported_in_train_mode_is_refused(
-    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     intact = graph._traced
 
@@ -416,7 +419,7 @@ def test_a_module_exported_in_train_mode_is_refused(
 
 
 def test_batch_norms_folded_with_another_epsilon_are_refused(
-    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def folded(model: nn.Module) -> nn.Module:
         for part in model.modules():
@@ -430,7 +433,7 @@ def test_batch_norms_folded_with_another_epsilon_are_refused(
 
 
 def test_a_failed_export_leaves_the_older_one(
-    target: Target, copied: Path, ready_graph: bytes, monkeypatch: pytest.MonkeyPatch
+    target: TrainedModel, copied: Path, ready_graph: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "graph_bytes", lambda *_, **__: mutated(ready_graph, no_division_by_255))
 
@@ -443,7 +446,9 @@ def test_a_failed_export_leaves_the_older_one(
 # Where it is written
 
 
-def test_an_existing_folder_is_refused_and_replaced_on_demand(target: Target, copied: Path, ready_graph: bytes) -> None:
+def test_an_existing_folder_is_refused_and_replaced_on_demand(
+    target: TrainedModel, copied: Path, ready_graph: bytes
+) -> None:
     card = (copied / "README.md").read_text()
     with pytest.raises(ArtifactError, match="exists already"):
         export_onnx(target, copied)
@@ -455,7 +460,7 @@ def test_an_existing_folder_is_refused_and_replaced_on_demand(target: Target, co
     assert list(copied.parent.iterdir()) == [copied]
 
 
-def test_a_folder_that_is_no_export_is_never_replaced(target: Target, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_export_is_never_replaced(target: TrainedModel, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
 
     with pytest.raises(ArtifactError, match="not an export folder"):
@@ -464,7 +469,7 @@ def test_a_folder_that_is_no_export_is_never_replaced(target: Target, tmp_path: 
 
 
 def test_the_older_export_comes_back_where_the_rename_fails(
-    target: Target, copied: Path, ready_graph: bytes, monkeypatch: pytest.MonkeyPatch
+    target: TrainedModel, copied: Path, ready_graph: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rename = Path.replace
 
@@ -482,7 +487,7 @@ def test_the_older_export_comes_back_where_the_rename_fails(
 
 
 def test_a_place_that_cannot_be_written_is_named_before_the_work(
-    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.delattr(graph, "graph_bytes")
@@ -491,7 +496,7 @@ def test_a_place_that_cannot_be_written_is_named_before_the_work(
         export_onnx(target, tmp_path / "file" / "out")
 
 
-def test_wrong_options_are_named(target: Target, tmp_path: Path) -> None:
+def test_wrong_options_are_named(target: TrainedModel, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="opset 17"):
         export_onnx(target, out, opset=17)
@@ -505,7 +510,7 @@ def test_wrong_options_are_named(target: Target, tmp_path: Path) -> None:
 # Looking again
 
 
-def test_a_folder_is_verified_with_and_without_its_weights(exported: Export, target: Target) -> None:
+def test_a_folder_is_verified_with_and_without_its_weights(exported: Export, target: TrainedModel) -> None:
     alone = verify_folder(exported.folder)
     against = verify_folder(exported.folder, target, images=random_images(20))
     bare = verify_file(exported.model_file)

@@ -13,19 +13,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import CommandLine
+from test_device_loop import OPTIMIZERS, Listener
 from test_engine import SMALL, Stop, history, weights
 from test_golden import CASES, TRAJECTORIES, check_loss, check_trajectory
-from test_graph import OPTIMIZERS, Listener
 from test_together import planned, together
 
 import icdctl as library
-from icdctl import data, targets
+from icdctl import data
 from icdctl.data import ImageStore
-from icdctl.engine import graph
+from icdctl.engine import device_loop
 from icdctl.engine import run as engine
 from icdctl.engine.device import backend_settings
 from icdctl.engine.precision import _agree
 from icdctl.engine.teacher import InlineTeacher
+from icdctl.registry import trained
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,7 +60,7 @@ def plain_afterwards(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def refuse(*arguments: Any) -> None:
             raise RuntimeError("not now")
 
-        monkeypatch.setattr(graph, "record", refuse)
+        monkeypatch.setattr(device_loop, "record", refuse)
 
     return switch
 
@@ -68,9 +69,9 @@ def plain_afterwards(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 def strict_about_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Steps that are already captured must not make the host wait; how many were watched is told."""
     watched: list[int] = []
-    plain = graph.Loop.step
+    plain = device_loop.Loop.step
 
-    def step(loop: graph.Loop, index: int, students: Any, size: int) -> None:
+    def step(loop: device_loop.Loop, index: int, students: Any, size: int) -> None:
         captured = (tuple(id(student) for student in students), size) in loop._steps
         torch.cuda.set_sync_debug_mode("error" if captured else "default")
         try:
@@ -80,7 +81,7 @@ def strict_about_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]
         if captured:
             watched.append(index)
 
-    monkeypatch.setattr(graph.Loop, "step", step)
+    monkeypatch.setattr(device_loop.Loop, "step", step)
     yield watched
     torch.cuda.set_sync_debug_mode("default")
 
@@ -189,7 +190,7 @@ def test_a_run_on_the_gpu_is_near_the_one_on_the_cpu(taught: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_teacher_in_half_precision_agrees(taught: Path, precision: Any) -> None:
-    model = targets.resolve(str(taught)).load()
+    model = trained.resolve(str(taught)).load()
     dataset = data.load(data.request("digits100", train_images=256, test_images=2))
     store = ImageStore(dataset.train_images, dataset.preprocessing, data.Augmentation(), device=CUDA)
     images = store.inputs(store.epoch(seed=0, epoch=1).to(CUDA))

@@ -31,7 +31,7 @@ from grid_support import (
 )
 
 import icdctl as library
-from icdctl import planning
+from icdctl.api import planning
 from icdctl.errors import IcdctlError, UsageError
 from icdctl.files import write_bytes
 from icdctl.grid import execute

@@ -21,7 +21,8 @@ from PIL import Image
 from test_data import write_cifar
 
 import icdctl as library
-from icdctl import data, models, planning
+from icdctl import data, models
+from icdctl.api import planning
 from icdctl.data import UNLABELED
 from icdctl.data.decode import decode_image
 from icdctl.errors import ArtifactError, UsageError

@@ -10,8 +10,8 @@ import pytest
 from conftest import CommandLine
 
 import icdctl as library
+from icdctl.config.expand import expand, parse_seeds
 from icdctl.errors import UsageError
-from icdctl.lists import expand, parse_seeds
 
 TINY = ("--dataset", "digits100", "--train-images", "100", "--test-images", "50", "--epochs", "1")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import icdctl as library
 from icdctl import data, models
 from icdctl.errors import UsageError
-from icdctl.targets import OwnModuleError
+from icdctl.registry.trained import OwnModuleError
 
 SMALL: dict[str, Any] = {"dataset": "digits100", "train_images": 200, "test_images": 100, "epochs": 1, "device": "cpu"}
 

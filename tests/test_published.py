@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from science_support import SCIENCE, script
 
-from icdctl import methods, models, recipes
+from icdctl import methods, models
+from icdctl.config import recipes
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.science import paper, published
 

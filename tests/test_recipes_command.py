@@ -11,15 +11,15 @@ import pytest
 import yaml
 from conftest import CommandLine
 
-from icdctl.config import RunConfig
-from icdctl.cookbook import catalogue, describe, pipeline
-from icdctl.cookbook.pipeline import Form
+from icdctl.config.recipes import RECIPES
+from icdctl.config.run import RunConfig
 from icdctl.errors import UsageError
 from icdctl.grid.cells import read_grid
 from icdctl.grid.params import write_entries
 from icdctl.methods import METHODS
-from icdctl.recipes import RECIPES
-from icdctl.reproducing import grid_cell, name_of
+from icdctl.papers import catalogue, describe, pipeline
+from icdctl.papers.pipeline import Form
+from icdctl.papers.reproduce import grid_cell, name_of
 from icdctl.science import paper, tables
 from icdctl.science.published import Reference
 

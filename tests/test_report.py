@@ -21,12 +21,12 @@ from icdctl import api, evaluation
 from icdctl.engine.observer import SilentObserver
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.evaluation import Evaluation
-from icdctl.reporting import Wishes, build_report, figures, measure, pictures, tables
-from icdctl.reporting.asking import Asked
+from icdctl.papers.reproduce import grid_cell, name_of
+from icdctl.reporting import Wishes, build_report, figures, numbers, pictures, tables
+from icdctl.reporting.collect import Group, gather
 from icdctl.reporting.drawing import Picture, drawing, finish
-from icdctl.reporting.gather import Group, gather
 from icdctl.reporting.page import Page, Section, Table, render_markdown, render_page
-from icdctl.reproducing import grid_cell, name_of
+from icdctl.reporting.questions import Asked
 from icdctl.science import tables as papers
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -532,14 +532,14 @@ def test_reliability_by_hand() -> None:
 
 def test_correlation_and_gram_by_hand() -> None:
     logits = torch.tensor([[1.0, 2.0, 5.0], [2.0, 4.0, 5.0], [3.0, 0.0, 5.0]])
-    matrix = measure.correlation(logits)
+    matrix = numbers.correlation(logits)
     assert matrix[0, 1] == pytest.approx(-0.5)  # (-1 x 0 + 0 x 2 + 1 x -2) / (sqrt 2 x sqrt 8)
     assert matrix[0, 0] == pytest.approx(1.0)
     assert matrix[2].tolist() == [0.0, 0.0, 0.0]  # never changes
     cells = torch.zeros(2, 4, 4)
     cells[0, :2], cells[1, 2:] = 3.0, 4.0  # the upper half is of one class, the lower of the other
-    assert measure.gram_of(cells, 2) == pytest.approx(np.kron(np.eye(2), np.ones((2, 2))))
-    assert measure.gram_of(cells, 4).shape == (16, 16)
+    assert numbers.gram_of(cells, 2) == pytest.approx(np.kron(np.eye(2), np.ones((2, 2))))
+    assert numbers.gram_of(cells, 4).shape == (16, 16)
 
 
 def test_as_many_styles_as_points() -> None:
@@ -574,7 +574,7 @@ def test_the_frontier_is_what_nothing_cheaper_beats() -> None:
 
 def test_few_and_equal_features_still_make_a_map() -> None:
     features = torch.ones(6, 4)
-    placed = measure.feature_map(features)
+    placed = numbers.feature_map(features)
     assert placed.shape == (6, 2)
     assert np.isfinite(placed).all()
     made = figures.feature_maps(
@@ -585,12 +585,12 @@ def test_few_and_equal_features_still_make_a_map() -> None:
 
 def test_chosen_images_are_the_same_every_time() -> None:
     labels = torch.arange(200) % 20
-    first, second = (measure.choose_images(labels, num_shown=4) for _ in range(2))
+    first, second = (numbers.choose_images(labels, num_shown=4) for _ in range(2))
     assert first.shown.tolist() == second.shown.tolist()
     assert len({int(labels[number]) for number in first.shown}) == 4
     assert {int(labels[number]) for number in first.mapped} == set(first.classes)
     with pytest.raises(UsageError, match="no test image -1"):
-        measure.choose_images(labels, num_shown=4, shown=[-1])
+        numbers.choose_images(labels, num_shown=4, shown=[-1])
 
 
 def test_a_figure_is_the_same_whatever_the_users_style(tmp_path: Path) -> None:

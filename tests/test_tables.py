@@ -7,8 +7,9 @@ from statistics import mean, stdev
 
 import pytest
 
-from icdctl import data, methods, models, recipes
-from icdctl.config import RunConfig
+from icdctl import data, methods, models
+from icdctl.config import recipes
+from icdctl.config.run import RunConfig
 from icdctl.errors import UsageError
 from icdctl.methods import METHODS
 from icdctl.science import published, tables

@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 from test_engine import SMALL, history, weights
 
 import icdctl as library
-from icdctl import api, data, files, models, planning, targets
-from icdctl.config import RunConfig
+from icdctl import api, data, files, models
+from icdctl.api import planning
+from icdctl.config.run import RunConfig
 from icdctl.data import Augmentation, ImageStore
-from icdctl.engine import answers, precision
+from icdctl.engine import precision, teacher_cache
 from icdctl.engine.run import Failure, run_together
 from icdctl.engine.teacher import InlineTeacher
 from icdctl.errors import IcdctlError, UsageError
+from icdctl.registry import trained
 
 CPU = torch.device("cpu")
 
@@ -45,7 +47,7 @@ def planned(teacher: Path, out: Path, **changes: Any) -> RunConfig:
 
 def together(configs: list[RunConfig], teacher: Path, **options: Any) -> list[Any]:
     dataset = data.load(configs[0].images)
-    return run_together(configs, dataset, teacher=targets.resolve(str(teacher)).load(), **options)
+    return run_together(configs, dataset, teacher=trained.resolve(str(teacher)).load(), **options)
 
 
 @pytest.mark.parametrize("mode", ["inline", "ahead", "cache"])
@@ -199,16 +201,16 @@ def test_every_view_has_a_number(tmp_path: Path) -> None:
         uncounted.numbered(torch.arange(2))
 
 
-def asked(store: ImageStore, dataset: data.Dataset, **changes: Any) -> tuple[answers.Demand, answers.Table]:
+def asked(store: ImageStore, dataset: data.Dataset, **changes: Any) -> tuple[teacher_cache.Demand, teacher_cache.Table]:
     facts = {"num_streams": 1, "num_images": 10**6, "needs_cells": True, "num_classes": 100, "deterministic": True}
-    demand = answers.Demand(**{**facts, **changes})
-    table = answers.plan_table(store, demand, dataset, teacher_sha256="a" * 64, precision="fp32")
+    demand = teacher_cache.Demand(**{**facts, **changes})
+    table = teacher_cache.plan_table(store, demand, dataset, teacher_sha256="a" * 64, precision="fp32")
     assert table is not None
     return demand, table
 
 
 def test_a_table_of_answers_is_kept_checked_and_made_anew_where_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "_KEPT_FROM_VIEWS", 1)
+    monkeypatch.setattr(teacher_cache, "_KEPT_FROM_VIEWS", 1)
     store, dataset = store_of(12, Augmentation(crop_padding=1))
     demand, table = asked(store, dataset)
     torch.manual_seed(0)
@@ -218,9 +220,9 @@ def test_a_table_of_answers_is_kept_checked_and_made_anew_where_it_is_wrong(monk
 
     def make(teacher: InlineTeacher) -> Any:
         told.clear()
-        mode = answers.choose_mode("auto", table, demand, CPU)
+        mode = teacher_cache.choose_mode("auto", table, demand, CPU)
         assert mode == "cache"
-        return answers.make_teacher(
+        return teacher_cache.make_teacher(
             mode,
             teacher,
             store,
@@ -252,20 +254,20 @@ def test_a_table_of_answers_is_kept_checked_and_made_anew_where_it_is_wrong(monk
 def test_the_mode_is_the_one_that_is_less_work_and_has_room() -> None:
     store, dataset = store_of(12, Augmentation(crop_padding=1))
     demand, table = asked(store, dataset, num_images=100)
-    assert answers.choose_mode("auto", table, demand, CPU) == "inline"  # 108 views for 100 questions
+    assert teacher_cache.choose_mode("auto", table, demand, CPU) == "inline"  # 108 views for 100 questions
     demand, table = asked(store, dataset, num_images=200)
-    assert answers.choose_mode("auto", table, demand, CPU) == "cache"
-    huge = answers.Table(10**9, torch.float16, 10**16, None)
-    assert answers.choose_mode("auto", huge, answers.Demand(1, 10**12, True, 100, False), CPU) == "inline"
+    assert teacher_cache.choose_mode("auto", table, demand, CPU) == "cache"
+    huge = teacher_cache.Table(10**9, torch.float16, 10**16, None)
+    assert teacher_cache.choose_mode("auto", huge, teacher_cache.Demand(1, 10**12, True, 100, False), CPU) == "inline"
     with pytest.raises(UsageError, match=r"needs 10000000\.0 GB"):
-        answers.choose_mode("cache", huge, demand, CPU)
+        teacher_cache.choose_mode("cache", huge, demand, CPU)
     large = asked(store_of(4000, Augmentation(crop_padding=4, flip=True))[0], dataset, deterministic=False)[1]
     assert (large.num_views, large.dtype) == (648_000, torch.float16)
     assert large.num_bytes == 648_000 * 100 * 17 * 2
 
 
 def test_half_precision_is_chosen_where_it_pays_and_agrees(teacher: Path) -> None:
-    model = targets.resolve(str(teacher)).load()
+    model = trained.resolve(str(teacher)).load()
     store, _ = store_of(256, Augmentation())
 
     def chosen(wanted: str, num_images: int, *, deterministic: bool = False) -> str:

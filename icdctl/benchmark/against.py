@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from icdctl import files, methods, models
-from icdctl.benchmark import measure
+from icdctl.benchmark import clocks
 from icdctl.benchmark.child import Ask, reference_process
 from icdctl.benchmark.gate import largest_differences
 from icdctl.benchmark.workload import (
@@ -36,7 +36,7 @@ from icdctl.benchmark.workload import (
     fresh_model,
     random_dataset,
 )
-from icdctl.config import RunConfig
+from icdctl.config.run import RunConfig
 from icdctl.data import Dataset
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
 from icdctl.engine.environment import git_state
@@ -135,8 +135,8 @@ def compare(
     device = resolve_device(plan.device)
     precision = resolve_precision(build_config(_with_method(plan, PREFERRED[0]), pairs[0]).precision, device)
     found: dict[str, Any] = {}
-    with measure.threads(plan.threads):
-        described = {**measure.describe(device, precision), "threads": plan.threads}
+    with clocks.threads(plan.threads):
+        described = {**clocks.describe(device, precision), "threads": plan.threads}
         if device.type == "cuda":
             described["clock"] = _WALL  # two processes have no event in common
         stand_ins: list[str] = []
@@ -145,11 +145,11 @@ def compare(
             ways = {name: _variant(name, device) for name in variants}
             comparison = _Comparison(plan, pair, checkout, device, precision, ways, tell)
             found[pair.label], stand_ins = comparison.run(pace.rounds, share)
-    described["load_after"] = measure.load()
+    described["load_after"] = clocks.load()
     state = git_state(checkout) if (checkout / ".git").exists() else None
     return {
         "device": described,
-        "versions": measure.versions(),
+        "versions": clocks.package_versions(),
         "reference": {"git": state, "sha256": _sha256(checkout / "mdistiller"), "stand_ins": stand_ins},
         "pairs": found,
     }
@@ -264,7 +264,7 @@ class _Comparison:
         # Workers are processes of their own, whose CPU seconds are not on the clock of the one that trains.
         on_cpu = self.device.type == "cpu" and not variant.workers
         summary = _summary([(block[name], block[_OURS]) for block in blocks], batch_size, on_cpu=on_cpu)
-        clock = measure.clock_name(self.device) if on_cpu else _WALL
+        clock = clocks.clock_name(self.device) if on_cpu else _WALL
         return {"workers": variant.workers, "autocast": variant.autocast, "clock": clock, **summary}
 
     def _say(self, what: str) -> None:
@@ -329,7 +329,7 @@ class _Comparison:
             wall, own = time.perf_counter(), time.process_time()
             for _ in range(count):
                 step()
-            measure.synchronize(self.device)
+            clocks.synchronize(self.device)
             return {
                 "cpu_seconds": (time.process_time() - own) / count,
                 "wall_seconds": (time.perf_counter() - wall) / count,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icdctl.benchmark import measure
+from icdctl.benchmark import clocks
 
 _MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
@@ -64,7 +64,7 @@ def _matmul(device: torch.device, kind: str, seconds: float, seed: int) -> float
     right = torch.randn((side, side), generator=generator, device=device).to(dtype)
     out = torch.empty_like(left)
     with _tf32_matmul(kind == "tf32"):
-        spent = measure.repeat(lambda: torch.mm(left, right, out=out), seconds=seconds, device=device)
+        spent = clocks.repeat(lambda: torch.mm(left, right, out=out), seconds=seconds, device=device)
     return 2.0 * side**3 / spent
 
 
@@ -80,7 +80,7 @@ def _convolution(device: torch.device, kind: str, seconds: float, seed: int) -> 
 
     maps, kernels = draw(images, channels, side, side), draw(channels, channels, 3, 3)
     with torch.no_grad():
-        spent = measure.repeat(lambda: F.conv2d(maps, kernels, padding=1), seconds=seconds, device=device)
+        spent = clocks.repeat(lambda: F.conv2d(maps, kernels, padding=1), seconds=seconds, device=device)
     return 2.0 * 9 * images * side * side * channels * channels / spent
 
 
@@ -90,7 +90,7 @@ def _copy(device: torch.device, seconds: float, seed: int) -> float:
     generator = torch.Generator(device).manual_seed(seed)
     source = torch.randint(0, 256, (size,), generator=generator, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return 2.0 * size / measure.repeat(lambda: target.copy_(source), seconds=seconds, device=device)
+    return 2.0 * size / clocks.repeat(lambda: target.copy_(source), seconds=seconds, device=device)
 
 
 def _launches(device: torch.device) -> dict[str, float]:
@@ -110,7 +110,7 @@ def _launches(device: torch.device) -> dict[str, float]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         launch_all()
-    spent = measure.repeat(graph.replay, seconds=1.0, device=device)
+    spent = clocks.repeat(graph.replay, seconds=1.0, device=device)
     return {"eager_launch_us": 1e6 * eager / _NUM_LAUNCHES, "graph_node_us": 1e6 * spent / _NUM_LAUNCHES}
 
 

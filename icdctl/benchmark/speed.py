@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from icdctl.benchmark import ceilings as ceiling
-from icdctl.benchmark import measure, work
-from icdctl.benchmark.measure import PhaseClock
+from icdctl.benchmark import clocks, operations
+from icdctl.benchmark.clocks import PhaseClock
 from icdctl.benchmark.workload import (
     EPOCH,
     Pair,
@@ -34,8 +34,8 @@ from icdctl.benchmark.workload import (
 )
 from icdctl.data import Views
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
+from icdctl.engine.device_loop import Loop
 from icdctl.engine.feed import Feed
-from icdctl.engine.graph import Loop
 from icdctl.engine.step import TrainingStep
 from icdctl.engine.teacher import Answer, Answers, AnswersByPosition, Teacher
 
@@ -74,8 +74,8 @@ def measure_pairs(plan: Plan, pairs: list[Pair], *, seconds: float, tell: Tell) 
     configs = [build_config(replace(plan, method=plan.method or _METHOD), pair) for pair in pairs]
     device = resolve_device(plan.device)
     precision = resolve_precision(configs[0].precision, device)
-    with measure.threads(plan.threads), backend_settings(device, precision, deterministic=False):
-        described = measure.describe(device, precision)
+    with clocks.threads(plan.threads), backend_settings(device, precision, deterministic=False):
+        described = clocks.describe(device, precision)
         tell("measuring the device: matmul, copy")
         each = min(_LONGEST_CEILING, _CEILING_SHARE * seconds)
         kinds = (ceiling.teacher_kind(precision, teacher_precision(configs[0])), precision)
@@ -99,8 +99,8 @@ def measure_pairs(plan: Plan, pairs: list[Pair], *, seconds: float, tell: Tell) 
                 message=partial(_tell_of, pair, tell),
             )
             found[pair.label] = _measure(session, pair, rates, seconds=seconds, tell=tell)
-    described["load_after"] = measure.load()
-    return {"device": described, "versions": measure.versions(), "ceilings": rates, "pairs": found}
+    described["load_after"] = clocks.load()
+    return {"device": described, "versions": clocks.package_versions(), "ceilings": rates, "pairs": found}
 
 
 def _tell_of(pair: Pair, tell: Tell, text: str) -> None:
@@ -116,14 +116,14 @@ def _measure(session: Session, pair: Pair, rates: Mapping[str, float], *, second
     step = Stepper(session)
     first_step = _wall_seconds(step, device)
     tell(f"{pair.label}: timing steps for {seconds:g} s, after {_WARMUP_SHARE * seconds:g} s of warm-up")
-    measure.time_steps(step, seconds=_WARMUP_SHARE * seconds, device=device)
-    timing = measure.time_steps(step, seconds=seconds, device=device)
+    clocks.time_steps(step, seconds=_WARMUP_SHARE * seconds, device=device)
+    timing = clocks.time_steps(step, seconds=seconds, device=device)
     step.check_finite()
     memory = _peak_memory(device)
     tell(f"{pair.label}: what comes between epochs, parts of a step, work")
     between = {
-        "start_seconds": measure.repeat(step.start_epoch, seconds=0.0, device=device),
-        "evaluation_seconds": measure.repeat(session.evaluate, seconds=0.0, device=device, fewest=1),
+        "start_seconds": clocks.repeat(step.start_epoch, seconds=0.0, device=device),
+        "evaluation_seconds": clocks.repeat(session.evaluate, seconds=0.0, device=device, fewest=1),
         "checkpoint_seconds": _checkpoint_seconds(session),
     }
     syncs = _count_syncs(step) if is_cuda else None
@@ -131,7 +131,7 @@ def _measure(session: Session, pair: Pair, rates: Mapping[str, float], *, second
     is_captured = step.captures
     split_seconds = _SPLIT_SHARE * seconds
     split = _split_graph(session, split_seconds) if is_captured else _split(session, seconds=split_seconds)
-    step_ms = measure.percentile(timing.step_ms, 50)
+    step_ms = clocks.percentile(timing.step_ms, 50)
     counted = _count(session)
     return {
         "teacher": pair.teacher,
@@ -148,7 +148,7 @@ def _measure(session: Session, pair: Pair, rates: Mapping[str, float], *, second
         "step_ms": _percentiles(timing.step_ms),
         "wall_step_ms": _percentiles(timing.wall_ms),
         "images_per_second": 1e3 * config.batch_size / step_ms,
-        "wall_images_per_second": 1e3 * config.batch_size / measure.percentile(timing.wall_ms, 50),
+        "wall_images_per_second": 1e3 * config.batch_size / clocks.percentile(timing.wall_ms, 50),
         "evaluation": {"images": len(session.place.watched_images), "seconds": between["evaluation_seconds"]},
         "extrapolated": _extrapolate(session, step_ms, between),
         "split_ms": split,
@@ -160,14 +160,14 @@ def _measure(session: Session, pair: Pair, rates: Mapping[str, float], *, second
 
 
 def _percentiles(times: tuple[float, ...]) -> dict[str, float]:
-    return {f"p{share}": measure.percentile(times, share) for share in (50, 90, 99)}
+    return {f"p{share}": clocks.percentile(times, share) for share in (50, 90, 99)}
 
 
 def _wall_seconds(step: Callable[[], None], device: torch.device) -> float:
     """Of the first step, in which libraries choose their algorithms and graphs are captured."""
     before = time.perf_counter()
     step()
-    measure.synchronize(device)
+    clocks.synchronize(device)
     return time.perf_counter() - before
 
 
@@ -249,7 +249,7 @@ def _split(session: Session, *, seconds: float) -> dict[str, float]:
 
     take()
     clock.clear()
-    measure.time_steps(take, seconds=seconds, device=place.device)
+    clocks.time_steps(take, seconds=seconds, device=place.device)
     return clock.medians_ms()
 
 
@@ -326,7 +326,7 @@ def _split_graph(session: Session, seconds: float) -> dict[str, float]:
             loop.step(index, [beginning], place.batch_size)
 
         take()
-        timing = measure.time_steps(take, seconds=seconds / (len(_PARTS) + 1), device=place.device)
+        timing = clocks.time_steps(take, seconds=seconds / (len(_PARTS) + 1), device=place.device)
         # A mean, for a teacher that runs ahead is asked in few of the steps.
         return statistics.fmean(timing.step_ms)
 
@@ -335,15 +335,15 @@ def _split_graph(session: Session, seconds: float) -> dict[str, float]:
     return {_PARTS[0]: lengths[0], "teacher": spent(0, session.teacher) - lengths[0], **parts}
 
 
-def _count(session: Session) -> work.Work:
+def _count(session: Session) -> operations.Work:
     views, _ = session.start_epoch(EPOCH)
     images = session.place.store.inputs(session.part(views, 0))
     member = session.member
     ask = None if session.teacher_mode == "cache" else lambda: session.inline(images)
-    return work.count(ask, lambda: member.step.forward(images), member.student)
+    return operations.count(ask, lambda: member.step.forward(images), member.student)
 
 
-def _shares(counted: work.Work, session: Session, rates: Mapping[str, float], step_ms: float) -> dict[str, float]:
+def _shares(counted: operations.Work, session: Session, rates: Mapping[str, float], step_ms: float) -> dict[str, float]:
     """The counted work, and how much of a step it would fill at the measured ceilings."""
     precision = session.place.precision
     kind_of_teacher = ceiling.teacher_kind(precision, session.inline.precision)
@@ -403,10 +403,10 @@ def _count_kernels(step: Stepper) -> float | None:
     device = step.session.place.device
     step.start_epoch()
     step()
-    measure.synchronize(device)
+    clocks.synchronize(device)
     with torch.profiler.profile(acc_events=True) as profile:  # without it, torch before 2.15 has a remark to make
         for _ in range(_KERNEL_STEPS):
             step()
-        measure.synchronize(device)
+        clocks.synchronize(device)
     seen = sum(event.device_type.name == "CUDA" for event in profile.events() or [])
     return seen / _KERNEL_STEPS if seen else None

@@ -11,18 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from icdctl import data, methods, models, resolving
-from icdctl.config import RunConfig
+from icdctl import data, methods, models
+from icdctl.config import resolving
+from icdctl.config.run import RunConfig
+from icdctl.config.sources import Options
 from icdctl.data import Dataset, Views
 from icdctl.engine.compiled import Compiler
-from icdctl.engine.graph import Loop
-from icdctl.engine.member import Member, make_place
+from icdctl.engine.device_loop import Loop
 from icdctl.engine.run import step_by_position
+from icdctl.engine.student_run import Member, make_place
 from icdctl.engine.teacher import AheadTeacher, Answers, CachedTeacher, InlineTeacher, Teacher, TeacherPrecision
 from icdctl.errors import IcdctlError, UsageError
 from icdctl.evaluation import Evaluation
 from icdctl.models import Classifier
-from icdctl.sources import Options
 
 DATASET = "cifar100"
 NUM_CLASSES = 100

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from icdctl import console
-from icdctl.commands import options
+from icdctl.commands import console, options
 from icdctl.errors import IcdctlError, UsageError
 
 _WHAT, _HOW = "What", "How long"

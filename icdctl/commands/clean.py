@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icdctl import console, files
-from icdctl.commands import options
+from icdctl import files
+from icdctl.commands import console, options
 from icdctl.errors import combine
 
 if TYPE_CHECKING:
-    from icdctl.caching import Entry
+    from icdctl.cleanup import Entry
 
 
 def clean(
@@ -43,17 +43,17 @@ def clean(
 
     Example: icdctl clean --older-than 30d
     """
-    from icdctl import caching
+    from icdctl import cleanup
 
     if listing:
-        _list(caching.chosen(kinds or list(caching.KINDS), older_than, among=caching.entries()), as_json=as_json)
+        _list(cleanup.chosen(kinds or list(cleanup.KINDS), older_than, among=cleanup.entries()), as_json=as_json)
         return
-    wanted = caching.chosen(kinds or [], older_than, among=caching.entries())
+    wanted = cleanup.chosen(kinds or [], older_than, among=cleanup.entries())
     if dry_run:
         in_use = tuple(entry for entry in wanted if entry.is_in_use())
-        done = caching.Cleaned(tuple(entry for entry in wanted if entry not in in_use), in_use, ())
+        done = cleanup.Cleaned(tuple(entry for entry in wanted if entry not in in_use), in_use, ())
     else:
-        done = caching.clean(wanted) if wanted else caching.Cleaned((), (), ())
+        done = cleanup.clean(wanted) if wanted else cleanup.Cleaned((), (), ())
     if as_json and not done.failed:
         console.show_json(
             {
@@ -75,7 +75,7 @@ def clean(
 
 
 def _list(found: Sequence[Entry], *, as_json: bool) -> None:
-    from icdctl import caching
+    from icdctl import cleanup
 
     held = {entry.name: entry.is_in_use() for entry in found}
     if as_json:
@@ -86,7 +86,7 @@ def _list(found: Sequence[Entry], *, as_json: bool) -> None:
         console.talk(f"nothing of that is kept in {files.state_folder()}")
         return
     _show(found, [name for name, is_held in held.items() if is_held])
-    could = _total(entry for entry in found if entry.kind in caching.CACHES and not held[entry.name])
+    could = _total(entry for entry in found if entry.kind in cleanup.CACHES and not held[entry.name])
     console.talk(
         f"{_size(_total(found))} in {files.state_folder()}; `icdctl clean` would free {_size(could)}, and leaves "
         "states of runs unless their `--kind` is named"

@@ -7,8 +7,8 @@ import shutil
 import tempfile
 from typing import Any
 
-from icdctl import console, files
-from icdctl.commands import options
+from icdctl import files
+from icdctl.commands import console, options
 from icdctl.errors import IcdctlError
 
 _LOW_DISK_BYTES = 2 * 10**9
@@ -38,13 +38,13 @@ def _check(status: str, what: str, found: str, hint: str = "") -> dict[str, Any]
 
 
 def _software() -> list[dict[str, Any]]:
-    from icdctl import installed
+    from icdctl import versions
     from icdctl.engine.environment import PACKAGES
 
     hint = "install what is missing: `pip install icdctl`"
     return [
         _check("ok" if version else "fail", name, version or "not installed", hint)
-        for name, version in installed.versions(PACKAGES).items()
+        for name, version in versions.versions(PACKAGES).items()
     ]
 
 
@@ -67,7 +67,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _folders() -> list[dict[str, Any]]:
-    from icdctl import caching
+    from icdctl import cleanup
 
     home = files.state_folder()
     found = [_check("ok", "project", str(files.project_root()))]
@@ -77,7 +77,7 @@ def _folders() -> list[dict[str, Any]]:
             pass
         free = shutil.disk_usage(nearest).free
         status = "ok" if free > _LOW_DISK_BYTES else "low"
-        kept = f"{caching.total_bytes() / 1e9:.1f} GB in caches and states of runs (`icdctl clean --list`)"
+        kept = f"{cleanup.total_bytes() / 1e9:.1f} GB in caches and states of runs (`icdctl clean --list`)"
         return [*found, _check(status, "state", f"{home}, {free / 1e9:.0f} GB free, {kept}")]
     except OSError as error:
         hint = "name a folder that you may write to with `ICDCTL_HOME`"

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from icdctl import console
-from icdctl.commands import options
+from icdctl.commands import console, options
 from icdctl.commands.training import observed
 
 

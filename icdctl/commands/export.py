@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from icdctl import console
-from icdctl.commands import options
+from icdctl.commands import console, options
 from icdctl.errors import UsageError
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from icdctl import console, files
-from icdctl.commands import options
+from icdctl import files
+from icdctl.commands import console, options
 from icdctl.errors import IcdctlError, UsageError, combine
 
 if TYPE_CHECKING:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from icdctl import console, files
-from icdctl.commands import many, options
+from icdctl import files
+from icdctl.commands import console, many, options
 from icdctl.commands.training import observed
 from icdctl.errors import ArtifactError
 
 if TYPE_CHECKING:
     from icdctl.grid.cells import Grid
-    from icdctl.grid.searched import SearchOutlook
+    from icdctl.grid.search_status import SearchOutlook
 
 app = typer.Typer(help="Train the cells of params.yaml with all their seeds.", no_args_is_help=True)
 
@@ -50,8 +50,8 @@ def plan(
 
     Example: icdctl grid plan --delta 0.3
     """
-    from icdctl.grid.outlook import missing_data, outlook
-    from icdctl.grid.searched import searches
+    from icdctl.grid.forecast import missing_data, outlook
+    from icdctl.grid.search_status import searches
     from icdctl.science.compare import power_of, seeds_needed
 
     grid = _grid(cells, seeds, sweep, data_dir=data_dir)
@@ -94,8 +94,8 @@ def status(cells: Cells = None, seeds: Seeds = None, sweep: Sweep = None, as_jso
 
     Example: icdctl grid status
     """
-    from icdctl.grid.outlook import outlook
-    from icdctl.grid.searched import searches
+    from icdctl.grid.forecast import outlook
+    from icdctl.grid.search_status import searches
 
     grid = _grid(cells, seeds, sweep)
     rows, searched = outlook(grid), searches(grid)

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from icdctl import console
-from icdctl.commands import options
+from icdctl.commands import console, options
 from icdctl.errors import unknown_name
 
 if TYPE_CHECKING:
-    from icdctl.recipes import Recipe
+    from icdctl.config.recipes import Recipe
 
 
 class What(StrEnum):
@@ -111,7 +110,7 @@ def _datasets() -> list[dict[str, Any]]:
 
 def recipe_rows() -> list[dict[str, Any]]:
     """The training recipes; `icdctl recipes list` shows the papers' cells behind them."""
-    from icdctl.recipes import RECIPES
+    from icdctl.config.recipes import RECIPES
 
     return [
         {

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icdctl import console, files
+from icdctl import files
+from icdctl.commands import console
 from icdctl.errors import IcdctlError, UsageError, combine
 
 if TYPE_CHECKING:
-    from icdctl.grid.board import Board
     from icdctl.grid.cells import Grid
     from icdctl.grid.execute import Outcome, Pack
-    from icdctl.grid.standing import Standing
+    from icdctl.grid.progress import Board
+    from icdctl.grid.status import Standing
 
 Jobs = Annotated[
     int | None, typer.Option(help="Processes at a time.", show_default="1, or one for each of `--gpus`", min=1)
@@ -146,9 +147,9 @@ def train_missing(
         UsageError: the GPUs are no list, the time limit no duration, or there is no such device.
         Interrupted: by a person or the system; the states are saved.
     """
-    from icdctl import planning
+    from icdctl.api import planning
     from icdctl.grid import execute
-    from icdctl.grid.standing import standings
+    from icdctl.grid.status import standings
 
     names = slots.names
     limit = execute.seconds_of(time_limit, device)
@@ -182,8 +183,8 @@ def train_missing(
 
 def _announce(grid: Grid, states: Sequence[Standing], packs: Sequence[Pack], names: Sequence[str | None]) -> None:
     """What is about to be done, and how long that may take."""
-    from icdctl.grid.board import duration
-    from icdctl.grid.outlook import outlook
+    from icdctl.grid.forecast import outlook
+    from icdctl.grid.progress import duration
 
     num_runs = sum(len(pack.runs) for pack in packs)
     num_before = sum(each.state == "done" for each in states)
@@ -262,7 +263,7 @@ class _Training:
             is_child: whether another process asked for it, and tells and logs what becomes of it.
             is_tested: whether accuracies on the test images are told and logged.
         """
-        from icdctl.grid.board import Board
+        from icdctl.grid.progress import Board
 
         self._folder, self._slots, self._limit = grid.folder, slots, limit
         self._replace, self._is_child, self._is_tested = replace, is_child, is_tested
@@ -273,7 +274,7 @@ class _Training:
 
     def train(self, packs: Sequence[Pack], again: Sequence[str]) -> list[Outcome]:
         """Pack after pack, or many at a time: what became of their runs."""
-        from icdctl.grid.board import COLUMNS
+        from icdctl.grid.progress import COLUMNS
 
         found: list[Outcome] = []
         try:

@@ -233,7 +233,7 @@ def parse_settings(given: Sequence[str] | None) -> dict[str, Any]:
     Raises:
         UsageError: one is not KEY=VALUE, or a key is given twice.
     """
-    from icdctl.sources import WITHOUT_FLAG
+    from icdctl.config.sources import WITHOUT_FLAG
 
     settings: dict[str, str] = {}
     for item in given or []:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from icdctl import console, files
-from icdctl.commands import options
+from icdctl import files
+from icdctl.commands import console, options
 from icdctl.commands.list_ import recipe_rows
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def list_(
 
     Example: icdctl recipes list res32x4-mv2 cd_sdd --family gamma8
     """
-    from icdctl.cookbook import catalogue, describe
+    from icdctl.papers import catalogue, describe
 
     training, cells = catalogue.select(texts or [], table=table, family=family)
     first = [row for row in recipe_rows() if row["name"] in training]
@@ -84,8 +84,8 @@ def show(
 
     Example: icdctl recipes show cifar100/res32x4-mv2-cd_sdd_dkd-beta2-gamma2
     """
-    from icdctl.cookbook import catalogue, describe
-    from icdctl.recipes import Recipe
+    from icdctl.config.recipes import Recipe
+    from icdctl.papers import catalogue, describe
 
     found = catalogue.find(name)
     if isinstance(found, Recipe):
@@ -116,7 +116,7 @@ def copy(
 
     Example: icdctl recipes copy cifar100/res32x4-mv2-cd_sdd_dkd-beta2-gamma2 --seeds 0-4
     """
-    from icdctl.cookbook import copying
+    from icdctl.papers import copying
 
     done = copying.copy(names, to or _params_file(), seeds=seeds, replace=replace)
     _report(done.written, done.warnings, as_json, {})
@@ -141,7 +141,7 @@ def import_(
 
     Example: icdctl recipes import configs/cifar100/dkd/res32x4_mv2.yaml
     """
-    from icdctl.cookbook import copying, foreign
+    from icdctl.papers import copying, foreign
 
     found = foreign.read(file, name=name, family=family, scales=scales)
     done = copying.write_cells([found.cell], to or _params_file(), seeds=seeds, replace=replace)

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from icdctl import console
-from icdctl.commands import options
+from icdctl.commands import console, options
 from icdctl.errors import ArtifactError
 
 app = typer.Typer(help="Register trained models: numbered, hashed, with lineage.", no_args_is_help=True)

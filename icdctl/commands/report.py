@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from icdctl import console, files
-from icdctl.commands import options
+from icdctl import files
+from icdctl.commands import console, options
 from icdctl.commands.training import observed
 from icdctl.errors import UsageError
 
@@ -53,10 +53,11 @@ def report(
 
     Example: icdctl report runs/demo
     """
-    from icdctl import reporting, reproducing
+    from icdctl import reporting
+    from icdctl.papers import reproduce
 
     root = files.project_root()
-    judgements = [reproducing.judged(name) for name in dict.fromkeys(table or [])]
+    judgements = [reproduce.judged(name) for name in dict.fromkeys(table or [])]
     paths = list(runs or []) or _default_runs(root)
     wishes = reporting.Wishes(
         title=title,
@@ -79,9 +80,9 @@ def report(
 
 def _default_runs(root: Path) -> list[Path]:
     """The finished runs of the project's grid; else whatever lies in `runs`."""
-    from icdctl import planning
+    from icdctl.api import planning
     from icdctl.grid.cells import PARAMS_FILE, read_grid, read_params
-    from icdctl.grid.standing import standings
+    from icdctl.grid.status import standings
 
     if (root / PARAMS_FILE).is_file() and read_params(root).get("cells"):
         known = standings(read_grid(root).runs, planning.Planner())

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icdctl import console, files
-from icdctl.commands import many, options
+from icdctl import files
+from icdctl.commands import console, many, options
 from icdctl.commands.training import observed
 from icdctl.errors import UsageError
 
@@ -59,8 +59,9 @@ def reproduce(
 
     Example: icdctl reproduce demo --seeds 5
     """
-    from icdctl import planning, reproducing
-    from icdctl.grid.standing import standings
+    from icdctl.api import planning
+    from icdctl.grid.status import standings
+    from icdctl.papers import reproduce
     from icdctl.science import tables, verdicts
 
     if table is None or listing:
@@ -69,18 +70,18 @@ def reproduce(
         _list(table, cells or [], family, as_json)
         return
     chosen = tables.load(table)
-    wanted = reproducing.select(chosen, texts=cells or [], family=family)
+    wanted = reproduce.select(chosen, texts=cells or [], family=family)
     compared = _compared(epoch)
     given = options.given_options(data_dir=data_dir)
-    plain = reproducing.grid_of(wanted, num_seeds=_number_of(seeds), options=given)
-    grid = reproducing.with_own_teachers(plain)
+    plain = reproduce.grid_of(wanted, num_seeds=_number_of(seeds), options=given)
+    grid = reproduce.with_own_teachers(plain)
     if outcomes is None:
         _warn_of_changes(plain)
     done = None
     if train:
         if outcomes is None:
             with observed() as observer, many.same_command_goes_on():
-                reproducing.train_own_teachers(
+                reproduce.train_own_teachers(
                     plain, replaces=replace, device=device, tell=console.talk, observer=observer
                 )
         passed = many.flags(family=family, data_dir=data_dir, device=device, seeds=seeds)
@@ -100,9 +101,9 @@ def reproduce(
     for run in runs:
         if run.state == "stale":
             console.talk(f"warning: {run.run.label} is left out, it was trained with other settings: {run.changes}")
-    judgement = reproducing.judge(chosen, wanted, runs, margin=margin, epoch=compared)
+    judgement = reproduce.judge(chosen, wanted, runs, margin=margin, epoch=compared)
     folder = out or files.project_root() / "runs" / "reproduce" / table
-    written = reproducing.write(judgement, folder)
+    written = reproduce.write(judgement, folder)
     if as_json and not (done and done.failed):
         console.show_json({**verdicts.as_json(judgement), "files": [str(path) for path in written]})
     elif not as_json:
@@ -124,8 +125,8 @@ def _number_of(seeds: str) -> int:
 
 def _warn_of_changes(grid: Grid) -> None:
     """Say where the project's own options make other runs of a table's cells than the published ones."""
-    from icdctl import sources
-    from icdctl.cookbook.pipeline import changed_by
+    from icdctl.config import sources
+    from icdctl.papers.pipeline import changed_by
 
     train = {key: value for key, value in sources.gather({}).model_dump().items() if value is not None}
     changed: dict[str, None] = {}
@@ -155,8 +156,8 @@ def _compared(text: str) -> Compared:
 
 
 def _list(table: str | None, texts: Sequence[str], family: str | None, as_json: bool) -> None:
-    from icdctl import reproducing
     from icdctl.methods import METHODS
+    from icdctl.papers import reproduce
     from icdctl.science import tables
 
     if table is None:
@@ -173,7 +174,7 @@ def _list(table: str | None, texts: Sequence[str], family: str | None, as_json: 
                 "runs": cell.why_not(METHODS) or "yes",
                 "note": cell.note,
             }
-            for cell in reproducing.select(tables.load(table), texts=texts, family=family)
+            for cell in reproduce.select(tables.load(table), texts=texts, family=family)
         ]
     if as_json:
         console.show_json({"tables" if table is None else "cells": rows})

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from icdctl import console, files
-from icdctl.commands import many
+from icdctl import files
+from icdctl.commands import console, many
 from icdctl.errors import UsageError
 
 if TYPE_CHECKING:

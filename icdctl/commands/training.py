@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from icdctl import console
+from icdctl.commands import console
 from icdctl.errors import IcdctlError, UsageError, combine
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from icdctl.engine.member import RunResult
     from icdctl.engine.run import Failure
+    from icdctl.engine.student_run import RunResult
 
 
 _SECONDS_BETWEEN_LINES = 30.0
@@ -80,9 +80,10 @@ def run_training(
     Raises:
         IcdctlError: with a message and a hint.
     """
-    from icdctl import api, planning
+    from icdctl import api
+    from icdctl.api import planning
+    from icdctl.config.expand import expand
     from icdctl.engine.run import Failure
-    from icdctl.lists import expand
 
     several = expand(options, seeds=seeds)
     in_folder = len(several) > 1
@@ -144,12 +145,12 @@ def _show_many(results: Sequence[RunResult | Failure], as_json: bool) -> None:
 
 def _registered(result: RunResult) -> str:
     """The run as an artifact of the project's registry: a new version, or the one that holds these very weights."""
-    from icdctl import data, files, registry
+    from icdctl import data, files, registry, run_files
 
     folder = registry.default_folder()
     trained_on = data.public_name(result.config.dataset)
     newest = registry.find_teacher(folder, model=result.config.student, dataset=trained_on)
-    if newest is not None and newest.sha256 == files.sha256_file(result.out / registry.WEIGHTS_FILE):
+    if newest is not None and newest.sha256 == files.sha256_file(result.out / run_files.WEIGHTS_FILE):
         return newest.reference
     return registry.add(folder, result.out).reference
 

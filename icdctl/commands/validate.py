@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from icdctl import console
-from icdctl.commands import options
+from icdctl.commands import console, options
 from icdctl.commands.training import observed
 from icdctl.errors import ArtifactError
 
@@ -30,7 +29,7 @@ def validate(
     Example: icdctl validate runs/demo/distilled
     """
     from icdctl.engine.observer import decoding
-    from icdctl.soundness import inspect
+    from icdctl.validate import inspect
 
     with observed() as observer:
         checks = inspect(path, dataset=dataset, on_images=decoding(observer))

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from icdctl import console
-from icdctl.commands import options
+from icdctl.commands import console, options
 from icdctl.errors import ArtifactError
 
 
@@ -27,11 +26,12 @@ def verify(
 
     Example: icdctl verify runs/demo/distilled/onnx --against runs/demo/distilled
     """
-    from icdctl import data, targets
+    from icdctl import data
     from icdctl.exporting import verify_file, verify_folder
+    from icdctl.registry import trained
 
     known = None if dataset is None else data.describe(data.request(dataset))
-    target = None if against is None else targets.resolve(against, dataset=known)
+    target = None if against is None else trained.resolve(against, dataset=known)
     report = verify_folder(path, target) if path.is_dir() else verify_file(path, target)
     if as_json and report.passed:
         console.show_json(report.as_json())

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from icdctl import files
 from icdctl.data import cifar100, cub200, digits100, imagefolder
-from icdctl.data.dataset import UNLABELED, Dataset, Description, OnImages, Preprocessing, Request
+from icdctl.data.dataset import UNLABELED, Dataset, DatasetInfo, OnImages, Preprocessing, Request
 from icdctl.data.release import Release
 from icdctl.data.views import Augmentation, ImageStore, Views
 from icdctl.errors import UsageError, unknown_name
@@ -25,8 +25,8 @@ __all__ = [
     "UNLABELED",
     "Augmentation",
     "Dataset",
+    "DatasetInfo",
     "DatasetRow",
-    "Description",
     "ImageStore",
     "OnImages",
     "Preprocessing",
@@ -51,7 +51,7 @@ _SMALLEST_SIDE, _LARGEST_SIDE = 8, 1024
 class DatasetRow:
     """A row of `icdctl list datasets`."""
 
-    description: Description | None
+    description: DatasetInfo | None
     """What is known of it; None for a folder of one's own, which must be looked at."""
     load: Callable[[Request, OnImages], Dataset]
     train_images: int | None = None
@@ -213,7 +213,7 @@ def request(
     )
 
 
-def describe(wanted: Request) -> Description:
+def describe(wanted: Request) -> DatasetInfo:
     """What is known of a data set without reading its images.
 
     Raises:

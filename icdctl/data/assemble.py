@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from icdctl.data.dataset import Dataset, Description, Request
+from icdctl.data.dataset import Dataset, DatasetInfo, Request
 from icdctl.data.split import stratified
 from icdctl.errors import ArtifactError
 
 
 def of_halves(
-    description: Description,
+    description: DatasetInfo,
     tensors: Sequence[Tensor],
     wanted: Request,
     *,

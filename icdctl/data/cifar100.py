@@ -19,7 +19,7 @@ import torch
 
 from icdctl.data.archive import Limits
 from icdctl.data.assemble import fingerprint, of_halves
-from icdctl.data.dataset import Dataset, Description, OnImages, Preprocessing, Request
+from icdctl.data.dataset import Dataset, DatasetInfo, OnImages, Preprocessing, Request
 from icdctl.data.download import RemoteFile
 from icdctl.data.release import Release
 from icdctl.errors import ArtifactError
@@ -61,7 +61,7 @@ tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
 """
 CLASS_NAMES = tuple(_FINE_LABELS.split())
 """The fine labels, in the order of the files."""
-DESCRIPTION = Description("cifar100", CLASS_NAMES, Preprocessing((SIDE, SIDE), MEAN, STD), SOURCE, LICENCE)
+DESCRIPTION = DatasetInfo("cifar100", CLASS_NAMES, Preprocessing((SIDE, SIDE), MEAN, STD), SOURCE, LICENCE)
 
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),

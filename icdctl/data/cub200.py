@@ -11,7 +11,7 @@ from torch import Tensor
 from icdctl.data import release
 from icdctl.data.archive import Limits
 from icdctl.data.assemble import fingerprint_of, of_halves
-from icdctl.data.dataset import Dataset, Description, OnImages, Preprocessing, Request
+from icdctl.data.dataset import Dataset, DatasetInfo, OnImages, Preprocessing, Request
 from icdctl.data.download import RemoteFile
 from icdctl.data.image_cache import decode_files
 from icdctl.data.release import Release
@@ -82,7 +82,7 @@ Winter_Wren Common_Yellowthroat
 """
 CLASS_NAMES = tuple(_CLASS_NAMES.split())
 """In the order of the labels; the publisher's spelling, without the number in front."""
-DESCRIPTION = Description(
+DESCRIPTION = DatasetInfo(
     "cub200", CLASS_NAMES, Preprocessing((SIDE, SIDE), MEAN, STD, (RESIZED, RESIZED)), SOURCE, LICENCE
 )
 

@@ -106,7 +106,7 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class Description:
+class DatasetInfo:
     """What is known of a data set without its images."""
 
     name: str
@@ -123,9 +123,19 @@ class Description:
         """K."""
         return len(self.class_names)
 
+    def weights_metadata(self, model: str) -> dict[str, Any]:
+        """The metadata of the weights of a model trained on this data: enough to use them with nothing beside them."""
+        return {
+            "class_names": list(self.class_names),
+            "dataset": self.name,
+            "model": model,
+            "num_classes": self.num_classes,
+            "preprocessing": self.preprocessing.as_json(),
+        }
+
 
 @dataclass(frozen=True)
-class Dataset(Description):
+class Dataset(DatasetInfo):
     """Images and labels, whole, on the CPU, in memory or in memory-mapped files."""
 
     train_images: Tensor

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from icdctl import files
 from icdctl.data.assemble import fingerprint, of_halves
-from icdctl.data.dataset import Dataset, Description, OnImages, Preprocessing, Request
+from icdctl.data.dataset import Dataset, DatasetInfo, OnImages, Preprocessing, Request
 
 SIDE = 32
 NUM_CLASSES = 100
@@ -37,7 +37,7 @@ SOURCE = "composed of the handwritten digits of UCI Optical Recognition of Handw
 LICENCE = "CC BY 4.0 (Alpaydin and Kaynak, 1998, https://doi.org/10.24432/C50P49)"
 RECIPE_VERSION = 1
 """Part of the cache's name: raise it whenever the pixels change."""
-DESCRIPTION = Description("digits100", CLASS_NAMES, Preprocessing((SIDE, SIDE), MEAN, STD), SOURCE, LICENCE)
+DESCRIPTION = DatasetInfo("digits100", CLASS_NAMES, Preprocessing((SIDE, SIDE), MEAN, STD), SOURCE, LICENCE)
 
 _CLUTTER_OPACITY = 0.3
 _NOISE_STD = 0.04

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from icdctl.data.assemble import fingerprint_of
-from icdctl.data.dataset import UNLABELED, Dataset, Description, OnImages, Preprocessing, Request
+from icdctl.data.dataset import UNLABELED, Dataset, DatasetInfo, OnImages, Preprocessing, Request
 from icdctl.data.decode import SUFFIXES, images_below
 from icdctl.data.image_cache import Decoded, decode_files
 from icdctl.data.split import stratified
@@ -67,7 +67,7 @@ def folder_of(name: str) -> Path:
     return Path(name.removeprefix(PREFIX))
 
 
-def describe(wanted: Request) -> Description:
+def describe(wanted: Request) -> DatasetInfo:
     """What the folder shows without an image being opened.
 
     Raises:
@@ -75,7 +75,7 @@ def describe(wanted: Request) -> Description:
     """
     folder = folder_of(wanted.name)
     side = wanted.image_size or DEFAULT_IMAGE_SIZE
-    return Description(
+    return DatasetInfo(
         name=PREFIX + folder.name,
         class_names=class_names(folder),
         preprocessing=Preprocessing((side, side), MEAN, STD),

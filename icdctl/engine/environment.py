@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from icdctl import installed
+from icdctl import versions
 
 PACKAGES = ("icdctl", "torch", "torchvision", "numpy", "onnx", "onnxruntime", "safetensors", "scikit-learn", "dvc")
 """Those that matter to a run."""
@@ -48,7 +48,7 @@ def cpu_name() -> str:
 def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
     """What environment.json holds."""
     return {
-        "versions": installed.versions(PACKAGES),
+        "versions": versions.versions(PACKAGES),
         "platform": platform.platform(),
         "device": describe_device(device),
         "precision": precision,

@@ -8,17 +8,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from icdctl.config import RunConfig
+from icdctl.config.run import RunConfig
 from icdctl.data import Dataset, Views
-from icdctl.engine.answers import Demand, choose_mode, make_teacher, plan_table
 from icdctl.engine.compiled import Compiler
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision, wait_for
-from icdctl.engine.folder import claimed
-from icdctl.engine.graph import Loop
-from icdctl.engine.member import Member, NotFiniteError, Place, RunResult, make_place
+from icdctl.engine.device_loop import Loop
 from icdctl.engine.observer import Observer, SilentObserver
 from icdctl.engine.precision import choose_teacher_precision
+from icdctl.engine.run_folder import claimed
+from icdctl.engine.student_run import Member, NotFiniteError, Place, RunResult, make_place
 from icdctl.engine.teacher import Answer, InlineTeacher, Teacher
+from icdctl.engine.teacher_cache import Demand, choose_mode, make_teacher, plan_table
 from icdctl.errors import IcdctlError, UsageError
 from icdctl.methods import METHODS
 from icdctl.models import Classifier

@@ -1,7 +1,7 @@
 """A frozen teacher that answers views of training images with logits.
 
-Whether it computes an answer now, some steps ahead or did so long ago is its own business; `icdctl.engine.answers`
-chooses. Shapes: B images, K classes.
+`icdctl.engine.teacher_cache` chooses whether it computes an answer now, some steps ahead, or did so long ago.
+Shapes: B images, K classes.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `export_onnx` makes the folder, `verify_folder` and `verify_file` look at one later, `OnnxClassifier` runs it.
 """
 
-from icdctl.exporting.description import Description, InputKind
+from icdctl.exporting.description import InputKind, ModelDescription
 from icdctl.exporting.package import Export, export_onnx, onnx_bytes
 from icdctl.exporting.reading import OnnxFile, read_onnx
 from icdctl.exporting.report import Check, Report
@@ -12,9 +12,9 @@ from icdctl.exporting.verify import verify_file, verify_folder
 
 __all__ = [
     "Check",
-    "Description",
     "Export",
     "InputKind",
+    "ModelDescription",
     "OnnxClassifier",
     "OnnxFile",
     "Report",

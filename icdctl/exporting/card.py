@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from icdctl.exporting.description import INPUT_NAME, OUTPUT_NAME, Description
+from icdctl.exporting.description import INPUT_NAME, OUTPUT_NAME, ModelDescription
 from icdctl.exporting.manifest import MODEL_FILE
 from icdctl.exporting.report import Report
 
 
 def card(
-    description: Description,
+    description: ModelDescription,
     report: Report,
     *,
     opset: int,
@@ -51,7 +51,7 @@ def card(
     return "\n\n".join(sections) + "\n"
 
 
-def snippet(description: Description) -> str:
+def snippet(description: ModelDescription) -> str:
     """A program that prints the class of `image.png`, without torch and without icdctl.
 
     It resizes as icdctl does when it tests a model on image files.
@@ -83,7 +83,7 @@ def snippet(description: Description) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _interface(description: Description) -> str:
+def _interface(description: ModelDescription) -> str:
     shape = ", ".join(str(side) for side in description.input_shape)
     mean, std = list(description.preprocessing.mean), list(description.preprocessing.std)
     formula = f"(pixel / 255 - mean) / std with mean {mean} and std {std}, red first"
@@ -102,7 +102,7 @@ def _interface(description: Description) -> str:
     )
 
 
-def _verification(description: Description, report: Report) -> str:
+def _verification(description: ModelDescription, report: Report) -> str:
     rows = "\n".join(f"| {check.name} | {check.status} | {_text(check.detail)} |" for check in report.checks)
     return (
         "## Verification\n\n"
@@ -113,7 +113,7 @@ def _verification(description: Description, report: Report) -> str:
     )
 
 
-def _limits(description: Description) -> str:
+def _limits(description: ModelDescription) -> str:
     height, width = description.preprocessing.size
     resized = description.preprocessing.resize
     how = "" if resized is None else f", their centre once resized to {resized[0]} x {resized[1]},"

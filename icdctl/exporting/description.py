@@ -21,7 +21,7 @@ BATCH_NAME = "batch"
 
 
 @dataclass(frozen=True)
-class Description:
+class ModelDescription:
     """Everything that is needed to feed the graph and to name what comes out."""
 
     model: str
@@ -67,7 +67,7 @@ class Description:
         return values
 
     @staticmethod
-    def from_metadata(values: Mapping[str, str]) -> Description:
+    def from_metadata(values: Mapping[str, str]) -> ModelDescription:
         """The inverse of `metadata`.
 
         Raises:
@@ -87,7 +87,7 @@ class Description:
         input_kind = values["icdctl.input"]
         if input_kind not in ("uint8", "float"):
             raise ValueError(f"input {input_kind}, expected uint8 or float")
-        return Description(
+        return ModelDescription(
             model=values["icdctl.model"],
             dataset=values["icdctl.dataset"],
             class_names=class_names,

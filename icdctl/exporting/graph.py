@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from icdctl.data import Preprocessing
 from icdctl.errors import ArtifactError, UsageError
-from icdctl.exporting.description import BATCH_NAME, INPUT_NAME, OUTPUT_NAME, Description, InputKind
+from icdctl.exporting.description import BATCH_NAME, INPUT_NAME, OUTPUT_NAME, InputKind, ModelDescription
 from icdctl.models import fold_batch_norms
 
 OPSETS = range(18, 24)
@@ -82,7 +82,7 @@ def _without_batch_norms(model: nn.Module) -> nn.Module:
     return network
 
 
-def graph_bytes(model: nn.Module, description: Description, *, opset: int = OPSETS.start) -> bytes:
+def graph_bytes(model: nn.Module, description: ModelDescription, *, opset: int = OPSETS.start) -> bytes:
     """The .onnx file of a classifier, checked for nothing yet.
 
     Args:

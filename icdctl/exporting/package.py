@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icdctl import files, installed
+from icdctl import files, versions
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting import graph, manifest
 from icdctl.exporting.card import card
-from icdctl.exporting.description import BATCH_NAME, INPUT_NAME, OUTPUT_NAME, Description, InputKind
+from icdctl.exporting.description import BATCH_NAME, INPUT_NAME, OUTPUT_NAME, InputKind, ModelDescription
 from icdctl.exporting.report import Report
 from icdctl.exporting.session import OnnxClassifier
 from icdctl.exporting.verify import batched, verify_file
-from icdctl.targets import Target
+from icdctl.registry.trained import TrainedModel
 
 _BATCH_SIZE = 64
 _VERIFIED_IMAGES = 1000
@@ -36,7 +36,7 @@ class Export:
     """A finished, verified export."""
 
     folder: Path
-    description: Description
+    description: ModelDescription
     report: Report
     sha256: str
     """Of the graph."""
@@ -66,7 +66,7 @@ class Export:
 
 
 def export_onnx(
-    target: Target,
+    target: TrainedModel,
     out: Path,
     *,
     input_kind: InputKind = "uint8",
@@ -115,7 +115,7 @@ def export_onnx(
     return Export(out, description, report, files.sha256_bytes(content), len(content), accuracy)
 
 
-def onnx_bytes(target: Target) -> bytes:
+def onnx_bytes(target: TrainedModel) -> bytes:
     """The graph that `export_onnx` would make of pixels, not verified: to be timed, not to be deployed.
 
     Raises:
@@ -124,8 +124,8 @@ def onnx_bytes(target: Target) -> bytes:
     return graph.graph_bytes(target.load(), _description(target, "uint8"))
 
 
-def _description(target: Target, input_kind: InputKind, *, variant: Any = None) -> Description:
-    return Description(
+def _description(target: TrainedModel, input_kind: InputKind, *, variant: Any = None) -> ModelDescription:
+    return ModelDescription(
         target.model,
         target.dataset,
         target.class_names,
@@ -147,7 +147,7 @@ def _check_free(out: Path, *, replace: bool) -> None:
         )
 
 
-def _check_images(target: Target, images: Tensor | None, labels: Tensor | None) -> None:
+def _check_images(target: TrainedModel, images: Tensor | None, labels: Tensor | None) -> None:
     if images is not None:
         expected = (*target.preprocessing.size, 3)
         if images.dim() != 4 or tuple(images.shape[1:]) != expected or images.dtype != torch.uint8:
@@ -162,7 +162,7 @@ def _check_images(target: Target, images: Tensor | None, labels: Tensor | None) 
         )
 
 
-def _failed(target: Target, report: Report) -> ArtifactError:
+def _failed(target: TrainedModel, report: Report) -> ArtifactError:
     reasons = "; ".join(f"{check.name}: {check.detail}" for check in report.failures)
     return ArtifactError(
         f"the exported graph is not `{target.model}` of these weights, nothing was written: {reasons}",
@@ -179,7 +179,7 @@ def _accuracy(model_file: Path, images: Tensor | None, labels: Tensor | None) ->
 
 
 def _write_facts(
-    folder: Path, description: Description, *, opset: int, accuracy: dict[str, Any] | None, facts: dict[str, Any]
+    folder: Path, description: ModelDescription, *, opset: int, accuracy: dict[str, Any] | None, facts: dict[str, Any]
 ) -> None:
     own = description.metadata()
     own.update({"names": json.loads(own["names"]), "icdctl.preprocess": json.loads(own["icdctl.preprocess"])})
@@ -199,7 +199,7 @@ def _write_facts(
         "accuracy": accuracy,
         "facts": facts,
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
-        "versions": {name: found or "not installed" for name, found in installed.versions(_PACKAGES).items()},
+        "versions": {name: found or "not installed" for name, found in versions.versions(_PACKAGES).items()},
     }
     files.write_json(folder / manifest.FACTS_FILE, value)
 

@@ -11,7 +11,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # protobuf ships no types
 
 from icdctl.errors import ArtifactError
-from icdctl.exporting.description import Description
+from icdctl.exporting.description import ModelDescription
 from icdctl.exporting.graph import OPSETS
 from icdctl.files import read_foreign, sha256_bytes
 
@@ -27,7 +27,7 @@ class OnnxFile:
     content: bytes
     proto: Any
     """onnx.ModelProto."""
-    description: Description
+    description: ModelDescription
     opset: int
 
     @property
@@ -88,7 +88,7 @@ def _messages(message: Any) -> Iterator[Any]:
                 yield from _messages(part)
 
 
-def _description(path: Path, proto: Any) -> Description:
+def _description(path: Path, proto: Any) -> ModelDescription:
     values = {entry.key: entry.value for entry in proto.metadata_props}
     if "icdctl.schema" not in values:
         raise ArtifactError(
@@ -96,7 +96,7 @@ def _description(path: Path, proto: Any) -> Description:
             hint="export the weights again with `icdctl export`; graphs of other programs can't be evaluated",
         )
     try:
-        return Description.from_metadata(values)
+        return ModelDescription.from_metadata(values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
             f"the metadata of `{path}` are not those of `icdctl export`: {error}", hint=_AGAIN_HINT

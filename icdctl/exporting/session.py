@@ -16,7 +16,7 @@ from torch import Tensor
 
 from icdctl.data import Preprocessing
 from icdctl.errors import ArtifactError, UsageError
-from icdctl.exporting.description import INPUT_NAME, OUTPUT_NAME, Description, InputKind
+from icdctl.exporting.description import INPUT_NAME, OUTPUT_NAME, InputKind, ModelDescription
 from icdctl.exporting.reading import OnnxFile, read_onnx
 
 _WARM_UP_RUNS = 10
@@ -40,7 +40,7 @@ class OnnxClassifier:
         self._session = _session(self.file, threads or torch.get_num_threads(), optimise=optimise)
 
     @property
-    def description(self) -> Description:
+    def description(self) -> ModelDescription:
         """All that the file says of itself."""
         return self.file.description
 

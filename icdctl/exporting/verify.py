@@ -22,12 +22,12 @@ from torch import Tensor
 
 from icdctl.errors import ArtifactError
 from icdctl.exporting import manifest
-from icdctl.exporting.description import BATCH_NAME, INPUT_NAME, OUTPUT_NAME, Description
+from icdctl.exporting.description import BATCH_NAME, INPUT_NAME, OUTPUT_NAME, ModelDescription
 from icdctl.exporting.reading import OnnxFile, read_onnx
 from icdctl.exporting.report import Check, Report
 from icdctl.exporting.session import OnnxClassifier
 from icdctl.files import read_json
-from icdctl.targets import Target
+from icdctl.registry.trained import TrainedModel
 
 SMALLEST_TOLERANCE = 1e-5
 NOISE_FACTOR = 8
@@ -61,7 +61,7 @@ def probes(size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(pixels)
 
 
-def verify_file(onnx_path: Path | str, target: Target | None = None, *, images: Tensor | None = None) -> Report:
+def verify_file(onnx_path: Path | str, target: TrainedModel | None = None, *, images: Tensor | None = None) -> Report:
     """Look at one .onnx file; with `target`, run it against the weights that it should have been made from.
 
     Args:
@@ -77,7 +77,7 @@ def verify_file(onnx_path: Path | str, target: Target | None = None, *, images: 
     return _report(file, target, images, lambda given: _from_weights(target, given) if target else None)
 
 
-def verify_folder(folder: Path | str, target: Target | None = None, *, images: Tensor | None = None) -> Report:
+def verify_folder(folder: Path | str, target: TrainedModel | None = None, *, images: Tensor | None = None) -> Report:
     """Look at an export folder: first the hashes of its files, then the graph, then its values.
 
     Without `target` the values are compared with the reference logits that the export recorded.
@@ -106,7 +106,10 @@ def _check_hashes(folder: Path) -> Check:
 
 
 def _report(
-    file: OnnxFile, target: Target | None, images: Tensor | None, reference_of: Callable[[Tensor], _Reference | None]
+    file: OnnxFile,
+    target: TrainedModel | None,
+    images: Tensor | None,
+    reference_of: Callable[[Tensor], _Reference | None],
 ) -> Report:
     nodes = len(file.proto.graph.node)
     checks = [
@@ -171,7 +174,7 @@ def _tensor_problems(value: Any, kind: int, shape: tuple[str | int, ...]) -> lis
     return [f"`{value.name}` is {actual} {list(found)}, expected {wanted} {list(shape)}"]
 
 
-def _origin_problems(description: Description, target: Target) -> list[str]:
+def _origin_problems(description: ModelDescription, target: TrainedModel) -> list[str]:
     pairs = {
         "model": (description.model, target.model),
         "data set": (description.dataset, target.dataset),
@@ -186,7 +189,7 @@ def _origin_problems(description: Description, target: Target) -> list[str]:
     ]
 
 
-def _comparable(description: Description, target: Target) -> bool:
+def _comparable(description: ModelDescription, target: TrainedModel) -> bool:
     same_size = description.preprocessing.size == target.preprocessing.size
     return same_size and description.num_classes == target.num_classes
 
@@ -219,7 +222,7 @@ def batched(function: Callable[[Tensor], Tensor], images: Tensor, size: int) -> 
 
 
 @torch.no_grad()
-def _from_weights(target: Target, images: Tensor) -> _Reference:
+def _from_weights(target: TrainedModel, images: Tensor) -> _Reference:
     preprocessing = target.preprocessing
     mean = torch.tensor(preprocessing.mean, dtype=torch.float64)
     std = torch.tensor(preprocessing.std, dtype=torch.float64)

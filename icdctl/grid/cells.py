@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from icdctl import files, methods, sources
+from icdctl import files, methods
+from icdctl.config import sources
+from icdctl.config.expand import parse_seeds
+from icdctl.config.sources import Options
 from icdctl.errors import ArtifactError, UsageError, unknown_name
-from icdctl.lists import parse_seeds
-from icdctl.sources import Options
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LONGEST_NAME = 200
@@ -38,7 +39,7 @@ class GridCell:
 
     name: str
     options: Mapping[str, Any]
-    """Of `icdctl.sources.Options`, but `seed` and `out`."""
+    """Of `icdctl.config.sources.Options`, but `seed` and `out`."""
     method: str
     """A name in `METHODS`, the project's default where the cell states none; as typed where there is no such method."""
 

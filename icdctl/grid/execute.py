@@ -16,13 +16,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from icdctl import api, files, planning
-from icdctl.config import check_device, parse_duration
+from icdctl import api, files
+from icdctl.api import planning
+from icdctl.config.run import check_device, parse_duration
 from icdctl.engine.observer import Observer
 from icdctl.engine.run import Failure, Interrupted, together_key
 from icdctl.errors import ArtifactError, IcdctlError
 from icdctl.grid.cells import GridRun
-from icdctl.grid.standing import Standing, set_aside, standing
+from icdctl.grid.status import Standing, set_aside, standing
 
 LOG_FILE = "grid.jsonl"
 _POLL_SECONDS = 0.1

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from icdctl import files, planning
-from icdctl.config import RunConfig
+from icdctl import files
+from icdctl.api import planning
+from icdctl.config.run import RunConfig
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.grid.cells import Grid, GridCell, GridRun
-from icdctl.grid.standing import standings
+from icdctl.grid.status import standings
 from icdctl.grid.sweeps import changed, lacking, parse_sweeps, swept
 
 SEARCH_FILE, LOCK_FILE = "search.json", ".lock"

@@ -10,13 +10,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from icdctl import api, files, planning
+from icdctl import api, files
+from icdctl.api import planning
+from icdctl.config.sources import Options
 from icdctl.engine.observer import Observer
 from icdctl.errors import ArtifactError, UsageError, unknown_name
 from icdctl.grid.cells import PARAMS_FILE, Grid, GridRun, read_params
-from icdctl.grid.standing import standing
-from icdctl.registry import WEIGHTS_FILE
-from icdctl.sources import Options
+from icdctl.grid.status import standing
+from icdctl.run_files import WEIGHTS_FILE
 from icdctl.teachers import Wishes, fetch_teacher, find_published
 
 TEACHERS, RESULTS = "teachers", "results"

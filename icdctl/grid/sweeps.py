@@ -8,11 +8,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from icdctl import methods, planning
+from icdctl import methods
+from icdctl.api import planning
+from icdctl.config.expand import settings_of
+from icdctl.config.sources import WITHOUT_FLAG
 from icdctl.errors import ArtifactError, UsageError, unknown_name
 from icdctl.grid.cells import Grid, GridCell
-from icdctl.lists import settings_of
-from icdctl.sources import WITHOUT_FLAG
 
 _OPTIONS = WITHOUT_FLAG | {
     "batch_size",

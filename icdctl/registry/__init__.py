@@ -13,7 +13,7 @@ from typing import Any
 from icdctl import files
 from icdctl.errors import ArtifactError
 from icdctl.registry.add import add
-from icdctl.registry.artifact import FILES_FOLDER, HASH_KEY, WEIGHTS_FILE, Artifact, Manifest, card, check_as_written
+from icdctl.registry.artifact import FILES_FOLDER, Artifact, Manifest, card
 from icdctl.registry.find import (
     artifact_at,
     find,
@@ -26,14 +26,11 @@ from icdctl.registry.find import (
 )
 
 __all__ = [
-    "HASH_KEY",
-    "WEIGHTS_FILE",
     "Artifact",
     "Manifest",
     "Verification",
     "add",
     "card",
-    "check_as_written",
     "default_folder",
     "find",
     "find_teacher",

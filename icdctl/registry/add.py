@@ -27,7 +27,6 @@ from icdctl.registry.artifact import (
     FILES_FOLDER,
     MANIFEST_FILE,
     SCHEMA,
-    WEIGHTS_FILE,
     Artifact,
     DatasetRecord,
     FileRecord,
@@ -36,10 +35,10 @@ from icdctl.registry.artifact import (
     OnnxRecord,
     TeacherRecord,
     card,
-    check_as_written,
     first_problem,
 )
 from icdctl.registry.find import check_name, list_artifacts, newest, taken_numbers, versions_of
+from icdctl.run_files import WEIGHTS_FILE, check_as_written
 
 RUN_FILES = (WEIGHTS_FILE, "config.json", "history.csv", "metrics.json", "environment.json")
 EXPORT_FILES = ("model.onnx", "model.json", "verify.json", "README.md", "manifest.json")

@@ -14,11 +14,11 @@ from icdctl.engine.device import resolve_device
 from icdctl.engine.observer import Observer
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.reporting import pictures, tables
-from icdctl.reporting.asking import Asked, Asker
+from icdctl.reporting.collect import Gathered, Group, gather, short
 from icdctl.reporting.drawing import Picture
-from icdctl.reporting.gather import Gathered, Group, gather, short
-from icdctl.reporting.origins import origins
+from icdctl.reporting.lineage import origins
 from icdctl.reporting.page import Page, Section, Table, render_markdown, render_page
+from icdctl.reporting.questions import Asked, Asker
 from icdctl.science import verdicts
 from icdctl.science.verdicts import Judgement, sheets
 

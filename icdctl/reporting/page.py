@@ -9,8 +9,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from icdctl.installed import versions
 from icdctl.reporting.drawing import Picture
+from icdctl.versions import versions
 
 TEMPLATE = "page.html.jinja"
 _LONG = 60

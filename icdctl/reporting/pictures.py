@@ -10,13 +10,13 @@ import torch
 from icdctl import evaluation, methods, models
 from icdctl.data import Dataset
 from icdctl.engine.environment import cpu_name
-from icdctl.reporting import figures, measure
-from icdctl.reporting.asking import Asked
+from icdctl.registry.trained import TrainedModel
+from icdctl.reporting import figures, numbers
+from icdctl.reporting.collect import Cell, Group
 from icdctl.reporting.drawing import Picture
 from icdctl.reporting.figures import Curve, Point
-from icdctl.reporting.gather import Cell, Group
-from icdctl.reporting.measure import Chosen, Examiner, View
-from icdctl.targets import Target
+from icdctl.reporting.numbers import Chosen, Examiner, View
+from icdctl.reporting.questions import Asked
 
 _NUM_SHOWN = 4
 _BYTES = 4e-6
@@ -66,14 +66,14 @@ def in_detail(found: Asked, examiner: Examiner, *, shown: Sequence[int] | None) 
         pictures.append(figures.reliability(f"{name}-reliability", bins, ece))
     if not cells:
         return pictures
-    chosen = measure.choose_images(dataset.test_labels, num_shown=_NUM_SHOWN, shown=shown)
+    chosen = numbers.choose_images(dataset.test_labels, num_shown=_NUM_SHOWN, shown=shown)
     views = {cell.label: examiner.look(found.targets[cell.label], chosen) for cell in cells}
     placed = {label: view.features for label, view in views.items()}
     if found.teacher is not None and group.teacher is not None:
         theirs = examiner.look(found.teacher, chosen, is_teacher=True)
         pictures.append(_agreement(found, cells, group.teacher))
         differences = {
-            label: measure.correlation(view.logits) - measure.correlation(theirs.logits)
+            label: numbers.correlation(view.logits) - numbers.correlation(theirs.logits)
             for label, view in views.items()
         }
         pictures.append(figures.correlation_differences(f"{name}-correlation", differences, teacher=group.teacher))
@@ -81,11 +81,11 @@ def in_detail(found: Asked, examiner: Examiner, *, shown: Sequence[int] | None) 
         pictures += [
             _gram_picture(found, cell, views[cell.label], theirs, dataset, chosen) for cell in _clustered(cells)
         ]
-    if len(chosen.mapped) >= measure.FEWEST_MAPPED:
-        maps = {label: measure.feature_map(features) for label, features in placed.items()}
+    if len(chosen.mapped) >= numbers.FEWEST_MAPPED:
+        maps = {label: numbers.feature_map(features) for label, features in placed.items()}
         names = {number: dataset.class_names[number] for number in chosen.classes}
         labels = dataset.test_labels[chosen.mapped].numpy()
-        used = measure.perplexity(len(labels))
+        used = numbers.perplexity(len(labels))
         pictures.append(figures.feature_maps(f"{name}-features", maps, labels, names, perplexity=used))
     return pictures
 
@@ -115,7 +115,7 @@ def _gram_picture(found: Asked, cell: Cell, view: View, theirs: View, dataset: D
     ]
     grams = [
         {
-            scale: (measure.gram_of(theirs.cells[place], scale), measure.gram_of(view.cells[place], scale))
+            scale: (numbers.gram_of(theirs.cells[place], scale), numbers.gram_of(view.cells[place], scale))
             for scale in scales
         }
         for place in range(len(names))
@@ -187,7 +187,7 @@ def pareto(asked: Sequence[Asked]) -> list[Picture]:
     return pictures
 
 
-def num_parameters(target: Target) -> int:
+def num_parameters(target: TrainedModel) -> int:
     """Of a model, without what its batch norms have counted."""
     with torch.device("meta"):
         made = models.create(target.model, target.num_classes, image_size=target.preprocessing.size)

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from icdctl.reporting.asking import Asked
+from icdctl.registry.trained import TrainedModel
+from icdctl.reporting.collect import Cell, Group, short
 from icdctl.reporting.figures import TEACHER, spread
-from icdctl.reporting.gather import Cell, Group, short
-from icdctl.reporting.measure import Measured
+from icdctl.reporting.numbers import Measured
 from icdctl.reporting.page import Table
 from icdctl.reporting.pictures import num_parameters
+from icdctl.reporting.questions import Asked
 from icdctl.science import compare
-from icdctl.targets import Target
 
 _ALPHA = 0.05
 _TOP = 5
@@ -102,7 +102,9 @@ def results(asked: Sequence[Asked]) -> Table:
     return Table(f"All cells, {datasets}", _RESULTS, tuple(lines), tuple(notes))
 
 
-def _teacher_line(group: Group, teacher: Target, measured: Measured, latencies: Mapping[str, float]) -> tuple[str, ...]:
+def _teacher_line(
+    group: Group, teacher: TrainedModel, measured: Measured, latencies: Mapping[str, float]
+) -> tuple[str, ...]:
     numbers = measured.numbers
     shares = (f"{numbers.top1:.2f}", "", f"{numbers.top5:.2f}", f"{numbers.loss:.3f}", f"{numbers.ece:.2f}", "", "")
     cost = (_counted(num_parameters(teacher)), spread([latencies.get(teacher.model)]))

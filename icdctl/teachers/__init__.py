@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from icdctl import files, models, registry, targets
-from icdctl.data import Description
+from icdctl import files, models, registry
+from icdctl.data import DatasetInfo
 from icdctl.errors import ArtifactError, UsageError
-from icdctl.targets import Target
+from icdctl.registry import trained
+from icdctl.registry.trained import TrainedModel
 from icdctl.teachers.fetch import Fetched, Watcher, Wishes, clear_cache, fetch_teacher, find_fetched, overview
-from icdctl.teachers.published import Published, find_published, load_list, read_lock
+from icdctl.teachers.sources import Published, find_published, load_list, read_lock
 
 __all__ = [
     "Fetched",
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 
-def find(teacher: str, *, dataset: Description) -> Target:
+def find(teacher: str, *, dataset: DatasetInfo) -> TrainedModel:
     """What `--teacher` names: a path, `registry:NAME`, or a model.
 
     A model stands for its newest registered teacher for the data set, else for the published one that was fetched.
@@ -46,7 +47,7 @@ def find(teacher: str, *, dataset: Description) -> Target:
             hint=f"check the path, or train one: `icdctl train --model MODEL --dataset {_shown_name(dataset)} "
             f"--out {teacher}`",
         )
-    target = targets.resolve(teacher, dataset=dataset) if model is None else _by_model(model, dataset)
+    target = trained.resolve(teacher, dataset=dataset) if model is None else _by_model(model, dataset)
     _check_fit(teacher, target, dataset)
     return target
 
@@ -61,7 +62,7 @@ def model_of(teacher: str) -> str | None:
     return None if is_path or teacher.startswith("registry:") else models.resolve(teacher)
 
 
-def _check_fit(teacher: str, target: Target, dataset: Description) -> None:
+def _check_fit(teacher: str, target: TrainedModel, dataset: DatasetInfo) -> None:
     """Refuse a teacher that learnt other classes, or from images of another size."""
     kinds = [name.partition(":")[0] for name in (target.dataset, dataset.name)]
     train = f"train one with `icdctl train --model {target.model} --dataset {_shown_name(dataset)} --as-teacher`"
@@ -92,21 +93,21 @@ def _check_fit(teacher: str, target: Target, dataset: Description) -> None:
         )
 
 
-def _shown_name(dataset: Description) -> str:
+def _shown_name(dataset: DatasetInfo) -> str:
     """A data set in a command to be typed."""
     return "imagefolder:DIR" if dataset.name.startswith("imagefolder:") else dataset.name
 
 
-def _by_model(model: str, dataset: Description) -> Target:
+def _by_model(model: str, dataset: DatasetInfo) -> TrainedModel:
     """The newest registered teacher of a model on a data set, or the fetched one."""
     name = dataset.name
     artifact = registry.find_teacher(registry.default_folder(), model=model, dataset=name)
     if artifact is not None:
-        return targets.resolve(f"registry:{artifact.reference}")
+        return trained.resolve(f"registry:{artifact.reference}")
     published = _published(model, name)
     fetched = None if published is None else find_fetched(published)
     if fetched is not None:
-        return targets.resolve(str(fetched))
+        return trained.resolve(str(fetched))
     fetching = "" if published is None else f"{_how_to_fetch(published)}; or "
     raise ArtifactError(
         f"teacher `{model}` for `{name}` is not there: no such artifact in `{registry.default_folder()}`"

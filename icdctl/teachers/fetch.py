@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from icdctl import data, evaluation, files, models, targets
-from icdctl.data import Description, download
+from icdctl import data, evaluation, files, models
+from icdctl.data import DatasetInfo, download
 from icdctl.data.download import USUAL_PATIENCE, OnBytes, Patience
 from icdctl.errors import ArtifactError
 from icdctl.models import Classifier
-from icdctl.registry import WEIGHTS_FILE
-from icdctl.teachers.published import Published, Recorded, load_list, lock_path, read_lock, record, today
+from icdctl.run_files import WEIGHTS_FILE
+from icdctl.teachers.sources import Published, Recorded, load_list, lock_path, read_lock, record, today
 
 TOLERANCE = 0.15
 """Percentage points of top-1 between the published value and ours."""
@@ -190,7 +190,7 @@ def _is_right(place: Path, entry: Recorded) -> bool:
     return place.is_file() and files.sha256_file(place) == entry.converted_sha256
 
 
-def _trained_on(teacher: Published) -> Description:
+def _trained_on(teacher: Published) -> DatasetInfo:
     return data.describe(data.request(teacher.dataset))
 
 
@@ -253,7 +253,7 @@ def _take(
     entry, caveat = _measured(teacher, model, entry, wishes, watcher)
     entry = _accepted(teacher, entry, wishes, caveat)
     place = place_of(teacher)
-    said = targets.metadata(teacher.model, _trained_on(teacher))
+    said = _trained_on(teacher).weights_metadata(teacher.model)
     origin = {"url": url, "sha256": sha256, "source": teacher.source, "licence": teacher.licence}
     if wishes.keep_original:
         files.write_bytes(place.with_name(ORIGINAL_FILE), original.read_bytes())

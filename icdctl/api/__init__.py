@@ -1,0 +1,418 @@
+"""The library: what the commands call, and what `import icdctl` offers.
+
+Each function takes keywords named like the flags, resolves every name, and hands a frozen configuration to the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from icdctl import data, evaluation, files, methods
+from icdctl.api.classifiers import Model, named_weights, ready, subject_of, weights_at
+from icdctl.api.planning import Command, Job, make_jobs
+from icdctl.api.predicting import PredictionResult, image_files, predict_files
+from icdctl.config import sources
+from icdctl.config.expand import expand
+from icdctl.config.run import RunConfig
+from icdctl.engine import run as engine
+from icdctl.engine.device import resolve_device
+from icdctl.engine.observer import Observer, SilentObserver, decoding
+from icdctl.engine.run import Failure
+from icdctl.engine.student_run import RunResult
+from icdctl.errors import ArtifactError, UsageError
+from icdctl.exporting import Export, export_onnx
+from icdctl.registry.trained import TrainedModel
+from icdctl.run_files import HASH_KEY
+
+Config = Mapping[str, Any] | RunConfig
+
+
+def train(
+    config: Config | None = None,
+    *,
+    resume: bool = False,
+    observer: Observer | None = None,
+    **options: Any,
+) -> RunResult:
+    """Train a model on labels alone.
+
+    Args:
+        config: options as a mapping, or a resolved configuration; keywords override it.
+        resume: start, go on, or finish at once, whatever the state of the run folder is.
+        observer: told of the progress.
+        **options: `student` (a model's name or an nn.Module; `model` means the same), `dataset`, `out`, `epochs`, `lr`,
+            `seed`, ...: the fields of `icdctl.config.sources.Options`.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    given = {**_stated(config), **options}
+    if "model" in given:
+        given["student"] = given.pop("model")
+    return _one(_run([Job("train", given)], resume=resume, observer=observer))
+
+
+def distill(
+    config: Config | None = None,
+    *,
+    resume: bool = False,
+    observer: Observer | None = None,
+    **options: Any,
+) -> RunResult:
+    """Train a student to imitate a teacher.
+
+    Args:
+        config: options as a mapping, or a resolved configuration; keywords override it.
+        resume: start, go on, or finish at once, whatever the state of the run folder is.
+        observer: told of the progress.
+        **options: `method`, `teacher` (a name, `registry:NAME`, a run folder, a weights file or an nn.Module),
+            `student` (a name or an nn.Module), `scales`, `settings`, ...: the fields of
+            `icdctl.config.sources.Options`.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    return _one(_run([Job("distill", {**_stated(config), **options})], resume=resume, observer=observer))
+
+
+def distill_many(
+    config: Config | None = None,
+    *,
+    seeds: str | Sequence[int] | None = None,
+    resume: bool = False,
+    observer: Observer | None = None,
+    **options: Any,
+) -> list[RunResult | Failure]:
+    """Train many students of one teacher at once, each as if it were alone, each with a run folder of its own.
+
+    Args:
+        config: options as a mapping, or a resolved configuration; keywords override it.
+        seeds: `0-4`, or a sequence.
+        resume: for each of them, as for `distill`.
+        observer: told of the progress.
+        **options: as for `distill`; `method`, `student` and the values of `settings` may be lists, and every
+            combination is trained. `out` is the folder of the run folders.
+
+    Returns:
+        A result for each combination, or a `Failure` for one that did not get through.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    given = {**_stated(config), **options}
+    text = seeds if seeds is None or isinstance(seeds, str) else ",".join(map(str, seeds))
+    several = expand(given, seeds=text)
+    return start("distill", several, in_folder=len(several) > 1, resume=resume, observer=observer)
+
+
+def _stated(config: Config | None) -> dict[str, Any]:
+    """The options that a configuration states."""
+    if isinstance(config, RunConfig):
+        return sources.options_of(config.model_dump())
+    if config is not None and not isinstance(config, Mapping):
+        raise UsageError(
+            f"the configuration is a {type(config).__name__}, expected a mapping of options",
+            hint="options go by keyword: `model=`, `student=`, `teacher=`, `dataset=`, ...",
+        )
+    return dict(config or {})
+
+
+def start(
+    command: Command,
+    several: Sequence[Mapping[str, Any]],
+    *,
+    config_file: Path | None = None,
+    in_folder: bool = False,
+    resume: bool = False,
+    wait: bool = False,
+    observer: Observer | None = None,
+) -> list[RunResult | Failure]:
+    """`train` or `distill` by name, from options and a config.json; several runs share data and teacher.
+
+    Args:
+        command: of all of them.
+        several: options, a mapping a run.
+        config_file: a run's config.json, which the options override.
+        in_folder: `out` is the folder of the run folders, not the run folder.
+        resume: for each of them, as for `distill`.
+        wait: for other processes that are at work in the run folders, rather than fail.
+        observer: told of the progress.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    jobs = make_jobs(command, several, config_file, in_folder=in_folder)
+    return _run(jobs, resume=resume, wait=wait, observer=observer)
+
+
+def _one(results: list[RunResult | Failure]) -> RunResult:
+    (result,) = results
+    if isinstance(result, Failure):
+        raise result.error
+    return result
+
+
+def _run(
+    jobs: Sequence[Job], *, resume: bool, observer: Observer | None, wait: bool = False
+) -> list[RunResult | Failure]:
+    """Load what is needed, once, then train."""
+    observer = observer or SilentObserver()
+    engine.check_together([job.config for job in jobs])
+    dataset = data.load(jobs[0].config.images, on_images=decoding(observer))
+    caveat = [f"warning: {dataset.caveat}"] if dataset.caveat else []
+    warnings = [warning for job in jobs for warning in job.warnings()]
+    for text in dict.fromkeys([*dataset.notes, *caveat, *warnings]):
+        observer.message(text)
+    needs_patches = any(methods.METHODS[job.config.method].needs_patches for job in jobs)
+    asking = next((job for job in jobs if job.config.teacher is not None), jobs[0])
+    return engine.run_together(
+        [job.config for job in jobs],
+        dataset,
+        teacher=asking.teacher(dataset, needs_patches),
+        teacher_origin=_origin_of(asking.teacher_target),
+        students=[job.own_student(dataset) for job in jobs],
+        resume=resume,
+        wait=wait,
+        observer=observer,
+    )
+
+
+def _origin_of(teacher: TrainedModel | None) -> dict[str, str | None]:
+    """Whose weights a student learns from, for its metrics."""
+    return {} if teacher is None else {"teacher_source": teacher.source, "teacher_licence": teacher.licence}
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Numbers of a classifier on a data set's test images."""
+
+    target: str
+    dataset: str
+    num_images: int
+    class_names: tuple[str, ...]
+    numbers: evaluation.Evaluation
+    agreement: float | None
+    """With the teacher, in percent."""
+    fidelity: float | None
+    """Mean KL(teacher || this), in nats."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        found = {"target": self.target, "dataset": self.dataset, "num_images": self.num_images}
+        compared = {} if self.agreement is None else {"agreement": self.agreement, "fidelity": self.fidelity}
+        return {**found, **self.numbers.as_json(), **compared}
+
+
+def evaluate(
+    target: Model,
+    *,
+    dataset: str | None = None,
+    teacher: Model | None = None,
+    model: nn.Module | None = None,
+    data_dir: str | None = None,
+    test_images: int | None = None,
+    image_size: int | None = None,
+    device: str = "auto",
+    observer: Observer | None = None,
+) -> EvaluationResult:
+    """Top-1, top-5, loss, calibration and top-1 per class on the test images; with a teacher, how alike the two are.
+
+    Args:
+        target: a run folder, a weights file, `registry:NAME`, an .onnx file or an nn.Module.
+        dataset: what to test on; by default what the target was trained on.
+        teacher: another such thing to compare with.
+        model: the nn.Module that the weights of `target` belong to, where it is one of your own.
+        data_dir: what holds the data sets.
+        test_images: how many test images digits100 makes.
+        image_size: what an nn.Module reads, in pixels, where `dataset` is an `imagefolder`; all else says it itself.
+        device: for torch models; ONNX files run on the CPU.
+        observer: told of the progress.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    place = resolve_device(device)
+    seen = observer or SilentObserver()
+    named = None if dataset is None else data.describe(data.request(dataset, image_size=image_size))
+    subject, predict = ready(target, named, place, module=model, image_size=image_size)
+    wanted = subject.own_images(dataset, data_dir=data_dir, test_images=test_images)
+    subjects = [subject]
+    if teacher is not None:
+        other, predict_as_other = ready(
+            named_weights(teacher, wanted), data.describe(wanted), place, image_size=wanted.image_size
+        )
+        subjects.append(other)
+        if dataset is None and other.dataset not in (None, subject.dataset):
+            raise UsageError(
+                f"`{other.label}` was trained on `{other.dataset}`, `{subject.label}` on `{subject.dataset}`",
+                hint="compare models of one data set, or name the one to test on with `--dataset`",
+            )
+    for each in subjects:
+        each.check_size(data.describe(wanted))
+    held = data.load(wanted, on_images=decoding(seen))
+    others = None
+    if teacher is not None:
+        seen.begin("teacher", held.test_images.shape[0])
+        others = evaluation.predict_all(predict_as_other, held.test_images, on_batch=seen.advance)
+        other.check_classes(others, held)
+    seen.begin("evaluating", held.test_images.shape[0])
+    logits = evaluation.predict_all(predict, held.test_images, on_batch=seen.advance)
+    subject.check_classes(logits, held)
+    return EvaluationResult(
+        target=subject.label,
+        dataset=held.name,
+        num_images=logits.shape[0],
+        class_names=held.class_names,
+        numbers=evaluation.evaluate_logits(logits, held.test_labels),
+        agreement=None if others is None else evaluation.agreement(logits, others),
+        fidelity=None if others is None else evaluation.fidelity(logits, others),
+    )
+
+
+def predict(
+    target: Model,
+    images: str | Path | Sequence[str | Path],
+    *,
+    dataset: str | None = None,
+    model: nn.Module | None = None,
+    image_size: int | None = None,
+    top: int = 1,
+    skip_broken: bool = False,
+    device: str = "auto",
+    observer: Observer | None = None,
+) -> PredictionResult:
+    """The likeliest classes of image files, which are decoded as a folder of training images is.
+
+    Args:
+        target: a run folder, a weights file, `registry:NAME`, an .onnx file, an export folder or an nn.Module.
+        images: a file, a folder, or several of them.
+        dataset: for a target that does not say what it was trained on.
+        model: the nn.Module that the weights of `target` belong to, where it is one of your own.
+        image_size: what an nn.Module reads, in pixels, where `dataset` is an `imagefolder`; all else says it itself.
+        top: how many classes to tell of each image.
+        skip_broken: leave out files that can't be decoded, rather than fail.
+        device: for torch models; ONNX files run on the CPU.
+        observer: told of the progress.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    if top < 1:
+        raise UsageError(f"`top` is {top}, expected 1 or more", hint="e.g. `--top 5`")
+    seen = observer or SilentObserver()
+    named = None if dataset is None else data.describe(data.request(dataset, image_size=image_size))
+    subject, logits_of = ready(target, named, resolve_device(device), module=model, image_size=image_size)
+    class_names = subject.class_names or (() if named is None else named.class_names)
+    paths = image_files([images] if isinstance(images, str | Path) else images)
+    seen.begin("classifying", len(paths))
+    result = predict_files(
+        logits_of,
+        paths,
+        target=subject.label,
+        preprocessing=subject.preprocessing,
+        class_names=class_names,
+        top=top,
+        skip_broken=skip_broken,
+        on_images=seen.advance,
+    )
+    for image in result.skipped:
+        seen.message(f"warning: left out: `{image.path}`: {image.reason}")
+    return result
+
+
+def export(
+    target: str | Path,
+    out: str | Path | None = None,
+    *,
+    input_kind: Literal["uint8", "float"] = "uint8",
+    opset: int = 18,
+    dataset: str | None = None,
+    model: nn.Module | None = None,
+    image_size: int | None = None,
+    data_dir: str | None = None,
+    replace: bool = False,
+) -> Export:
+    """An ONNX file that agrees with PyTorch, verified, in a folder with its card, hashes and report.
+
+    Args:
+        target: a run folder, a weights file or `registry:NAME`.
+        out: the folder to make; by default `onnx` in the run folder, or beside the weights file.
+        input_kind: `uint8` pixels [batch, H, W, 3], or normalised `float` images [batch, 3, H, W].
+        opset: 18 to 23.
+        dataset: for weights that do not say what they were trained on.
+        model: the nn.Module that the weights belong to, where it is one of your own; it is left as it is.
+        image_size: what such a module reads, in pixels, where `dataset` is an `imagefolder`; all else says it itself.
+        data_dir: what holds the data sets; where the data are there, the test images join the verification.
+        replace: an existing folder.
+
+    Raises:
+        IcdctlError: with a message and a hint; a file that fails verification is not kept.
+    """
+    if isinstance(target, nn.Module):
+        raise UsageError(
+            f"`{type(target).__name__}` is a module, expected what holds its weights",
+            hint="name the run folder or the weights file, and pass the module as `model`",
+        )
+    named = None if dataset is None else data.describe(data.request(dataset, image_size=image_size))
+    found = weights_at(str(target), named, module=model, image_size=image_size)
+    if out is None:
+        beside = found.path.parent if not str(target).startswith("registry:") else Path.cwd()
+        out = beside / "onnx"
+    images, labels = None, None
+    try:
+        held = data.load(subject_of(found).own_images(dataset, data_dir=data_dir, test_images=None))
+        images, labels = held.test_images, held.test_labels
+    except (ArtifactError, UsageError):
+        pass  # verification then uses its own probe images, and the card states no accuracy
+    facts = _facts(found)
+    return export_onnx(
+        found,
+        Path(out),
+        input_kind=input_kind,
+        opset=opset,
+        images=images,
+        labels=labels,
+        facts=facts,
+        replace=replace,
+    )
+
+
+def _facts(target: TrainedModel) -> dict[str, Any]:
+    """What the run folder of a weights file says of how it came about, for the model card."""
+    row = data.row_of(target.dataset)
+    facts: dict[str, Any] = {} if row is None else {"data_source": row.source, "data_licence": row.licence}
+    if target.licence is not None:
+        facts |= {"weights_source": target.source, "weights_licence": target.licence}
+    folder = target.path.parent
+    hint = "point at the weights file itself"
+    if (folder / "config.json").is_file() and (folder / "metrics.json").is_file():
+        config = files.read_json(folder / "config.json", what="config", hint=hint)
+        metrics = files.read_json(folder / "metrics.json", what="metrics", hint=hint)
+        for name, value in (("config.json", config), ("metrics.json", metrics)):
+            if not isinstance(value, dict):
+                raise ArtifactError(f"`{folder / name}` holds no JSON object", hint=hint)
+        facts |= {key: config.get(key) for key in ("method", "teacher", "teacher_sha256", "scales", "settings", "seed")}
+        told = ("final_top1", "best_top1", "best_epoch", "variant", "teacher_source", "teacher_licence")
+        if metrics.get(HASH_KEY) in (None, target.sha256):  # else they are of other weights
+            facts |= {key: metrics[key] for key in told if metrics.get(key) is not None}
+    return facts
+
+
+__all__ = [
+    "EvaluationResult",
+    "Failure",
+    "PredictionResult",
+    "RunResult",
+    "distill",
+    "distill_many",
+    "evaluate",
+    "export",
+    "predict",
+    "start",
+    "train",
+]

@@ -1,0 +1,271 @@
+"""Runs that are not started: their options with every name resolved, and the configurations that come of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from icdctl import data, files, methods, models, teachers
+from icdctl.config import resolving, sources
+from icdctl.config.run import RunConfig
+from icdctl.config.sources import Options
+from icdctl.data import Dataset, DatasetInfo, Request
+from icdctl.errors import ArtifactError, IcdctlError, UsageError
+from icdctl.models import Classifier
+from icdctl.models.external import CUSTOM_MODEL, adapt
+from icdctl.registry.trained import TrainedModel
+
+Command = Literal["train", "distill"]
+FindTeacher = Callable[[str, DatasetInfo], TrainedModel]
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What is taken to be known of files that a configuration names and that are not here."""
+
+    teacher: tuple[str, str, str]
+    """Model, file, sha256 of its weights."""
+    init_sha256: str | None
+    """Of the first weights."""
+
+
+class Planner:
+    """Resolves the configurations of many runs; looks at each teacher once."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, DatasetInfo], TrainedModel | IcdctlError] = {}
+
+    def plan(self, command: Command, options: Mapping[str, Any], *, stand_in: StandIn | None = None) -> RunConfig:
+        """As the function `plan`.
+
+        Args:
+            command: of the run.
+            options: of the run.
+            stand_in: in place of a teacher and of first weights that are not here; None to fail without them.
+
+        Raises:
+            IcdctlError: with a message and a hint.
+        """
+        return Job(command, options, find=self.find_teacher, stand_in=stand_in).config
+
+    def find_teacher(self, teacher: str, dataset: DatasetInfo) -> TrainedModel:
+        """As `icdctl.teachers.find`, the second time from memory."""
+        key = (teacher, dataset)
+        if key not in self._found:
+            try:
+                found = teachers.find(teacher, dataset=dataset)
+                # Its hash is what is wanted, its tensors are read again when it is loaded.
+                self._found[key] = replace(found, weights=replace(found.weights, tensors={}))
+            except IcdctlError as error:
+                self._found[key] = error
+        known = self._found[key]
+        if isinstance(known, IcdctlError):
+            raise known
+        return known
+
+
+def plan(command: Command, options: Mapping[str, Any], config_file: Path | None = None) -> RunConfig:
+    """The resolved configuration of a run that is not started; the teacher must be there, the data need not.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    return Job(command, options, config_file).config
+
+
+def plan_many(
+    command: Command,
+    several: Sequence[Mapping[str, Any]],
+    config_file: Path | None = None,
+    *,
+    in_folder: bool = False,
+) -> list[RunConfig]:
+    """The resolved configurations of runs that are not started; arguments as for `make_jobs`.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    return [job.config for job in make_jobs(command, several, config_file, in_folder=in_folder)]
+
+
+def make_jobs(
+    command: Command, several: Sequence[Mapping[str, Any]], config_file: Path | None, *, in_folder: bool
+) -> list[Job]:
+    """Runs that share what they find.
+
+    Args:
+        command: of all of them.
+        several: options, a mapping a run.
+        config_file: a run's config.json, which the options override.
+        in_folder: `out` is the folder of the run folders, not the run folder.
+
+    Raises:
+        IcdctlError: with a message and a hint.
+    """
+    find = Planner().find_teacher
+    jobs = [Job(command, options, config_file, find=find) for options in several]
+    if in_folder:
+        for job, options in zip(jobs, several, strict=True):
+            if options.get("out") is not None:
+                out = files.user_path(str(options["out"])) / resolving.default_run_name(job.config)
+                job.config = job.config.model_copy(update={"out": str(out)})
+    return jobs
+
+
+class Job:
+    """Options with every name resolved."""
+
+    def __init__(
+        self,
+        command: Command,
+        options: Mapping[str, Any],
+        config_file: Path | None = None,
+        *,
+        find: FindTeacher | None = None,
+        stand_in: StandIn | None = None,
+    ) -> None:
+        given = dict(options)
+        self.student_module = _take_module(given, "student")
+        self.teacher_module = _take_module(given, "teacher")
+        gathered = sources.gather(given, config_file=config_file, command=command)
+        _check_needed(command, gathered)
+        self._stand_in: StandIn | None = None
+        problems: list[IcdctlError] = []
+        self.teacher_target: TrainedModel | None = None
+        self.scales_are_given = bool(gathered.scales)
+        needs_teacher = command == "distill" and _needs_teacher(gathered)
+        self.teacher_is_ignored = command == "distill" and not needs_teacher and gathered.teacher is not None
+        if needs_teacher and self.teacher_module is None:
+            try:
+                teachers.model_of(str(gathered.teacher))  # told even where the data set is wrong too
+                find = find or Planner().find_teacher
+                self.teacher_target = find(str(gathered.teacher), _described(gathered))
+                _check_same_teacher(self.teacher_target, gathered.teacher_sha256)
+            except IcdctlError as error:
+                self._stand_in = stand_in
+                if stand_in is None:
+                    problems.append(error)
+        if problems and not any(isinstance(problem, UsageError) for problem in problems):
+            problems += _missing_data(gathered)
+        build = partial(resolving.make_config, command, teacher=self._teacher_identity(), problems=problems)
+        if stand_in is not None and gathered.init_weights is not None and not _is_file(gathered.init_weights):
+            without = gathered.model_copy(update={"init_weights": None})
+            self.config = build(without).model_copy(update={"init_sha256": stand_in.init_sha256})
+        else:
+            self.config = build(gathered)
+
+    def _teacher_identity(self) -> tuple[str, str, str] | None:
+        if self._stand_in is not None:
+            return self._stand_in.teacher
+        if self.teacher_target is not None:
+            target = self.teacher_target
+            return target.model, str(target.path.resolve()), target.sha256
+        if self.teacher_module is None or self.teacher_is_ignored:
+            return None
+        return CUSTOM_MODEL, "", models.hash_weights(self.teacher_module)
+
+    def warnings(self) -> list[str]:
+        """What was given and does nothing."""
+        config = self.config
+        needs_patches = methods.METHODS[config.method].needs_patches
+        found = []
+        if needs_patches and config.scales == (1,):
+            found.append("warning: with scale 1 alone there are no patches: SDD and the cluster term add nothing")
+        if self.scales_are_given and not needs_patches:
+            found.append(f"warning: method `{config.method}` reads no patches, `--scales` is ignored")
+        if self.teacher_is_ignored:
+            found.append(f"warning: method `{config.method}` reads no teacher, `--teacher` is ignored")
+        return found
+
+    def teacher(self, dataset: Dataset, needs_patches: bool) -> Classifier | None:
+        """The teacher's weights, or a module of one's own; None where the method reads none."""
+        if self.teacher_target is not None:
+            return self.teacher_target.load()
+        return self._adapted(self.teacher_module, dataset, needs_patches)
+
+    def own_student(self, dataset: Dataset) -> Classifier | None:
+        """A module of one's own in place of a named student."""
+        return self._adapted(self.student_module, dataset, methods.METHODS[self.config.method].needs_patches)
+
+    def _adapted(self, module: nn.Module | None, dataset: Dataset, needs_patches: bool) -> Classifier | None:
+        if module is None:
+            return None
+        size = dataset.preprocessing.size
+        return adapt(module, image_size=size, num_classes=dataset.num_classes, needs_patches=needs_patches)
+
+
+def _is_file(name: str) -> bool:
+    return files.user_path(name).is_file()
+
+
+def _check_same_teacher(target: TrainedModel, sha256: str | None) -> None:
+    """Refuse a teacher that has changed since the configuration that names it."""
+    if sha256 is not None and target.sha256 != sha256:
+        raise ArtifactError(
+            f"teacher `{target.path}` has sha256 {target.sha256[:12]}..., the configuration states {sha256[:12]}...",
+            hint="name the teacher with `--teacher` to use it as it is now",
+        )
+
+
+def _take_module(given: dict[str, Any], key: str) -> nn.Module | None:
+    """An nn.Module among the options, replaced by a name there."""
+    value = given.get(key)
+    if isinstance(value, nn.Module):
+        given[key] = CUSTOM_MODEL
+        return value
+    if isinstance(value, Path):
+        given[key] = str(value)
+    return None
+
+
+def _check_needed(command: str, options: Options) -> None:
+    """A student always; a method and a teacher for `distill`."""
+    needed = ["student"] if command == "train" else ["method", "student"]
+    if command == "distill" and _needs_teacher(options):
+        needed.append("teacher")
+    missing = [name for name in needed if getattr(options, name) is None]
+    if missing:
+        flags = ", ".join(f"`--{'model' if command == 'train' else name}`" for name in missing)
+        example = (
+            "icdctl train --model res20 --dataset digits100"
+            if command == "train"
+            else "icdctl distill --method cd_sdd_dkd --teacher res32x4 --student mv2 --scales 1,2,4"
+        )
+        raise UsageError(f"{flags} {'is' if len(missing) == 1 else 'are'} missing", hint=f"e.g. `{example}`")
+
+
+def _described(options: Options) -> DatasetInfo:
+    """What is known of the data set that a run is to be on, before its configuration is complete."""
+    return data.describe(_requested(options))
+
+
+def _requested(options: Options) -> Request:
+    name = data.resolve(resolving.DEFAULT_DATASET if options.dataset is None else options.dataset)
+    folder = None if options.data_dir is None else files.user_path(options.data_dir)
+    return data.request(name, folder=folder, **resolving.dataset_settings(name, options.student, options))
+
+
+def _needs_teacher(options: Options) -> bool:
+    try:
+        return methods.METHODS[methods.resolve(options.method or "")].needs_teacher
+    except UsageError:
+        return True  # the name is reported later, together with what else is wrong
+
+
+def _missing_data(options: Options) -> list[IcdctlError]:
+    """What is wrong with the data, to be reported together with a missing teacher.
+
+    A folder of images is not decoded for that: it was looked at before the teacher was.
+    """
+    try:
+        wanted = _requested(options)
+        if not data.is_there(wanted.name, wanted.folder):  # to decode images that are there would take minutes
+            data.load(wanted)
+    except IcdctlError as error:
+        return [error]
+    return []

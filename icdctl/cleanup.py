@@ -1,0 +1,356 @@
+"""What the state folder keeps beside data, teachers and results: listed, and deleted where nobody needs it.
+
+A cache is made again, to the same content, when it is missed: decoded images, answers of teachers, numbers of reports,
+downloads. The state of a run is no cache: it is hours of training. While a run goes on it is what `--resume` needs;
+afterwards it is a second copy of the result, as long as the run folder is there. So there are kinds, and states are
+deleted only where their kind is named.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from icdctl import files, run_files
+from icdctl.engine.checkpoint import REPLAY_FILE, STATE_FILE, checkpoints_folder, read_state
+from icdctl.engine.run_folder import read_config, state_lock_path
+from icdctl.errors import ArtifactError, IcdctlError, UsageError, unknown_name
+
+KINDS = {
+    "images": "decoded images, and those that digits100 makes",
+    "answers": "tables of teachers' answers",
+    "numbers": "accuracies and latencies that reports measured; latencies come out otherwise the next time",
+    "downloads": "of teachers: cut ones, and archives that teachers were taken from",
+    "remains": "what processes that were killed have left",
+    "finished": "states of finished runs, whose results are in their run folders; `--resume` would train them again",
+    "resume": "states that `--resume` goes on from, or that are all that is left of a run",
+}
+"""Kind -> what is of it."""
+CACHES = ("images", "answers", "numbers", "downloads", "remains")
+"""The kinds that are made again when they are missed."""
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_TRASH = ".trash-"
+"""Begins the name of a folder whose content is being deleted, beside where it was."""
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
+"""What `files.write_bytes` calls a file before it is whole."""
+_STALE_SECONDS = 24 * 3600
+"""After so long nobody is at work on a temporary file."""
+_RUN_LOCK = re.compile(r"[0-9a-f]{20}\.lock")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is kept, and deleted, as one."""
+
+    kind: str
+    """One of `KINDS`."""
+    name: str
+    of: str
+    """Data set, teacher or run; empty where nothing says so."""
+    note: str
+    num_bytes: int
+    used: float
+    """When it was last of use, in seconds since 1970."""
+    paths: tuple[Path, ...]
+    """All of one folder, in the order in which they go: what makes it count goes first."""
+    locks: tuple[Path, ...] = ()
+    """Whoever makes or changes it holds one of these."""
+    mapped: tuple[Path, ...] = ()
+    """Whoever reads them marks them by `files.hold_mapped`."""
+
+    def is_in_use(self) -> bool:
+        """Whether a process makes, changes or reads it now."""
+        return any(files.is_locked(path) for path in (*self.locks, *self.mapped))
+
+    def as_json(self) -> dict[str, Any]:
+        """A row of `icdctl clean --list --json`."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "of": self.of,
+            "note": self.note,
+            "bytes": self.num_bytes,
+            "last_used": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.used)),
+            "path": str(self.paths[0]),
+        }
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """What became of what was to be deleted."""
+
+    freed: tuple[Entry, ...]
+    in_use: tuple[Entry, ...]
+    """Left, for a process needs them."""
+    failed: tuple[IcdctlError, ...]
+    """Why others are left."""
+
+
+def entries() -> list[Entry]:
+    """All that is there, kind after kind, the largest first."""
+    found = [*_images(), *_answers(), *_numbers(), *_downloads(), *_remains(), *_states()]
+    order = list(KINDS)
+    return sorted(found, key=lambda entry: (order.index(entry.kind), -entry.num_bytes, entry.name))
+
+
+def chosen(kinds: Sequence[str], older_than: str | None, *, among: Iterable[Entry]) -> list[Entry]:
+    """Some of what is there.
+
+    Args:
+        kinds: of `KINDS`; all `CACHES` where none is named.
+        older_than: `30d`, `12h`: what was of use since is left.
+        among: from `entries`.
+
+    Raises:
+        UsageError: there is no such kind, or the age is none.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise unknown_name("kind", kind, KINDS, listing="icdctl clean --help")
+    until = time.time() - _age(older_than)
+    return [entry for entry in among if entry.kind in (kinds or CACHES) and entry.used <= until]
+
+
+def clean(wanted: Iterable[Entry]) -> Cleaned:
+    """Delete what nobody uses. What goes is renamed first, so that nothing half-deleted is ever found in its place.
+
+    Raises:
+        ArtifactError: another process is deleting already, or the state folder can't be written to.
+    """
+    freed: list[Entry] = []
+    in_use: list[Entry] = []
+    failed: list[IcdctlError] = []
+    lock = files.state_folder() / "locks" / "cache.lock"
+    with files.locked(lock, busy="another process cleans the caches", hint="wait for it"):
+        for entry in wanted:
+            try:
+                with _alone(entry) as is_free:
+                    if not is_free:
+                        in_use.append(entry)
+                    elif _delete(entry.paths):
+                        freed.append(entry)
+            except OSError as error:
+                failed.append(
+                    ArtifactError(
+                        f"`{entry.paths[0]}` can't be deleted: {error.strerror or error}", hint="check its permissions"
+                    )
+                )
+    return Cleaned(tuple(freed), tuple(in_use), tuple(failed))
+
+
+def total_bytes() -> int:
+    """Of caches and states together."""
+    return _size_of((files.cache_folder(), checkpoints_folder()))[0]
+
+
+def _age(text: str | None) -> float:
+    """Seconds."""
+    if text is None:
+        return 0.0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
+    if match is None:
+        raise UsageError(f"`--older-than {text}` is no age", hint="e.g. `--older-than 30d`, `12h` or `2w`")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+@contextmanager
+def _alone(entry: Entry) -> Iterator[bool]:
+    """Whether nobody else is at it, nor will be while the block runs."""
+    with ExitStack() as stack:
+        try:
+            for lock in entry.locks:
+                if _RUN_LOCK.fullmatch(lock.name):
+                    stack.enter_context(files.locked(lock, busy="", hint=""))
+                else:
+                    stack.enter_context(filelock.FileLock(lock).acquire(blocking=False))
+        except (filelock.Timeout, ArtifactError):
+            yield False
+            return
+        is_free = all([stack.enter_context(files.unless_locked(path)) for path in entry.mapped if path.exists()])
+        if is_free and entry.kind in ("finished", "resume"):  # the run may have changed since it was looked at
+            now = _state(entry.paths[0])
+            is_free = now is not None and (now.kind, now.locks) == (entry.kind, entry.locks)
+        yield is_free
+
+
+def _delete(paths: Sequence[Path]) -> bool:
+    """Whether there was anything left to delete."""
+    there = [path for path in paths if path.exists()]
+    if not there:  # whoever made it has renamed or deleted it since it was looked at
+        return False
+    aside = there[0].parent / f"{_TRASH}{os.getpid()}-{secrets.token_hex(4)}"
+    aside.mkdir()
+    try:
+        for path in there:
+            path.rename(aside / path.name)
+    finally:
+        shutil.rmtree(aside)
+    return True
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in _children(folder) if not path.name.startswith(".")]
+
+
+def _size_of(paths: Iterable[Path]) -> tuple[int, float]:
+    """Bytes, and the latest time of change, of files and of all files in folders."""
+    num_bytes, latest = 0, 0.0
+    for path in paths:
+        for file in (path, *path.rglob("*")):
+            try:
+                state = file.lstat()
+            except OSError:  # deleted meanwhile
+                continue
+            if not file.is_dir():
+                num_bytes += state.st_size
+                latest = max(latest, state.st_mtime)
+    return num_bytes, latest
+
+
+def _entry(kind: str, name: str, paths: Sequence[Path], *, of: str = "", note: str = "", **guards: Any) -> Entry:
+    num_bytes, used = _size_of(paths)
+    return Entry(kind, name, of, note, num_bytes, used, tuple(paths), **guards)
+
+
+def _said(path: Path) -> dict[str, Any]:
+    """A JSON object that icdctl wrote; empty where it is missing or broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _images() -> Iterator[Entry]:
+    home = files.cache_folder() / "images"
+    for stem in sorted({path.stem for path in _visible(home) if path.suffix in (".npy", ".json")}):
+        facts, array = home / f"{stem}.json", home / f"{stem}.npy"
+        yield _entry(
+            "images",
+            stem,
+            [path for path in (facts, array) if path.exists()],
+            of=str(_said(facts).get("of") or stem.rpartition("-")[0]),
+            locks=(home / f".{stem}.lock",),
+            mapped=(array,),
+        )
+    for path in _visible(files.cache_folder()):
+        if path.suffix == ".safetensors":
+            yield _entry("images", path.stem, [path], of=path.name.partition("-")[0])
+
+
+def _answers() -> Iterator[Entry]:
+    home = files.cache_folder() / "answers"
+    for folder in _visible(home):
+        of = _said(folder / "facts.json").get("of")
+        about = of if isinstance(of, dict) else {}
+        yield _entry(
+            "answers",
+            folder.name,
+            [folder],
+            of=f"{about['teacher']} on {about['dataset']}" if {"teacher", "dataset"} <= about.keys() else "",
+            locks=(home / f".{folder.name}.lock",),
+            mapped=tuple(folder.glob("*.npy")),
+        )
+
+
+def _numbers() -> Iterator[Entry]:
+    for kind, key in (("evaluated", "weights"), ("latency", "model")):
+        for path in _visible(files.cache_folder() / kind):
+            of = _said(path).get("of")
+            about = of if isinstance(of, dict) else {}
+            yield _entry("numbers", f"{kind}-{path.stem}", [path], of=str(about.get(key, ""))[:12], note=kind)
+
+
+def _downloads() -> Iterator[Entry]:
+    home = files.cache_folder() / "teachers"
+    parts: dict[str, list[Path]] = {}
+    for path in _children(home):
+        match = re.fullmatch(r"\.(.+)\.part(\.json)?", path.name)
+        if match or not path.name.startswith("."):
+            parts.setdefault(match[1] if match else path.name, []).append(path)
+    for name, paths in parts.items():
+        is_cut = all(path.name.startswith(".") for path in paths)
+        yield _entry(
+            "downloads", name, paths, note="cut; a download goes on" if is_cut else "", locks=(home / f".{name}.lock",)
+        )
+
+
+def _remains() -> Iterator[Entry]:
+    """Parts whose makers died, temporary files that nobody can be writing any more, what a killed `clean` left."""
+    cache = files.cache_folder()
+    for home in (cache / "images", cache / "answers"):
+        for path in _children(home):
+            if path.name.startswith(".") and path.suffix == ".part":
+                yield _entry("remains", path.name, [path], locks=(path.with_suffix(".lock"),))
+    for home in (cache, *_visible(cache), checkpoints_folder(), *_visible(checkpoints_folder())):
+        for path in _children(home):
+            is_old = _TEMPORARY.fullmatch(path.name) and time.time() - _size_of([path])[1] > _STALE_SECONDS
+            if is_old or path.name.startswith(_TRASH):
+                yield _entry("remains", path.name, [path])
+
+
+def _states() -> Iterator[Entry]:
+    for folder in _visible(checkpoints_folder()):
+        found = _state(folder)
+        if found is not None:
+            yield found
+
+
+def _state(folder: Path) -> Entry | None:
+    """The state of a run, and whether the run's folder has the result as well; None where there is none."""
+    state = folder / STATE_FILE
+    if not state.is_file() and not (folder / REPLAY_FILE).is_file():
+        return None
+    kind, note, of, out = "resume", "no epoch is done", "", None
+    if state.is_file():
+        try:
+            progress, config = read_state(state)
+        except ArtifactError:
+            note = "it can't be read"
+        else:
+            note = "finished" if progress.done else f"epoch {progress.epoch}"
+            if config is not None and config.fingerprint == folder.name:
+                out, of = Path(config.out), config.out
+                note += "" if progress.done else f" of {config.epochs}"
+                if not out.is_dir():
+                    note += ", its run folder is gone"
+                elif progress.done and _has_result(out, folder.name):
+                    kind = "finished"
+                elif progress.done:
+                    note += ", its run folder has no result"
+    # Where no run is named, it may be any that goes on.
+    locks = _held_run_locks() if out is None else (state_lock_path(out),)
+    return _entry(kind, folder.name, [folder], of=of, note=note, locks=locks)
+
+
+def _has_result(out: Path, fingerprint: str) -> bool:
+    if not all((out / name).is_file() for name in ("metrics.json", run_files.WEIGHTS_FILE)):
+        return False
+    try:
+        return read_config(out, now_at=str(out)).fingerprint == fingerprint
+    except ArtifactError:
+        return False
+
+
+def _held_run_locks() -> tuple[Path, ...]:
+    paths = _children(files.state_folder() / "locks")
+    return tuple(path for path in paths if _RUN_LOCK.fullmatch(path.name) and files.is_locked(path))

@@ -1,0 +1,120 @@
+"""How far the runs of a grid are: by the files in their folders, and by whether those are still what the cells say."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from icdctl import files, teachers
+from icdctl.api import planning
+from icdctl.engine.run_folder import differences, held, read_config
+from icdctl.errors import ArtifactError, IcdctlError, UsageError
+from icdctl.grid.cells import GridRun
+
+State = Literal["done", "begun", "stale", "missing"]
+REPLACED = ".replaced"
+"""Where, beside the runs, those lie that others were trained in place of."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run is."""
+
+    run: GridRun
+    state: State
+    """`stale`: the folder holds a run of other settings than the cell's."""
+    changes: str = ""
+    """Of a stale run: what is different, `gamma 4.0 -> 8.0`."""
+
+    def error(self) -> ArtifactError:
+        """Of a stale run, for whoever needs it as the cell says."""
+        return ArtifactError(
+            f"`{self.run.folder}` holds another run than the cell `{self.run.cell.name}` asks for: {self.changes}",
+            hint="take the change back, or train it again: `icdctl grid run` and `icdctl reproduce` do so with "
+            f"`--replace`, and keep the old folder in `{REPLACED}` beside the cells",
+        )
+
+
+def standings(runs: Iterable[GridRun], planner: planning.Planner) -> list[Standing]:
+    """How far each run is, in order."""
+    return [standing(run, planner) for run in runs]
+
+
+def standing(run: GridRun, planner: planning.Planner) -> Standing:
+    """How far a run is. What has no folder costs nothing; weights are read once for all runs of a planner."""
+    state, changes = state_of(run.folder, run.cell.command, run.options, planner)
+    return Standing(run, state, changes)
+
+
+def state_of(
+    folder: Path, command: Literal["train", "distill"], options: Mapping[str, Any], planner: planning.Planner
+) -> tuple[State, str]:
+    """How far the run in a folder is that options ask for, and how it differs from them where it does.
+
+    Where the teacher is not here, as on a machine that only looks at results, the one that the run states is taken for
+    it, as long as it is the same model.
+    """
+    is_done = (folder / "metrics.json").is_file()
+    if not (folder / "config.json").is_file():
+        return ("stale", "it has metrics, and no `config.json` says of what") if is_done else ("missing", "")
+    try:
+        earlier = read_config(folder, now_at=str(folder))
+    except ArtifactError as error:
+        return "stale", error.message
+    teacher = (earlier.teacher or "", earlier.teacher_weights or "", earlier.teacher_sha256 or "")
+    stand_in = planning.StandIn(_other_model(options.get("teacher"), earlier.teacher) or teacher, earlier.init_sha256)
+    try:
+        changed = differences(earlier, planner.plan(command, {**options, "out": str(folder)}, stand_in=stand_in))
+    except UsageError as error:
+        return "stale", f"the cell can't be trained: {error.messages[0]}"
+    except IcdctlError:  # something else is not here, e.g. the folder of images: nothing to compare with
+        changed = []
+    if changed:
+        return "stale", ", ".join(changed)
+    return ("done" if is_done else "begun"), ""
+
+
+def _other_model(named: object, earlier: str | None) -> tuple[str, str, str] | None:
+    """The teacher that a model's name asks for, where the run had another model."""
+    if named is None or earlier is None:
+        return None
+    try:
+        model = teachers.model_of(str(named))
+    except IcdctlError:
+        return None
+    return None if model in (None, earlier) else (str(model), "", "")
+
+
+def set_aside(
+    folder: Path, root: Path, *, is_stale: Callable[[], bool], waiting: Callable[[str], None] | None = None
+) -> Path | None:
+    """Move a stale run out of the way, and keep it.
+
+    Args:
+        folder: of the run.
+        root: of all runs.
+        is_stale: asked once nobody else is at work there: who was may have replaced it.
+        waiting: told that another process is at work in it, which is then waited for; None to fail at once.
+
+    Returns:
+        Where it is now; None where there is nothing to move any more.
+
+    Raises:
+        ArtifactError: it can't be moved.
+    """
+    with held(folder, waiting=waiting):
+        if not is_stale():
+            return None
+        place = root / REPLACED / folder.relative_to(root).parent
+        files.make_folder(place)
+        taken = {path.name for path in place.iterdir()}
+        number = next(n for n in range(1, len(taken) + 2) if f"{folder.name}-{n}" not in taken)
+        target = place / f"{folder.name}-{number}"
+        try:
+            shutil.move(folder, target)
+        except OSError as error:
+            raise files.not_writable(target, error) from error
+        return target

@@ -1,0 +1,219 @@
+"""From a table of a paper to runs, and from runs to verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from icdctl import api, files
+from icdctl.api import planning
+from icdctl.engine.observer import Observer
+from icdctl.errors import ArtifactError, UsageError
+from icdctl.grid.cells import Grid, GridCell, GridRun, make_cell
+from icdctl.grid.status import Standing, set_aside, standings, state_of
+from icdctl.methods import METHODS
+from icdctl.science import tables, verdicts
+from icdctl.science.paper import FAMILIES
+from icdctl.science.tables import Cell, Table
+from icdctl.science.verdicts import Compared, Judgement, Result
+
+OWN_TEACHERS = {"digits100": "digits100-teacher"}
+"""Data sets of which nobody publishes teachers -> the recipe that trains ours."""
+
+
+def select(table: Table, *, texts: Sequence[str], family: str | None) -> tuple[Cell, ...]:
+    """Some cells of a table.
+
+    Args:
+        table: from `tables.load`.
+        texts: one of which stands in the name of each; all cells where there is none.
+        family: of defaults; cells that belong to none are in all of them.
+
+    Raises:
+        UsageError: there is no such family, or no such cell.
+    """
+    if family is not None and family not in FAMILIES:
+        raise UsageError(f"unknown family `{family}`", hint=f"choose {' or '.join(f'`{name}`' for name in FAMILIES)}")
+    found = tables.select(table.cells, family=family)
+    chosen = tuple(cell for cell in found if not texts or any(text in cell.key for text in texts))
+    if not chosen:
+        raise UsageError(
+            f"no cell of `{table.name}` has {' or '.join(f'`{text}`' for text in texts)} in its name",
+            hint=f"`icdctl reproduce {table.name} --list` shows them",
+        )
+    return chosen
+
+
+def grid_of(cells: Sequence[Cell], *, num_seeds: int, options: Mapping[str, Any]) -> Grid:
+    """The runs of those cells that can be run; equal cells of different tables are the same runs.
+
+    Args:
+        cells: of a table.
+        num_seeds: seeds 0 to `num_seeds` - 1.
+        options: that hold for all runs.
+
+    Raises:
+        UsageError: no seed is wanted.
+    """
+    if not 1 <= num_seeds <= 1000:
+        raise UsageError(f"{num_seeds} seeds", hint="e.g. `--seeds 5`")
+    made = [grid_cell(cell, options) for cell in cells if cell.why_not(METHODS) is None]
+    return Grid(tuple(made), tuple(range(num_seeds)), files.project_root() / "runs", "the table")
+
+
+def name_of(cell: Cell) -> str:
+    """The folder of a cell's runs, and its name in params.yaml."""
+    return folder_name(cell.key)
+
+
+def folder_name(key: str) -> str:
+    """What the key of a cell is in paths and in params.yaml, where DVC would take a dot for a level of its own."""
+    return key.replace("/", "-").replace(".", "_").removesuffix("-time")
+
+
+def grid_cell(cell: Cell, options: Mapping[str, Any]) -> GridCell:
+    """A cell of a table as one of a grid, with options that hold besides its own."""
+    stated: dict[str, Any] = {
+        "dataset": cell.dataset,
+        "teacher": cell.teacher,
+        "student": cell.student,
+        "method": cell.method,
+        "scales": ",".join(map(str, cell.scales)) or None,
+        "settings": dict(cell.settings) or None,
+        **cell.overrides,
+        **options,
+    }
+    return make_cell(
+        name_of(cell), {key: value for key, value in stated.items() if value is not None}, origin="the table"
+    )
+
+
+def with_own_teachers(grid: Grid) -> Grid:
+    """The same runs, with teachers of our own for data sets of which nobody publishes any: see `train_own_teachers`."""
+    cells = []
+    for cell in grid.cells:
+        folder = _own_teacher(grid, cell)
+        cells.append(cell if folder is None else replace(cell, options={**cell.options, "teacher": str(folder)}))
+    return replace(grid, cells=tuple(cells))
+
+
+def _own_teacher(grid: Grid, cell: GridCell) -> Path | None:
+    """The run folder beside the cells' of the teacher that is trained here for a cell; None where there is another."""
+    dataset, teacher = str(cell.options.get("dataset")), cell.options.get("teacher")
+    if teacher is None or dataset not in OWN_TEACHERS:
+        return None
+    return grid.folder / f"{dataset}-teacher-{teacher}"
+
+
+def train_own_teachers(
+    grid: Grid, *, replaces: bool, device: str | None, tell: Callable[[str], None], observer: Observer | None = None
+) -> None:
+    """Train the teachers of `with_own_teachers` that are missing, once, with seed 0.
+
+    Args:
+        grid: from `grid_of`.
+        replaces: whether one that was trained with other settings is trained again.
+        device: to train on.
+        tell: told of what is moved out of the way.
+        observer: told of the progress.
+
+    Raises:
+        IcdctlError: one can't be trained, or was trained with other settings.
+    """
+    planner = planning.Planner()
+    wanted = {folder: cell for cell in grid.cells if (folder := _own_teacher(grid, cell)) is not None}
+    for folder, cell in wanted.items():
+        dataset, model = str(cell.options["dataset"]), cell.options["teacher"]
+        given = {"student": model, "dataset": dataset, "recipe": OWN_TEACHERS[dataset], "out": str(folder)}
+        state, changes = state_of(folder, "train", given, planner)
+        if state == "stale" and not replaces:
+            raise ArtifactError(
+                f"teacher `{folder}` was trained with other settings: {changes}",
+                hint="take the change back, or train it again, and all its students, with `--replace`",
+            )
+        if state == "stale":
+            kept = set_aside(folder, grid.folder, is_stale=partial(_is_stale, folder, given), waiting=tell)
+            tell(f"the teacher of other settings is now `{kept}`")
+        if state != "done":
+            (result,) = api.start("train", [{**given, "device": device}], resume=True, wait=True, observer=observer)
+            if isinstance(result, api.Failure):
+                raise result.error
+
+
+def _is_stale(folder: Path, given: Mapping[str, Any]) -> bool:
+    return state_of(folder, "train", given, planning.Planner())[0] == "stale"
+
+
+def judge(
+    table: Table, cells: Sequence[Cell], runs: Sequence[Standing], *, margin: float | None, epoch: Compared
+) -> Judgement:
+    """What the runs that are done say of the table; stale ones say nothing.
+
+    Args:
+        table: from `tables.load`.
+        cells: from `select`.
+        runs: of the grid of `grid_of`, how far each is.
+        margin: the difference that does not matter; None for the table's.
+        epoch: which of ours stands beside the published number.
+
+    Raises:
+        ArtifactError: the metrics of a run are broken.
+    """
+    of_name: dict[str, dict[int, Result]] = {}
+    for run in [standing.run for standing in runs if standing.state == "done"]:
+        of_name.setdefault(run.cell.name, {})[run.seed] = _result(table, run)
+    measured = {cell.key: of_name[name_of(cell)] for cell in cells if name_of(cell) in of_name}
+    return verdicts.judge(table, measured, methods=METHODS, cells=cells, margin=margin, epoch=epoch)
+
+
+def judged(name: str) -> Judgement:
+    """What all runs that are there say of a table; nothing is trained.
+
+    Raises:
+        UsageError: there is no such table.
+        ArtifactError: the metrics of a run are broken, or no run of it is there.
+    """
+    table = tables.load(name)
+    cells = select(table, texts=(), family=None)
+    folders = [files.project_root() / "runs" / name_of(cell) for cell in cells]
+    seeds = [int(run.name[1:]) for folder in folders for run in folder.glob("s*") if run.name[1:].isdigit()]
+    if not seeds:
+        raise ArtifactError(f"no run of table `{name}` is there", hint=f"`icdctl reproduce {name}` trains them")
+    grid = with_own_teachers(grid_of(cells, num_seeds=max(seeds) + 1, options={}))
+    return judge(table, cells, standings(grid.runs, planning.Planner()), margin=None, epoch="as published")
+
+
+def _result(table: Table, run: GridRun) -> Result:
+    metrics = run.metrics()
+    try:
+        if table.metric == "seconds_per_step":
+            return Result(final=float(metrics["seconds"]) / int(metrics["steps"]))
+        best = metrics.get("best_top1")
+        return Result(final=float(metrics["final_top1"]), best=None if best is None else float(best))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ArtifactError(
+            f"metrics of `{run.folder}` are not what icdctl writes: {error}",
+            hint=f"delete `{run.folder}`, and train it again",
+        ) from error
+
+
+def write(judgement: Judgement, folder: Path) -> list[Path]:
+    """The tables as Markdown, LaTeX, CSV and JSON.
+
+    Raises:
+        ArtifactError: the folder can't be written to.
+    """
+    found = verdicts.sheets(judgement)
+    texts = {
+        "table.md": verdicts.to_markdown(found),
+        "table.tex": verdicts.to_latex(found),
+        "cells.csv": verdicts.cells_csv(judgement),
+        "claims.csv": verdicts.claims_csv(judgement),
+    }
+    for name, text in texts.items():
+        files.write_text(folder / name, text)
+    files.write_json(folder / "table.json", verdicts.as_json(judgement))
+    return [folder / name for name in (*texts, "table.json")]

@@ -1,0 +1,183 @@
+"""Is a run folder, a configuration, a weights file, an export or a folder of images what it should be?"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from icdctl import data, files
+from icdctl.config.run import RunConfig
+from icdctl.config.sources import from_validation
+from icdctl.data import OnImages, Request, imagefolder
+from icdctl.data.decode import BrokenImage, broken_images_told, decode_in_order
+from icdctl.errors import ArtifactError, IcdctlError
+from icdctl.exporting import Report, verify_file, verify_folder
+from icdctl.registry import trained
+
+_AGAIN = "train it again, or go on with `--resume`"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    sound: bool | None
+    """None where it could not be looked at."""
+    found: str
+    hint: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """A plain value."""
+        return asdict(self)
+
+
+def inspect(path: Path, *, dataset: str | None = None, on_images: OnImages = lambda done, total: None) -> list[Finding]:
+    """Everything that can be said of what lies at `path`.
+
+    Args:
+        path: of a run folder, a configuration, weights or an export; or `imagefolder:DIR`.
+        dataset: for weights that do not say what they were trained on.
+        on_images: told of the progress, where images are decoded.
+
+    Raises:
+        ArtifactError: nothing lies there, or nothing that icdctl knows.
+    """
+    if str(path).startswith(imagefolder.PREFIX):
+        return _image_folder(data.request(str(path)), on_images)
+    if not path.exists():
+        raise ArtifactError(f"`{path}` does not exist", hint="name a run folder, a file or an export folder")
+    if path.is_dir():
+        if (path / "manifest.json").is_file() and (path / "model.onnx").is_file():
+            return _export_findings(verify_folder(path))
+        if (path / "config.json").is_file():
+            return _run_folder(path)
+        raise ArtifactError(
+            f"`{path}` is neither a run folder nor an export",
+            hint=f"point at the folder itself; a folder of images goes by `{imagefolder.PREFIX}{path}`",
+        )
+    if path.suffix == ".onnx":
+        return _export_findings(verify_file(path))
+    if path.suffix == ".json":
+        return [_attempt("config", lambda: _config(path))]
+    return [_attempt("weights", lambda: _weights(path, dataset))]
+
+
+def _export_findings(report: Report) -> list[Finding]:
+    hint = "make it again with `icdctl export`"
+    sound = {"pass": True, "fail": False}
+    return [Finding(check.name, sound.get(check.status), check.detail, hint) for check in report.checks]
+
+
+def _run_folder(folder: Path) -> list[Finding]:
+    findings = [_attempt("config", lambda: _config(folder / "config.json"))]
+    if not (folder / "metrics.json").is_file():
+        return [*findings, Finding("metrics", False, "the run is not finished: no metrics.json", _AGAIN)]
+    findings.append(_attempt("weights", lambda: _weights(folder)))
+    findings.append(_attempt("history", lambda: _history(folder)))
+    return findings
+
+
+def _attempt(what: str, look: Callable[[], str]) -> Finding:
+    """What a look finds, or why it failed."""
+    try:
+        return Finding(what, True, look())
+    except trained.OwnModuleError as error:
+        return Finding(what, None, error.message, error.hint)
+    except IcdctlError as error:
+        return Finding(what, False, error.message, error.hint)
+
+
+def _config(path: Path) -> str:
+    stated = files.read_json(path, what="config", hint=_AGAIN)
+    if not isinstance(stated, dict):
+        raise ArtifactError(f"`{path}` holds no JSON object", hint=_AGAIN)
+    try:
+        config = RunConfig(**stated)
+    except ValidationError as error:
+        raise ArtifactError(f"`{path}`: {from_validation(error).message}", hint=_AGAIN) from error
+    return f"{config.method}, {config.student}, {config.dataset}, variant {config.settings['variant']}"
+
+
+def _weights(path: Path, dataset: str | None = None) -> str:
+    target = trained.resolve(str(path), dataset=None if dataset is None else data.describe(data.request(dataset)))
+    target.load()
+    return f"{target.model}, {target.num_classes} classes, finite, sha256 {target.sha256[:12]}"
+
+
+def _image_folder(wanted: Request, on_images: OnImages) -> list[Finding]:
+    """That it can be divided, and all its images decoded."""
+    folder = imagefolder.folder_of(wanted.name)
+    try:
+        classes = imagefolder.class_names(folder)
+        division = imagefolder.divide(
+            folder, test_split=wanted.test_split or 0.0, val_split=wanted.val_split, seed=wanted.split_seed
+        )
+    except IcdctlError as error:
+        unseen = Finding("images", None, "not looked at")
+        return [Finding("classes", False, error.message, error.hint), unseen]
+    side = wanted.image_size or imagefolder.DEFAULT_IMAGE_SIZE
+    return [
+        Finding("classes", True, _counted(division, classes)),
+        _attempt("images", lambda: _decoded(folder, division, side, on_images)),
+    ]
+
+
+def _counted(division: imagefolder.Division, classes: Sequence[str]) -> str:
+    counts = torch.bincount(division.train.labels, minlength=len(classes)).tolist()
+    fewest = counts.index(min(counts))
+    told = [
+        f"{len(classes)} classes of {counts[fewest]:,} (`{classes[fewest]}`) to {max(counts):,} images for training",
+        f"{len(division.test.names):,} images for testing" + ("" if division.has_own_test else ", split off"),
+    ]
+    if division.val is not None:
+        told.append(f"{len(division.val.names):,} for validation")
+    if division.unlabeled:
+        told.append(f"{len(division.unlabeled):,} without labels")
+    return "; ".join(told)
+
+
+def _decoded(folder: Path, division: imagefolder.Division, side: int, on_images: OnImages) -> str:
+    held_out = () if division.val is None else division.val.names
+    names = [*division.train.names, *division.test.names, *held_out, *division.unlabeled]
+    broken: list[BrokenImage] = []
+    with closing(decode_in_order((folder / name for name in names), resize=(side, side), crop=None)) as results:
+        for number, result in enumerate(results, start=1):
+            if isinstance(result, BrokenImage):
+                broken.append(result)
+            on_images(number, len(names))
+    if broken:
+        raise ArtifactError(
+            broken_images_told(broken, len(names), folder=folder), hint="mend them, or train with `--skip-broken`"
+        )
+    return f"all {len(names):,} can be decoded"
+
+
+def _history(folder: Path) -> str:
+    """Every epoch once, all finite, and the last one what metrics.json states."""
+    path = folder / "history.csv"
+    metrics = files.read_json(folder / "metrics.json", what="metrics", hint=_AGAIN)
+    try:
+        with path.open(newline="") as file:
+            rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        epochs = [int(row["epoch"]) for row in rows]
+        # A run with validation images looks at the test images only after its last epoch.
+        column, key = ("val_top1", "final_val_top1") if "final_val_top1" in metrics else ("test_top1", "final_top1")
+        last, stated = rows[-1][column], float(metrics[key])
+    except (OSError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise ArtifactError(f"`{path}` can't be read: {error}", hint=_AGAIN) from error
+    if epochs != list(range(1, len(rows) + 1)) or not rows:
+        raise ArtifactError(f"`{path}` has epochs {epochs}", hint=_AGAIN)
+    if not all(math.isfinite(value) for row in rows for value in row.values()):
+        raise ArtifactError(f"`{path}` holds a value that is not finite", hint=_AGAIN)
+    if last != stated:
+        raise ArtifactError(f"`{path}` ends with {column} {last}, metrics.json states {stated}", hint=_AGAIN)
+    return f"{len(rows)} epochs, {column} {stated:.2f}"
