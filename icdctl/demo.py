@@ -17,7 +17,7 @@ from icdctl import api, data, files, registry
 from icdctl.engine.device import resolve_device
 from icdctl.engine.observer import Observer
 from icdctl.engine.run import Interrupted
-from icdctl.engine.student_run import RunResult
+from icdctl.engine.run_output import RunResult
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.exporting import Export, OnnxClassifier
 from icdctl.reporting.collect import read_history

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from icdctl import models
 from icdctl.benchmark import against, ceilings, clocks, operations, reference, speed, workload
-from icdctl.engine import device_loop, student_run, teacher
+from icdctl.engine import device_loop, shared_data, teacher
 from icdctl.engine.teacher import InlineTeacher
 from icdctl.errors import ArtifactError, IcdctlError
 
@@ -232,8 +232,8 @@ def by_position(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From the call on, steps go as on CUDA; in place of a graph's replay stands the function itself."""
 
     def switch() -> None:
-        monkeypatch.setattr(student_run, "goes_by_position", lambda device: True)
-        monkeypatch.setattr(device_loop, "goes_by_position", lambda device: True)
+        monkeypatch.setattr(shared_data, "is_device_driven", lambda device: True)
+        monkeypatch.setattr(device_loop, "is_device_driven", lambda device: True)
         monkeypatch.setattr(device_loop, "record", lambda step, stream, pool: step)
 
     return switch
@@ -263,7 +263,7 @@ def test_what_is_timed_on_cuda_learns_what_is_timed_on_a_cpu(
         for _ in range(13):  # into a third epoch
             stepper()
         stepper.check_finite()
-        step = stepper.session.member.step
+        step = stepper.session.run.step
         return stepper.captures, step.student.state_dict(), step.log
 
     with clocks.threads(1):
@@ -279,7 +279,7 @@ def test_no_speed_is_told_of_steps_that_are_not_finite(by_position: Callable[[],
     by_position()
     stepper = workload.Stepper(a_session())
     stepper()
-    stepper.session.member.step.log[0, 0] = torch.nan
+    stepper.session.run.step.log[0, 0] = torch.nan
     for _ in range(4):
         stepper()
     with pytest.raises(IcdctlError, match="no speed is told"):
@@ -320,14 +320,14 @@ def test_where_nothing_can_be_captured_the_bench_says_so_once(
 def test_kernels_that_nobody_sees_are_not_counted() -> None:
     stepper = workload.Stepper(a_session())
     assert speed._count_kernels(stepper) is None
-    assert bool(torch.isfinite(stepper.session.member.step.log).all())
+    assert bool(torch.isfinite(stepper.session.run.step.log).all())
 
 
 def test_the_beginning_of_a_step_does_what_the_step_does_so_far() -> None:
     session = a_session()
-    step = session.member.step
+    step = session.run.step
     part = session.part(session.draw(1), 0)
-    images, labels = session.place.store.inputs(part), session.place.labels[part.index]
+    images, labels = session.shared.store.inputs(part), session.shared.labels[part.index]
     before = [parameter.detach().clone() for parameter in step.student.parameters()]
     for num_parts, has_gradients, has_moved in (
         (0, False, False),
@@ -335,9 +335,7 @@ def test_the_beginning_of_a_step_does_what_the_step_does_so_far() -> None:
         (3, True, False),
         (4, True, True),
     ):
-        beginning = speed._Beginning(
-            step.student, step.optimizer, step.rule, steps_per_epoch=5, device=torch.device("cpu")
-        )
+        beginning = speed._Beginning(*step.parts, steps_per_epoch=5, device=torch.device("cpu"))
         beginning.num_parts = num_parts
         beginning(0, images, labels, session.inline(images))
         parameters = list(step.student.parameters())
@@ -508,7 +506,7 @@ def test_fresh_models_behave_like_trained_ones() -> None:
     images = dataset.preprocessing.normalise(dataset.train_images[:64])
     with torch.no_grad():
         assert float(teacher.eval()(images).std()) == pytest.approx(3.0, rel=1e-4)
-        folded = InlineTeacher(teacher, needs_cells=False, device=torch.device("cpu"))(images).logits
+        folded = InlineTeacher(teacher, reads={"logits"}, device=torch.device("cpu"))(images)["logits"]
         torch.testing.assert_close(folded, teacher(images), rtol=1e-3, atol=1e-4)
     again = workload.fresh_model("res8", dataset, seed=0, is_teacher=True)
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), again.parameters(), strict=True))

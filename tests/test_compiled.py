@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import icdctl as library
 from icdctl.api import planning
-from icdctl.engine import compiled, device_loop, student_run
+from icdctl.engine import compiled, device_loop, shared_data
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +97,8 @@ def test_the_ladder_is_gone_down_rung_by_rung(
         return step
 
     monkeypatch.setattr(compiled, "_BACKEND", "aot_eager")
-    for module in (student_run, device_loop):
-        monkeypatch.setattr(module, "goes_by_position", lambda device: True)
+    for module in (shared_data, device_loop):
+        monkeypatch.setattr(module, "is_device_driven", lambda device: True)
     monkeypatch.setattr(device_loop, "record", record)
     listener = Listener()
     result = library.distill(**given, compile=True, out=str(tmp_path / "ladder"), observer=listener)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from step_support import make_step, teacher_for
 from test_engine import SMALL, Stop, history, weights
 from test_step import META
 from test_together import planned, store_of, together
@@ -19,16 +20,14 @@ import icdctl as library
 from icdctl import data, models
 from icdctl.api import planning
 from icdctl.data import Augmentation, ImageStore
-from icdctl.engine import device_loop, student_run, teacher
+from icdctl.engine import device_loop, shared_data, student_run, teacher
 from icdctl.engine import run as engine
 from icdctl.engine.checkpoint import CheckpointWriter
 from icdctl.engine.feed import Feed
 from icdctl.engine.observer import SilentObserver
-from icdctl.engine.step import StepRule, TrainingStep
-from icdctl.engine.teacher import InlineTeacher
 from icdctl.errors import ArtifactError
 from icdctl.evaluation import batch_size_on
-from icdctl.methods import METHODS, check_settings
+from icdctl.methods import METHODS, ModelProbe
 from icdctl.methods.patch import pooled_in_order
 
 ByPosition = Callable[[], None]
@@ -54,8 +53,8 @@ def by_position(monkeypatch: pytest.MonkeyPatch) -> ByPosition:
     """From the call on, runs go as on CUDA, rehearsals too; in place of a replay stands the function itself."""
 
     def switch() -> None:
-        monkeypatch.setattr(student_run, "goes_by_position", lambda device: True)
-        monkeypatch.setattr(device_loop, "goes_by_position", lambda device: True)
+        monkeypatch.setattr(shared_data, "is_device_driven", lambda device: True)
+        monkeypatch.setattr(device_loop, "is_device_driven", lambda device: True)
         monkeypatch.setattr(device_loop, "record", lambda step, stream, pool: step)
 
     return switch
@@ -157,12 +156,12 @@ def test_students_fork_from_the_stream_of_the_step_and_join_it(monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "stream", on)
     pools = iter(("one pool", "another pool"))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
-    monkeypatch.setattr(device_loop, "goes_by_position", lambda device: True)
+    monkeypatch.setattr(device_loop, "is_device_driven", lambda device: True)
     monkeypatch.setattr(device_loop, "side_stream", lambda device: Stream(next(names)))
     monkeypatch.setattr(device_loop, "record", record)
     monkeypatch.setattr(device_loop, "_REHEARSALS", 1)
     store, dataset = store_of(8, Augmentation())
-    loop = device_loop.Loop(store, dataset.train_labels, 4, None, pytest.fail)
+    loop = device_loop.DeviceLoop(store, dataset.train_labels, 4, None, pytest.fail)
     loop.start_epoch(store.epoch(seed=0, epoch=1))
     students: list[Any] = [Student("a"), Student("b")]
     for index in range(2):
@@ -197,14 +196,14 @@ def test_work_that_is_under_way_is_waited_for_where_another_student_fails(monkey
 
     names = iter(("own", "left", "right"))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(device_loop, "goes_by_position", lambda device: True)
+    monkeypatch.setattr(device_loop, "is_device_driven", lambda device: True)
     monkeypatch.setattr(device_loop, "side_stream", lambda device: next(names))
     monkeypatch.setattr(device_loop, "beside", beside)
     monkeypatch.setattr(device_loop, "join", lambda stream: told.append(f"joined {stream}"))
     monkeypatch.setattr(device_loop, "_restore", lambda state, saved: told.append("restored"))
     store, dataset = store_of(8, Augmentation())
     said: list[str] = []
-    loop = device_loop.Loop(store, dataset.train_labels, 4, None, said.append)
+    loop = device_loop.DeviceLoop(store, dataset.train_labels, 4, None, said.append)
     loop.start_epoch(store.epoch(seed=0, epoch=1))
     students: list[Any] = [Student(fails=False), Student(fails=True)]
     with pytest.raises(torch.OutOfMemoryError):  # again, without a graph
@@ -260,9 +259,9 @@ def test_where_a_capture_fails_the_steps_run_plainly_and_it_is_said_once(
 ) -> None:
     given = {**SMALL, "method": "cd_sdd_dkd", "teacher": str(taught), "student": "res8"}
     library.distill(**given, out=str(tmp_path / "plain"))
-    monkeypatch.setattr(student_run, "goes_by_position", lambda device: True)
+    monkeypatch.setattr(shared_data, "is_device_driven", lambda device: True)
     # This machine's torch captures nothing.
-    monkeypatch.setattr(device_loop, "goes_by_position", lambda device: True)
+    monkeypatch.setattr(device_loop, "is_device_driven", lambda device: True)
 
     def refuse(*arguments: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
@@ -295,8 +294,8 @@ def test_random_augmentation_and_foreign_modules_are_never_captured(
             return logits
 
     module = Foreign()
-    monkeypatch.setattr(student_run, "goes_by_position", lambda device: True)
-    monkeypatch.setattr(device_loop, "goes_by_position", lambda device: True)
+    monkeypatch.setattr(shared_data, "is_device_driven", lambda device: True)
+    monkeypatch.setattr(device_loop, "is_device_driven", lambda device: True)
     monkeypatch.setattr(device_loop, "record", refuse)
     assert library.train(model=module, **SMALL, out=str(tmp_path / "foreign")).finished
     assert module.calls == 8
@@ -320,8 +319,8 @@ def test_a_step_that_is_not_finite_ends_the_run_with_its_epoch(
 def test_a_first_step_that_is_left_out_leaves_nothing_behind(tmp_path: Path, optimizer: str) -> None:
     # torch's fused SGD allocates its momentum at the first step and fills it in the kernel, which is left out here.
     config = planned_train(tmp_path, on_nonfinite="skip", **OPTIMIZERS[optimizer])
-    place = student_run.make_place(config, data.load(config.images), torch.device("cpu"), "fp32")
-    student = student_run.Member(config, place, None)
+    shared = shared_data.make_shared_data(config, data.load(config.images), torch.device("cpu"), "fp32")
+    student = student_run.StudentRun(config, shared, None, None)
     before = [parameter.detach().clone() for parameter in student.step.student.parameters()]
     images = torch.full((8, 3, 32, 32), torch.nan)
     student.step(0, images, torch.zeros(8, dtype=torch.int64), None)
@@ -360,20 +359,31 @@ def test_a_step_by_position_looks_at_no_value(method: str, mode: str) -> None:
         rate = torch.tensor(0.1)
     preprocessing = data.describe(data.request("cifar100")).preprocessing
     store = ImageStore(pixels, preprocessing, Augmentation(crop_padding=4, flip=True), device=META)
-    inline = InlineTeacher(network, needs_cells=True, device=META)
+    inline = teacher_for(method, network, META)
     asked: Any = inline
     if mode == "ahead":
         asked = teacher.AheadTeacher(inline, store)
     elif mode == "cache":
         rows = store.num_images * (store.num_views or 1)
-        table = torch.empty((rows, 100), device=META, dtype=torch.float16)
-        asked = teacher.CachedTeacher(store, table, table[:, :, None, None].expand(-1, -1, 4, 4))
-    rule = StepRule(method, check_settings(method, {}), (1, 2, 4), clip_norm=40.0, skip_nonfinite=True, ema_decay=0.9)
+        probe = ModelProbe(network, (32, 32))
+        tables = {
+            name: torch.empty((rows, *probe.shape(name)), device=META, dtype=torch.float16) for name in inline.reads
+        }
+        asked = teacher.CachedTeacher(store, tables)
     steps = [
-        TrainingStep(student, TensorRate(student.parameters(), rate), rule, steps_per_epoch=2, device=META)
+        make_step(
+            method,
+            student,
+            network,
+            lambda parameters: TensorRate(parameters, rate),
+            steps_per_epoch=2,
+            device=META,
+            skip_nonfinite=True,
+            ema_decay=0.9,
+        )
         for student in students
     ]
-    loop = device_loop.Loop(store, labels, 16, asked, pytest.fail)
+    loop = device_loop.DeviceLoop(store, labels, 16, asked, pytest.fail)
     for epoch in (1, 2):
         loop.start_epoch(store.epoch(seed=0, epoch=epoch))
         for step in steps:
@@ -381,7 +391,7 @@ def test_a_step_by_position_looks_at_no_value(method: str, mode: str) -> None:
         for index, size in ((0, 16), (1, 4)):
             rate.fill_(0.1 / epoch)
             loop.step(index, steps, size)
-    assert steps[0].log.shape == (2, len(rule.term_names) + 1)
+    assert steps[0].log.shape == (2, len(steps[0].objective.term_names) + 1)
     with pytest.raises(RuntimeError, match="meta"):
         steps[1].num_right.item()
 
@@ -391,7 +401,7 @@ def test_answers_from_elsewhere_are_read_in_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(teacher, "_STEPS_AHEAD", 2)
     store, _ = store_of(27, Augmentation(crop_padding=1))
     table = torch.randn((27 * 9, 10), generator=torch.Generator().manual_seed(0))
-    cached = teacher.CachedTeacher(store, table, None)
+    cached = teacher.CachedTeacher(store, {"logits": table})
     feed = Feed(5, torch.device("cpu"))
     buffered = teacher._Buffered(feed, cached.of_views, from_cpu=from_cpu)
     for epoch in (1, 2):
@@ -402,17 +412,17 @@ def test_answers_from_elsewhere_are_read_in_time(monkeypatch: pytest.MonkeyPatch
             part = drawn[index * 5 : index * 5 + 5]
             views = feed.batch(len(part))
             assert torch.equal(views.index, part.index)
-            assert torch.equal(buffered(views, torch.empty(0)).logits, table[store.numbers(part)])
+            assert torch.equal(buffered(views, torch.empty(0))["logits"], table[store.numbers(part)])
             feed.position += 1
 
 
 def test_a_state_is_written_in_the_background_as_it_was(tmp_path: Path) -> None:
     config = planned_train(tmp_path)
-    place = student_run.make_place(config, data.load(config.images), torch.device("cpu"), "fp32")
-    student = student_run.Member(config, place, None)
-    before = CheckpointWriter(place.device, in_background=False)
+    shared = shared_data.make_shared_data(config, data.load(config.images), torch.device("cpu"), "fp32")
+    student = student_run.StudentRun(config, shared, None, None)
+    before = CheckpointWriter(shared.device, in_background=False)
     before.save(tmp_path / "before", student.step, student.progress)
-    writer = CheckpointWriter(place.device, in_background=True)
+    writer = CheckpointWriter(shared.device, in_background=True)
     writer.save(tmp_path / "meanwhile", student.step, student.progress)
     with torch.no_grad():
         for parameter in student.step.student.parameters():

@@ -239,7 +239,7 @@ def test_too_high_a_rate_is_reported_rather_than_zeroed(teacher: Path, tmp_path:
         library.distill(method="dkd", teacher=str(teacher), student="res8", **given)
 
 
-@pytest.mark.parametrize("method", [name for name, row in methods.METHODS.items() if row.needs_teacher])
+@pytest.mark.parametrize("method", [name for name, row in methods.LOGIT_METHODS.items() if row.needs_teacher])
 def test_every_method_trains_from_a_cached_and_an_inline_teacher_alike(
     method: str, teacher: Path, tmp_path: Path
 ) -> None:

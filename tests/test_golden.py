@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from step_support import READS, make_step
 from torch import Tensor
 
 from icdctl import models
-from icdctl.engine.step import StepRule, TrainingStep
 from icdctl.engine.teacher import InlineTeacher
-from icdctl.methods import check_settings, distillation_terms, patch_logits
+from icdctl.methods import distillation_terms, patch_logits
 from icdctl.methods.logit import dkd_loss, kd_loss, nkd_loss
 from icdctl.methods.patch import cluster_loss, scale_decoupled_loss
 
@@ -362,12 +362,20 @@ def check_trajectory(trajectory_id: str, device: torch.device) -> None:
     )
     scales = golden.scales_of(spec["M"])
     student = trajectory_model(spec["student"], spec, "student").to(device)
-    teacher = InlineTeacher(trajectory_model(spec["teacher"], spec, "teacher"), needs_cells=True, device=device)
-    optimizer = torch.optim.SGD(
-        student.parameters(), spec["lr"], momentum=spec["momentum"], weight_decay=spec["weight_decay"], fused=True
+    teacher = InlineTeacher(trajectory_model(spec["teacher"], spec, "teacher"), reads=READS, device=device)
+    step = make_step(
+        method,
+        student,
+        None,
+        lambda parameters: torch.optim.SGD(
+            parameters, spec["lr"], momentum=spec["momentum"], weight_decay=spec["weight_decay"], fused=True
+        ),
+        steps_per_epoch=spec["steps"],
+        device=device,
+        scales=scales,
+        settings=settings,
+        clip_norm=spec["clip"],
     )
-    rule = StepRule(method, check_settings(method, settings), scales, spec["clip"])
-    step = TrainingStep(student, optimizer, rule, steps_per_epoch=spec["steps"], device=device)
     step.start_epoch(spec["epoch"])
     comparable = min(trajectory.get("comparable_steps_float64", spec["steps"]) - 2, spec["steps"])
     student.train()
@@ -376,7 +384,7 @@ def check_trajectory(trajectory_id: str, device: torch.device) -> None:
         step(index, images, labels, teacher(images))
     for index in range(comparable):
         wanted = trajectory["steps_float64"][index]
-        expected = [wanted[f"loss_{name}"] for name in rule.term_names] + [wanted["grad_norm_before_clip"]]
+        expected = [wanted[f"loss_{name}"] for name in step.objective.term_names] + [wanted["grad_norm_before_clip"]]
         np.testing.assert_allclose(step.log[index].cpu().numpy(), expected, rtol=1e-6, err_msg=f"step {index}")
     golden.record("trajectory steps", checked=comparable)
     late = spec["steps"] - comparable

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CommandLine
+from step_support import READS
 from test_device_loop import OPTIMIZERS, Listener
 from test_engine import SMALL, Stop, history, weights
 from test_golden import CASES, TRAJECTORIES, check_loss, check_trajectory
@@ -69,9 +70,9 @@ def plain_afterwards(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 def strict_about_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Steps that are already captured must not make the host wait; how many were watched is told."""
     watched: list[int] = []
-    plain = device_loop.Loop.step
+    plain = device_loop.DeviceLoop.step
 
-    def step(loop: device_loop.Loop, index: int, students: Any, size: int) -> None:
+    def step(loop: device_loop.DeviceLoop, index: int, students: Any, size: int) -> None:
         captured = (tuple(id(student) for student in students), size) in loop._steps
         torch.cuda.set_sync_debug_mode("error" if captured else "default")
         try:
@@ -81,7 +82,7 @@ def strict_about_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]
         if captured:
             watched.append(index)
 
-    monkeypatch.setattr(device_loop.Loop, "step", step)
+    monkeypatch.setattr(device_loop.DeviceLoop, "step", step)
     yield watched
     torch.cuda.set_sync_debug_mode("default")
 
@@ -195,13 +196,13 @@ def test_a_teacher_in_half_precision_agrees(taught: Path, precision: Any) -> Non
     store = ImageStore(dataset.train_images, dataset.preprocessing, data.Augmentation(), device=CUDA)
     images = store.inputs(store.epoch(seed=0, epoch=1).to(CUDA))
     with backend_settings(CUDA, "fp32", deterministic=True):
-        exact = InlineTeacher(model, needs_cells=True, device=CUDA)(images)
-        half = InlineTeacher(model, needs_cells=True, device=CUDA, precision=precision)(images)
-    assert half.logits.dtype == torch.float32
-    largest = exact.logits.abs().max()
-    assert (half.logits - exact.logits).abs().max() <= (2.0**-8 if precision == "fp16" else 2.0**-5) * largest
+        exact = InlineTeacher(model, reads=READS, device=CUDA)(images)
+        half = InlineTeacher(model, reads=READS, device=CUDA, precision=precision)(images)
+    assert half["logits"].dtype == torch.float32
+    largest = exact["logits"].abs().max()
+    assert (half["logits"] - exact["logits"]).abs().max() <= (2.0**-8 if precision == "fp16" else 2.0**-5) * largest
     if precision == "fp16":
-        assert _agree(exact.logits, half.logits)
+        assert _agree(exact["logits"], half["logits"])
 
 
 @pytest.mark.parametrize("mode", ["inline", "ahead"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from icdctl.methods.logit import dkd_loss, kd_loss, kl_divergence, nkd_loss
+from icdctl.methods.logit import (
+    dkd_loss,
+    kd_loss,
+    kl_divergence,
+    nkd_loss,
+    textbook_dkd_loss,
+    textbook_kd_loss,
+    textbook_nkd_loss,
+)
 
 LABELS = torch.tensor([0, 2, 1])
 
@@ -34,6 +43,33 @@ DIVERGENCES = {"kd": kd, "dkd": dkd}
 
 def logits(seed: int, *, scale: float = 3.0, num_classes: int = 5) -> Tensor:
     return scale * torch.randn((3, num_classes), generator=torch.Generator().manual_seed(seed))
+
+
+TEXTBOOK: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, Any]]] = {
+    "kd": (kd_loss, textbook_kd_loss, {"temperature": 4.0}),
+    "dkd": (dkd_loss, textbook_dkd_loss, {"labels": LABELS, "alpha": 1.5, "beta": 8.0, "temperature": 4.0}),
+    "nkd dropped": (
+        nkd_loss,
+        textbook_nkd_loss,
+        {"labels": LABELS, "gamma": 1.5, "temperature": 2.0, "drop_target": True},
+    ),
+    "nkd": (nkd_loss, textbook_nkd_loss, {"labels": LABELS, "gamma": 1.5, "temperature": 2.0, "drop_target": False}),
+}
+"""Name -> the fast form, the textbook's form, and what both take."""
+
+
+@pytest.mark.parametrize("name", TEXTBOOK)
+@pytest.mark.parametrize("num_classes", [3, 100])
+def test_the_fast_form_has_the_value_and_the_gradient_of_the_textbook(name: str, num_classes: int) -> None:
+    fast, textbook, given = TEXTBOOK[name]
+    teacher = logits(1, num_classes=num_classes).double()
+    upstream = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    found = []
+    for loss in (fast, textbook):
+        student = logits(0, num_classes=num_classes).double().requires_grad_()
+        value = loss(student, teacher, **given)
+        found.append((value.detach(), torch.autograd.grad(value @ upstream, student)[0]))
+    assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
 
 
 def test_kd_loss_matches_two_classes_worked_by_hand() -> None:

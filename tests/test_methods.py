@@ -13,8 +13,15 @@ from torch.testing import assert_close
 
 from icdctl import methods
 from icdctl.errors import UsageError
-from icdctl.methods import METHODS, check_settings, distillation_terms, num_patches, parse_scales, patch_logits
-from icdctl.methods.patch import cluster_loss, complementary_weights, scale_decoupled_loss
+from icdctl.methods import LOGIT_METHODS, check_settings, distillation_terms, num_patches, parse_scales, patch_logits
+from icdctl.methods.logit import textbook_dkd_loss
+from icdctl.methods.patch import (
+    cluster_loss,
+    complementary_weights,
+    scale_decoupled_loss,
+    textbook_cluster_loss,
+    textbook_scale_decoupled_loss,
+)
 
 ALL_SCALES = [(1,), (2,), (4,), (1, 2), (1, 4), (2, 4), (1, 2, 4)]
 
@@ -161,12 +168,47 @@ def test_the_gradient_of_the_cluster_loss_is_its_derivative(scales: tuple[int, .
     )
 
 
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("scales", [(2,), (4,), (1, 2), (2, 4), (1, 2, 4)])
+def test_the_cluster_loss_has_the_value_and_the_gradient_of_the_textbook(
+    scales: tuple[int, ...], corrected: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 7, num_patches(scales))
+    teacher = torch.randn(shape, generator=generator, dtype=torch.float64)
+    start = torch.randn(shape, generator=generator, dtype=torch.float64)
+    found = []
+    for loss in (cluster_loss, textbook_cluster_loss):
+        student = start.clone().requires_grad_()
+        value = loss(student, teacher, scales=scales, corrected=corrected)
+        found.append((value.detach(), torch.autograd.grad(value.sum(), student)[0]))
+    assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
+def test_the_scale_decoupled_loss_has_the_value_and_the_gradient_of_the_textbook() -> None:
+    def rows(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return textbook_dkd_loss(student, teacher, labels, alpha=1.0, beta=2.0, temperature=4.0)
+
+    generator = torch.Generator().manual_seed(0)
+    teacher = 3 * torch.randn((4, 5, 21), generator=generator, dtype=torch.float64)
+    start = torch.randn((4, 5, 21), generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 3])
+    prediction = teacher[:, :, 0].argmax(dim=1)
+    found = []
+    for loss in (scale_decoupled_loss, textbook_scale_decoupled_loss):
+        student = start.clone().requires_grad_()
+        value = loss(rows, student, teacher, labels, prediction)
+        found.append((value.detach(), torch.autograd.grad(value.sum(), student)[0]))
+    assert len(torch.unique(complementary_weights(teacher, labels, prediction))) == 2
+    assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
 def test_a_small_map_gives_what_pooling_before_the_classifier_gives() -> None:
     for side in (1, 2, 3, 4, 7):
         feature_map, classifier = random(2, 5, side, side), head(5, 3)
         pooled = F.adaptive_avg_pool2d(feature_map, 4)
         expected = classifier(pooled.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        assert_close(methods.cell_logits(feature_map, classifier), expected)
+        assert_close(methods.region_logits(feature_map, classifier), expected)
 
 
 def test_the_whole_image_adds_nothing_to_the_cluster_loss() -> None:
@@ -186,7 +228,7 @@ def test_cluster_loss_sees_directions_alone_and_is_finite_for_huge_and_zero_patc
 
 @pytest.mark.parametrize("scales", ALL_SCALES)
 @pytest.mark.parametrize("variant", methods.VARIANTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LOGIT_METHODS)
 def test_every_method_gives_finite_terms_and_a_gradient_to_the_student_alone(
     method: str, variant: str, scales: tuple[int, ...]
 ) -> None:
@@ -200,7 +242,7 @@ def test_every_method_gives_finite_terms_and_a_gradient_to_the_student_alone(
     assert given["teacher_logits"].grad is None
     assert given["teacher_patches"].grad is None
     assert len(tensors) == 4
-    if METHODS[method].needs_patches and scales != (1,):
+    if LOGIT_METHODS[method].needs_patches and scales != (1,):
         assert given["student_patches"].grad.abs().sum() > 0
 
 
@@ -272,7 +314,7 @@ def test_patches_that_do_not_fit_the_scales_are_refused() -> None:
 MIXED = torch.tensor([0, -1, 2, -1, 4, 5])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LOGIT_METHODS)
 @pytest.mark.parametrize("variant", methods.VARIANTS)
 def test_an_image_without_a_label_has_the_teachers_class_in_the_distillation_terms_and_no_part_in_ce(
     method: str, variant: str
@@ -288,7 +330,7 @@ def test_an_image_without_a_label_has_the_teachers_class_in_the_distillation_ter
     assert_close(found, expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LOGIT_METHODS)
 def test_a_batch_without_any_label_gives_no_cross_entropy_and_a_finite_gradient(method: str) -> None:
     given = {**inputs(), "labels": torch.full((6,), -1)}
     given["student_logits"].requires_grad_()
@@ -298,10 +340,10 @@ def test_a_batch_without_any_label_gives_no_cross_entropy_and_a_finite_gradient(
     torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     gradient = given["student_logits"].grad
     assert torch.isfinite(gradient).all()
-    assert gradient.any() == (METHODS[method].needs_teacher and not METHODS[method].needs_patches)
+    assert gradient.any() == (LOGIT_METHODS[method].needs_teacher and not LOGIT_METHODS[method].needs_patches)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LOGIT_METHODS)
 def test_a_run_with_images_without_labels_counts_the_others_as_ever(method: str) -> None:
     given = inputs()
     assert_close(distillation_terms(method, **given, has_unlabeled=True), distillation_terms(method, **given))
@@ -325,7 +367,7 @@ def test_smoothing_and_class_weights_are_those_of_torch(labels: Tensor, smoothin
     assert_close(found, {"ce": expected})
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].needs_teacher])
+@pytest.mark.parametrize("method", [name for name, row in LOGIT_METHODS.items() if row.needs_teacher])
 def test_smoothing_and_class_weights_change_the_cross_entropy_alone(method: str) -> None:
     given = inputs()
     plain = distillation_terms(method, **given)

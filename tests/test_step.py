@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from step_support import make_step, teacher_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from icdctl import data, models
 from icdctl.data import Augmentation, ImageStore
-from icdctl.engine.step import StepRule, TrainingStep
-from icdctl.engine.teacher import InlineTeacher
-from icdctl.methods import METHODS, check_settings
+from icdctl.methods import METHODS, Supervision
 
 META = torch.device("meta")
 
@@ -28,21 +27,24 @@ def test_a_step_looks_at_no_value(method: str, variant: str, weighted: bool, has
         student, teacher = models.create("res8", 100), models.create("res8", 100)
         pixels = torch.empty((20, 32, 32, 3), dtype=torch.uint8)
         labels = torch.empty(20, dtype=torch.int64)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, foreach=True)
-    rule = StepRule(
+    step = make_step(
         method,
-        check_settings(method, {"variant": variant}),
-        (1, 2, 4),
-        clip_norm=40.0,
-        label_smoothing=0.1 if weighted else 0.0,
-        class_weights=torch.empty(100, device=META) if weighted else None,
-        has_unlabeled=has_unlabeled,
+        student,
+        teacher,
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, foreach=True),
+        steps_per_epoch=2,
+        device=META,
+        settings={"variant": variant},
+        supervision=Supervision(
+            label_smoothing=0.1 if weighted else 0.0,
+            class_weights=torch.empty(100, device=META) if weighted else None,
+            has_unlabeled=has_unlabeled,
+        ),
     )
-    step = TrainingStep(student, optimizer, rule, steps_per_epoch=2, device=META)
     preprocessing = data.describe(data.request("cifar100")).preprocessing
     cut = Augmentation(crop_scale=(0.35, 1.0), flip=True) if weighted else Augmentation(crop_padding=4, flip=True)
     store = ImageStore(pixels, preprocessing, cut, device=META)
-    ask = InlineTeacher(teacher, needs_cells=True, device=META)
+    ask = teacher_for(method, teacher, META)
     views = store.epoch(seed=0, epoch=1).to(META)
 
     step.start_epoch(1)
@@ -51,7 +53,7 @@ def test_a_step_looks_at_no_value(method: str, variant: str, weighted: bool, has
         images = store.inputs(part)
         step(index, images, labels[part.index], ask(images))
 
-    assert step.log.shape == (2, len(rule.term_names) + 1)
+    assert step.log.shape == (2, len(step.objective.term_names) + 1)
     with pytest.raises(RuntimeError, match="meta"):
         step.num_right.item()
 
@@ -72,9 +74,15 @@ def test_what_is_done_to_many_tensors_alike_is_one_operation_each() -> None:
     # On CUDA every other way is a kernel for each tensor: as many as all the convolutions.
     def operations(name: str, **changes: Any) -> list[str]:
         student = models.create(name, 100).train()
-        optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, fused=True)
-        rule = StepRule("ce", check_settings("ce", {}), (1, 2, 4), clip_norm=40.0, **changes)
-        step = TrainingStep(student, optimizer, rule, steps_per_epoch=1, device=torch.device("cpu"))
+        step = make_step(
+            "ce",
+            student,
+            None,
+            lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True),
+            steps_per_epoch=1,
+            device=torch.device("cpu"),
+            **changes,
+        )
         with Operations() as watched:
             step(0, torch.randn(2, 3, 32, 32), torch.tensor([1, 7]), None)
         counters = {int(value) for key, value in student.named_buffers() if key.endswith("num_batches_tracked")}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from step_support import READS
 from test_engine import SMALL, history, weights
 
 import icdctl as library
@@ -201,10 +202,17 @@ def test_every_view_has_a_number(tmp_path: Path) -> None:
         uncounted.numbered(torch.arange(2))
 
 
-def asked(store: ImageStore, dataset: data.Dataset, **changes: Any) -> tuple[teacher_cache.Demand, teacher_cache.Table]:
-    facts = {"num_streams": 1, "num_images": 10**6, "needs_cells": True, "num_classes": 100, "deterministic": True}
+def asked(
+    store: ImageStore, dataset: data.Dataset, **changes: Any
+) -> tuple[teacher_cache.Demand, teacher_cache.CachePlan]:
+    facts = {
+        "num_streams": 1,
+        "num_images": 10**6,
+        "shapes": {"logits": (100,), "regions": (100, 4, 4)},
+        "deterministic": True,
+    }
     demand = teacher_cache.Demand(**{**facts, **changes})
-    table = teacher_cache.plan_table(store, demand, dataset, teacher_sha256="a" * 64, precision="fp32")
+    table = teacher_cache.plan_cache(store, demand, dataset, teacher_sha256="a" * 64, precision="fp32")
     assert table is not None
     return demand, table
 
@@ -215,7 +223,7 @@ def test_a_table_of_answers_is_kept_checked_and_made_anew_where_it_is_wrong(monk
     demand, table = asked(store, dataset)
     torch.manual_seed(0)
     model = models.create("res8", 100).eval()
-    inline = InlineTeacher(model, needs_cells=True, device=CPU)
+    inline = InlineTeacher(model, reads=READS, device=CPU)
     told: list[str] = []
 
     def make(teacher: InlineTeacher) -> Any:
@@ -238,17 +246,17 @@ def test_a_table_of_answers_is_kept_checked_and_made_anew_where_it_is_wrong(monk
     expected = inline(store.inputs(views))
     for made in (first, make(inline)):
         found = made.epoch(views, 64)(0, views, store.inputs(views))
-        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(found.cells, expected.cells, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found["logits"], expected["logits"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found["regions"], expected["regions"], rtol=1e-4, atol=1e-4)
     assert told == []  # the second one came from the disk
     torch.manual_seed(1)
-    make(InlineTeacher(models.create("res8", 100).eval(), needs_cells=True, device=CPU))
+    make(InlineTeacher(models.create("res8", 100).eval(), reads=READS, device=CPU))
     assert told[0].startswith("warning: the teacher's answers on disk are not what it says now")
     assert table.folder is not None
-    (table.folder / "cells.npy").write_bytes(b"")
+    (table.folder / "regions.npy").write_bytes(b"")
     make(inline)
     assert told == ["asking the teacher for every view 108"]
-    assert sorted(path.name for path in table.folder.iterdir()) == ["cells.npy", "facts.json", "logits.npy"]
+    assert sorted(path.name for path in table.folder.iterdir()) == ["facts.json", "logits.npy", "regions.npy"]
 
 
 def test_the_mode_is_the_one_that_is_less_work_and_has_room() -> None:
@@ -257,8 +265,11 @@ def test_the_mode_is_the_one_that_is_less_work_and_has_room() -> None:
     assert teacher_cache.choose_mode("auto", table, demand, CPU) == "inline"  # 108 views for 100 questions
     demand, table = asked(store, dataset, num_images=200)
     assert teacher_cache.choose_mode("auto", table, demand, CPU) == "cache"
-    huge = teacher_cache.Table(10**9, torch.float16, 10**16, None)
-    assert teacher_cache.choose_mode("auto", huge, teacher_cache.Demand(1, 10**12, True, 100, False), CPU) == "inline"
+    huge = teacher_cache.CachePlan(10**9, torch.float16, 10**16, None)
+    assert (
+        teacher_cache.choose_mode("auto", huge, teacher_cache.Demand(1, 10**12, {"logits": (100,)}, False), CPU)
+        == "inline"
+    )
     with pytest.raises(UsageError, match=r"needs 10000000\.0 GB"):
         teacher_cache.choose_mode("cache", huge, demand, CPU)
     large = asked(store_of(4000, Augmentation(crop_padding=4, flip=True))[0], dataset, deterministic=False)[1]

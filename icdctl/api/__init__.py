@@ -23,7 +23,7 @@ from icdctl.engine import run as engine
 from icdctl.engine.device import resolve_device
 from icdctl.engine.observer import Observer, SilentObserver, decoding
 from icdctl.engine.run import Failure
-from icdctl.engine.student_run import RunResult
+from icdctl.engine.run_output import RunResult
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting import Export, export_onnx
 from icdctl.registry.trained import TrainedModel

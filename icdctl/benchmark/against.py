@@ -250,7 +250,7 @@ class _Comparison:
             "teacher_precision": session.inline.precision,
             "batch_size": config.batch_size,
             "cuda_graph": step.captures,
-            "compiled": session.member.is_compiled,
+            "compiled": session.run.is_compiled,
             "reference_workers": prepared["workers"][VARIANTS[0]],
             "gate_differences": differences,
             **by_variant[VARIANTS[0]],
@@ -304,7 +304,7 @@ class _Comparison:
         values |= {f"DKD.{theirs}": settings[ours] for ours, theirs in _DKD_KEYS.items() if ours in settings}
         if "gamma" in settings:
             values["CD.GAMMA"] = settings["gamma"]
-        if methods.METHODS[config.method].loss == "kd":
+        if methods.METHODS[config.method].family == "kd":
             values["KD.TEMPERATURE"] = settings["temperature"]
             values["KD.LOSS.CE_WEIGHT"], values["KD.LOSS.KD_WEIGHT"] = settings["ce_weight"], settings["kd_weight"]
         return {

@@ -15,6 +15,7 @@ from icdctl.benchmark.child import Ask
 from icdctl.benchmark.workload import EPOCH, Session
 from icdctl.engine.device import backend_settings
 from icdctl.errors import IcdctlError
+from icdctl.methods import LOGITS
 
 _EPOCHS = (1, EPOCH, 30)
 """First, inside and after the distillation warm-up."""
@@ -59,7 +60,7 @@ def largest_differences(
         double = dtype == "float64"
         with backend_settings(device, "fp32", deterministic=False):
             session = make_session(torch.float64 if double else torch.float32)
-            batch = min(_DOUBLE_IMAGES, session.place.batch_size) if double else session.place.batch_size
+            batch = min(_DOUBLE_IMAGES, session.shared.batch_size) if double else session.shared.batch_size
             ours = _our_steps(session, batch, folder / f"{dtype}.safetensors")
         theirs = ask("gate", double=double, batches=f"{dtype}.safetensors")
         clips = theirs["clip_norm"] is not None
@@ -78,36 +79,36 @@ def largest_differences(
 
 def _our_steps(session: Session, batch: int, path: Path) -> list[dict[str, Any]]:
     """Our side, every step from the same weights; its batches are left for the other at `path`."""
-    member = session.member
-    state = {key: tensor.clone() for key, tensor in member.student.state_dict().items()}
-    dtype = next(member.student.parameters()).dtype
+    run = session.run
+    state = {key: tensor.clone() for key, tensor in run.student.state_dict().items()}
+    dtype = next(run.student.parameters()).dtype
     views, _ = session.start_epoch(EPOCH)
     found: list[dict[str, Any]] = []
     held: dict[str, Tensor] = {}
     for number, epoch in enumerate(_EPOCHS):
         part = views[number * batch : (number + 1) * batch]
-        images = session.place.store.inputs(part).to(dtype)
+        images = session.shared.store.inputs(part).to(dtype)
         answer = session.inline(images)
-        is_right = torch.arange(batch, device=session.place.device) < _RIGHT_SHARE * batch
-        labels = torch.where(is_right, answer.logits.argmax(dim=1), session.place.labels[part.index])
-        member.student.load_state_dict(state)
-        member.step.optimizer.state.clear()
-        member.student.train()
-        member.step.start_epoch(epoch)
-        member.step(0, images, labels, answer)
-        *terms, norm = member.step.log[0].tolist()
-        gradients = [parameter.grad for parameter in member.student.parameters() if parameter.grad is not None]
+        is_right = torch.arange(batch, device=session.shared.device) < _RIGHT_SHARE * batch
+        labels = torch.where(is_right, answer[LOGITS].argmax(dim=1), session.shared.labels[part.index])
+        run.student.load_state_dict(state)
+        run.step.optimizer.state.clear()
+        run.student.train()
+        run.step.start_epoch(epoch)
+        run.step(0, images, labels, answer)
+        *terms, norm = run.step.log[0].tolist()
+        gradients = [parameter.grad for parameter in run.student.parameters() if parameter.grad is not None]
         found.append(
             {
                 "epoch": epoch,
                 "inputs": float(images.double().abs().sum()),
-                "terms": dict(zip(member.step.rule.term_names, terms, strict=True)),
+                "terms": dict(zip(run.step.objective.term_names, terms, strict=True)),
                 "gradient": math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients)),
                 "before_clipping": norm,
             }
         )
         handed = {
-            "pixels": session.place.store.pixels(part).cpu(),
+            "pixels": session.shared.store.pixels(part).cpu(),
             "labels": labels.cpu(),
             "epoch": torch.tensor(epoch),
         }

@@ -34,10 +34,10 @@ from icdctl.benchmark.workload import (
 )
 from icdctl.data import Views
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
-from icdctl.engine.device_loop import Loop
+from icdctl.engine.device_loop import DeviceLoop
 from icdctl.engine.feed import Feed
 from icdctl.engine.step import TrainingStep
-from icdctl.engine.teacher import Answer, Answers, AnswersByPosition, Teacher
+from icdctl.engine.teacher import Answer, Answers, DeviceDrivenAnswers, Teacher
 
 _METHOD = "cd_sdd_dkd"
 EPOCHS = 240
@@ -108,7 +108,7 @@ def _tell_of(pair: Pair, tell: Tell, text: str) -> None:
 
 
 def _measure(session: Session, pair: Pair, rates: Mapping[str, float], *, seconds: float, tell: Tell) -> dict[str, Any]:
-    device, config = session.place.device, session.config
+    device, config = session.shared.device, session.config
     is_cuda = device.type == "cuda"
     if is_cuda:  # what the ceilings took is no matter of a step
         torch.cuda.empty_cache()
@@ -138,18 +138,18 @@ def _measure(session: Session, pair: Pair, rates: Mapping[str, float], *, second
         "student": pair.student,
         "method": config.method,
         "batch_size": config.batch_size,
-        "precision": session.place.precision,
+        "precision": session.shared.precision,
         "teacher_mode": session.teacher_mode,
         "teacher_precision": session.inline.precision,
         "cuda_graph": is_captured,
-        "compiled": session.member.is_compiled,
+        "compiled": session.run.is_compiled,
         "first_step_seconds": first_step,
         "num_steps": len(timing.step_ms),
         "step_ms": _percentiles(timing.step_ms),
         "wall_step_ms": _percentiles(timing.wall_ms),
         "images_per_second": 1e3 * config.batch_size / step_ms,
         "wall_images_per_second": 1e3 * config.batch_size / clocks.percentile(timing.wall_ms, 50),
-        "evaluation": {"images": len(session.place.watched_images), "seconds": between["evaluation_seconds"]},
+        "evaluation": {"images": len(session.shared.watched_images), "seconds": between["evaluation_seconds"]},
         "extrapolated": _extrapolate(session, step_ms, between),
         "split_ms": split,
         "work": _shares(counted, session, rates, step_ms),
@@ -173,18 +173,18 @@ def _wall_seconds(step: Callable[[], None], device: torch.device) -> float:
 
 def _checkpoint_seconds(session: Session) -> float:
     """Wall seconds until a state is on disk; on CUDA a run trains on meanwhile."""
-    member = session.member
+    run = session.run
     with tempfile.TemporaryDirectory(prefix="icdctl-bench-") as folder:
         before = time.perf_counter()
-        member.writer.save(Path(folder) / "state", member.step, member.progress)
-        member.writer.wait()
+        run.output.writer.save(Path(folder) / "state", run.step, run.progress)
+        run.output.writer.wait()
         return time.perf_counter() - before
 
 
 def _extrapolate(session: Session, step_ms: float, between: Mapping[str, float]) -> dict[str, Any]:
     """An epoch and a run of CIFAR-100, from the median step and what comes between epochs; nobody ran them."""
     steps = math.ceil(_PUBLISHED_IMAGES["train"] / session.config.batch_size)
-    per_image = between["evaluation_seconds"] / len(session.place.watched_images)
+    per_image = between["evaluation_seconds"] / len(session.shared.watched_images)
     between = {**between, "evaluation_seconds": per_image * _PUBLISHED_IMAGES["test"]}
     epoch = 1e-3 * steps * step_ms + sum(between.values())
     return {
@@ -201,15 +201,13 @@ class _TimedStep(TrainingStep):
 
     clock: PhaseClock
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         with self.clock.phase("student_forward"):
             return super().forward(images)
 
-    def losses(
-        self, logits: Tensor, patches: Tensor | None, labels: Tensor, answer: Answer | None
-    ) -> dict[str, Tensor]:
+    def losses(self, outputs: Mapping[str, Tensor], labels: Tensor, answer: Answer | None) -> dict[str, Tensor]:
         with self.clock.phase("loss"):
-            return super().losses(logits, patches, labels, answer)
+            return super().losses(outputs, labels, answer)
 
     def backward(self, terms: Mapping[str, Tensor]) -> Tensor:
         with self.clock.phase("backward"):
@@ -222,34 +220,28 @@ class _TimedStep(TrainingStep):
 
 def _split(session: Session, *, seconds: float) -> dict[str, float]:
     """Median milliseconds of each part of a step, in a run of its own with a clock around each part."""
-    place, member = session.place, session.member
-    timed = _TimedStep(
-        member.student,
-        member.step.optimizer,
-        member.step.rule,
-        steps_per_epoch=place.num_steps,
-        device=place.device,
-    )
-    timed.clock = clock = PhaseClock(place.device)
+    shared, run = session.shared, session.run
+    timed = _TimedStep(*run.step.parts, steps_per_epoch=shared.num_steps, device=shared.device)
+    timed.clock = clock = PhaseClock(shared.device)
     views, answers = session.start_epoch(EPOCH)
     timed.start_epoch(EPOCH)
     position = 0
 
     def take() -> None:
         nonlocal position
-        index = position % place.num_steps
+        index = position % shared.num_steps
         position += 1
         part = session.part(views, index)
         with clock.phase("augment"):
-            images = place.store.inputs(part)
+            images = shared.store.inputs(part)
         with clock.phase("teacher"):
             # One that runs ahead would do it in the steps of others.
             answer = answers(index, part, images) if session.teacher_mode == "cache" else session.inline(images)
-        timed(index, images, place.labels[part.index], answer)
+        timed(index, images, shared.labels[part.index], answer)
 
     take()
     clock.clear()
-    clocks.time_steps(take, seconds=seconds, device=place.device)
+    clocks.time_steps(take, seconds=seconds, device=shared.device)
     return clock.medians_ms()
 
 
@@ -263,10 +255,10 @@ class _Beginning(TrainingStep):
             return
         self.optimizer.zero_grad(set_to_none=True)
         with self.norms_counted():
-            logits, patches = self.forward(images)
+            outputs = self.forward(images)
         if self.num_parts == 1:
             return
-        terms = self.losses(logits, patches, labels, answer)
+        terms = self.losses(outputs, labels, answer)
         if self.num_parts == 2:
             return
         total = self.backward(terms)
@@ -285,15 +277,15 @@ class _Known:
         """See `Teacher`."""
         return lambda index, part, images: self._answer
 
-    def by_position(self, feed: Feed) -> AnswersByPosition:
+    def device_driven(self, feed: Feed) -> DeviceDrivenAnswers:
         """See `Teacher`."""
         return self
 
     def prepare(self, index: int) -> None:
-        """See `AnswersByPosition`."""
+        """See `DeviceDrivenAnswers`."""
 
     def __call__(self, views: Views, images: Tensor) -> Answer:
-        """See `AnswersByPosition`."""
+        """See `DeviceDrivenAnswers`."""
         return self._answer
 
 
@@ -303,30 +295,24 @@ def _split_graph(session: Session, seconds: float) -> dict[str, float]:
 
     The teacher's time is what it takes with no student beside it: one that runs ahead hides it behind the students.
     """
-    place, member = session.place, session.member
-    first = session.part(session.draw(EPOCH), 0).to(place.device)
-    known = _Known(session.inline(place.store.inputs(first)))
+    shared, run = session.shared, session.run
+    first = session.part(session.draw(EPOCH), 0).to(shared.device)
+    known = _Known(session.inline(shared.store.inputs(first)))
 
     def spent(num_parts: int, teacher: Teacher) -> float:
-        beginning = _Beginning(
-            member.student,
-            member.step.optimizer,
-            member.step.rule,
-            steps_per_epoch=place.num_steps,
-            device=place.device,
-        )
+        beginning = _Beginning(*run.step.parts, steps_per_epoch=shared.num_steps, device=shared.device)
         beginning.num_parts = num_parts
-        loop = Loop(place.store, place.labels, place.batch_size, teacher, session.message)
-        indices = itertools.cycle(range(place.num_steps))
+        loop = DeviceLoop(shared.store, shared.labels, shared.batch_size, teacher, session.message)
+        indices = itertools.cycle(range(shared.num_steps))
 
         def take() -> None:
             index = next(indices)
             if index == 0:
                 loop.start_epoch(session.draw(EPOCH))
-            loop.step(index, [beginning], place.batch_size)
+            loop.step(index, [beginning], shared.batch_size)
 
         take()
-        timing = clocks.time_steps(take, seconds=seconds / (len(_PARTS) + 1), device=place.device)
+        timing = clocks.time_steps(take, seconds=seconds / (len(_PARTS) + 1), device=shared.device)
         # A mean, for a teacher that runs ahead is asked in few of the steps.
         return statistics.fmean(timing.step_ms)
 
@@ -337,15 +323,15 @@ def _split_graph(session: Session, seconds: float) -> dict[str, float]:
 
 def _count(session: Session) -> operations.Work:
     views, _ = session.start_epoch(EPOCH)
-    images = session.place.store.inputs(session.part(views, 0))
-    member = session.member
+    images = session.shared.store.inputs(session.part(views, 0))
+    run = session.run
     ask = None if session.teacher_mode == "cache" else lambda: session.inline(images)
-    return operations.count(ask, lambda: member.step.forward(images), member.student)
+    return operations.count(ask, lambda: run.step.forward(images), run.student)
 
 
 def _shares(counted: operations.Work, session: Session, rates: Mapping[str, float], step_ms: float) -> dict[str, float]:
     """The counted work, and how much of a step it would fill at the measured ceilings."""
-    precision = session.place.precision
+    precision = session.shared.precision
     kind_of_teacher = ceiling.teacher_kind(precision, session.inline.precision)
 
     def share(kind: str) -> float:
@@ -400,7 +386,7 @@ def _count_kernels(step: Stepper) -> float | None:
     A teacher that runs ahead is asked at the first step of an epoch, which is not counted. None where torch's profiler
     sees nothing of the device, as in containers that may not ask for its counters.
     """
-    device = step.session.place.device
+    device = step.session.shared.device
     step.start_epoch()
     step()
     clocks.synchronize(device)

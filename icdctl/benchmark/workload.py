@@ -17,9 +17,9 @@ from icdctl.config.run import RunConfig
 from icdctl.config.sources import Options
 from icdctl.data import Dataset, Views
 from icdctl.engine.compiled import Compiler
-from icdctl.engine.device_loop import Loop
-from icdctl.engine.run import step_by_position
-from icdctl.engine.student_run import Member, make_place
+from icdctl.engine.shared_data import make_shared_data
+from icdctl.engine.stepping import Stepping
+from icdctl.engine.student_run import StudentRun
 from icdctl.engine.teacher import AheadTeacher, Answers, CachedTeacher, InlineTeacher, Teacher, TeacherPrecision
 from icdctl.errors import IcdctlError, UsageError
 from icdctl.evaluation import Evaluation
@@ -211,12 +211,12 @@ class Session:
             UsageError: the images don't fill a batch, or the table of a cached teacher would be too large.
         """
         self.config = config
-        self.place = make_place(config, dataset, device, precision)
-        self.member = Member(config, self.place, student, Compiler(message))
+        self.shared = make_shared_data(config, dataset, device, precision)
+        self.run = StudentRun(config, self.shared, student, teacher, Compiler(message))
         self.message = message
         self.inline = InlineTeacher(
             teacher,
-            needs_cells=methods.METHODS[config.method].needs_patches,
+            reads=methods.METHODS[config.method].teacher_reads(config.settings),
             device=device,
             precision=teacher_precision(config),
         )
@@ -226,7 +226,7 @@ class Session:
         self.teacher = self._teacher()
 
     def _teacher(self) -> Teacher:
-        store = self.place.store
+        store = self.shared.store
         if self.teacher_mode == "inline":
             return self.inline
         if self.teacher_mode == "ahead":
@@ -237,17 +237,17 @@ class Session:
                 hint="`--teacher-mode inline` or `ahead`, or a recipe without crops and flips: `--recipe digits100`",
             )
         answer = self.inline.of_views(store, store.numbered(torch.arange(store.num_images)))
-        return CachedTeacher(store, answer.logits, answer.cells)
+        return CachedTeacher(store, answer)
 
     def draw(self, epoch: int) -> Views:
         """The epoch's views on the CPU; the student ready, its log empty."""
-        self.member.start_epoch()
-        self.member.step.start_epoch(epoch)
-        return self.place.store.epoch(seed=self.config.seed, epoch=epoch)
+        self.run.start_epoch()
+        self.run.step.start_epoch(epoch)
+        return self.shared.store.epoch(seed=self.config.seed, epoch=epoch)
 
     def start_epoch(self, epoch: int) -> tuple[Views, Answers]:
         """The same on the device, and the teacher's answers to them."""
-        views = self.draw(epoch).to(self.place.device)
+        views = self.draw(epoch).to(self.shared.device)
         return views, self.teacher.epoch(views, self.config.batch_size)
 
     def part(self, views: Views, index: int) -> Views:
@@ -256,7 +256,7 @@ class Session:
 
     def evaluate(self) -> Evaluation:
         """The student on all test images, in eval mode."""
-        return self.member.evaluate(self.place.watched_images, self.place.watched_labels)
+        return self.run.evaluate(self.shared.watched_images, self.shared.watched_labels)
 
 
 class Stepper:
@@ -268,14 +268,14 @@ class Stepper:
             session: whose student learns.
         """
         self.session = session
-        self._loop: Loop | None = None
+        self._stepping = Stepping(session.shared, session.teacher, session.message)
         self._epoch, self._index = EPOCH - 1, 0
         self.start_epoch()
 
     @property
     def captures(self) -> bool:
         """Whether a step is one CUDA graph."""
-        return self._loop is not None and self._loop.captures
+        return self._stepping.captures
 
     def start_epoch(self) -> None:
         """Go to the first step of the next epoch.
@@ -284,16 +284,8 @@ class Stepper:
             IcdctlError: a step of the last one was not finite.
         """
         self.check_finite()
-        session, place = self.session, self.session.place
         self._epoch, self._index = self._epoch + 1, 0
-        drawn = session.draw(self._epoch)
-        if place.by_position and drawn.key is None:
-            if self._loop is None:
-                self._loop = Loop(place.store, place.labels, place.batch_size, session.teacher, session.message)
-            self._loop.start_epoch(drawn)
-            return
-        self._views = drawn.to(place.device)
-        self._answers = session.teacher.epoch(self._views, place.batch_size)
+        self._stepping.start_epoch(self.session.draw(self._epoch))
 
     def check_finite(self) -> None:
         """Look at the log of the epoch so far, which waits for the device; a run does it at the end of each.
@@ -301,7 +293,7 @@ class Stepper:
         Raises:
             IcdctlError: a loss term or the gradient is not a number.
         """
-        if not bool(torch.isfinite(self.session.member.step.log[: self._index]).all()):
+        if not bool(torch.isfinite(self.session.run.step.log[: self._index]).all()):
             raise IcdctlError(
                 "a loss or gradient of the random images is not finite, so no speed is told",
                 hint="choose other values by `--set`, or another `--recipe`",
@@ -313,14 +305,7 @@ class Stepper:
         Raises:
             IcdctlError: a loss term or the gradient is not finite.
         """
-        session, member = self.session, self.session.member
-        if self._index == session.place.num_steps:
+        if self._index == self.session.shared.num_steps:
             self.start_epoch()
-        if self._loop is not None:
-            step_by_position(self._loop, [member], self._index)
-        else:
-            part = session.part(self._views, self._index)
-            images = session.place.store.inputs(part)
-            answer = self._answers(self._index, part, images)
-            member.train(self._index, part, images, session.place.labels[part.index], answer)
+        self._stepping.step(self._index, [self.session.run])
         self._index += 1

@@ -60,7 +60,7 @@ def _methods() -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "loss": row.loss,
+            "loss": row.family,
             "patches": "yes" if row.patches else "",
             "cluster": "yes" if row.cluster else "",
             "settings": dict(row.defaults),

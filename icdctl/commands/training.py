@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from icdctl.engine.run import Failure
-    from icdctl.engine.student_run import RunResult
+    from icdctl.engine.run_output import RunResult
 
 
 _SECONDS_BETWEEN_LINES = 30.0

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from icdctl import files
 from icdctl.config.run import RunConfig
@@ -24,6 +24,7 @@ from icdctl.engine.step import TrainingStep
 from icdctl.errors import ArtifactError
 
 _MODEL, _AVERAGE, _OPTIMIZER = "model.", "average.", "optimizer."
+_OBJECTIVE, _OBJECTIVE_AVERAGE = "objective.", "objective_average."
 _NUM_AVERAGED = "num_averaged"
 _METADATA, _CONFIG = "icdctl", "config"
 STATE_FILE = "state.safetensors"
@@ -153,13 +154,25 @@ def _write(path: Path, held: dict[str, Tensor], said: dict[str, str]) -> None:
 
 def _tensors(step: TrainingStep) -> dict[str, Tensor]:
     """All tensors of a state, under their names in the file."""
-    tensors = {_MODEL + key: tensor for key, tensor in step.student.state_dict().items()}
+    tensors = {
+        prefix + key: tensor for prefix, module in _modules(step).items() for key, tensor in module.state_dict().items()
+    }
     if step.average is not None:
-        tensors |= {_AVERAGE + key: tensor for key, tensor in step.average.state_dict().items()}
         tensors[_NUM_AVERAGED] = step.num_averaged
     for index, state in step.optimizer.state_dict()["state"].items():
         tensors |= {f"{_OPTIMIZER}{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
     return tensors
+
+
+def _modules(step: TrainingStep) -> dict[str, nn.Module]:
+    """Everything that learns, by the prefix of its tensors in the file."""
+    found = {
+        _MODEL: step.student,
+        _AVERAGE: step.average,
+        _OBJECTIVE: step.objective,
+        _OBJECTIVE_AVERAGE: step.objective_average,
+    }
+    return {prefix: module for prefix, module in found.items() if module is not None}
 
 
 def load_checkpoint(path: Path, step: TrainingStep) -> Progress | None:
@@ -174,9 +187,9 @@ def load_checkpoint(path: Path, step: TrainingStep) -> Progress | None:
         with safe_open(path, framework="pt") as stored:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (it is no dictionary)
             progress = Progress.model_validate_json(stored.metadata()[_METADATA], strict=True)
-        step.student.load_state_dict(_below(_MODEL, tensors))
+        for prefix, module in _modules(step).items():
+            module.load_state_dict(_below(prefix, tensors))
         if step.average is not None:
-            step.average.load_state_dict(_below(_AVERAGE, tensors))
             step.num_averaged.copy_(tensors[_NUM_AVERAGED])
         _load_optimizer(step.optimizer, tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -70,7 +70,7 @@ def _keep_freed_memory() -> None:
             return
 
 
-def goes_by_position(device: torch.device) -> bool:
+def is_device_driven(device: torch.device) -> bool:
     """Whether steps are driven from the device, by a counter there, so that a graph may hold them."""
     return device.type == "cuda"
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from icdctl.data import ImageStore, Views
-from icdctl.engine.device import beside, goes_by_position, join, side_stream
+from icdctl.engine.device import beside, is_device_driven, join, side_stream
 from icdctl.engine.feed import Feed
 from icdctl.engine.step import TrainingStep
 from icdctl.engine.teacher import Teacher
@@ -26,7 +26,7 @@ _REHEARSALS = 3
 """Steps before a capture, in which libraries choose their algorithms and take their workspaces."""
 
 
-class Loop:
+class DeviceLoop:
     """Steps of students that see the same images in the same order.
 
     Where a capture fails, they go down a ladder: compiled students to plain ones, then graphs to plain calls.
@@ -50,8 +50,8 @@ class Loop:
         """
         self._store, self._labels, self._message = store, labels, message
         self._feed = Feed(batch_size, store.device)
-        self._answers = None if teacher is None else teacher.by_position(self._feed)
-        self._can_capture = goes_by_position(store.device)
+        self._answers = None if teacher is None else teacher.device_driven(self._feed)
+        self._can_capture = is_device_driven(store.device)
         self._stream = side_stream(store.device)
         self._branches: list[torch.cuda.Stream | None] = []
         # Graphs share their memory: they run one after the other, and nothing in it outlives a step.

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from icdctl.data import ImageStore
 from icdctl.engine.device import wait_for
 from icdctl.engine.teacher import InlineTeacher, TeacherPrecision
+from icdctl.methods import LOGITS
 from icdctl.models import Classifier
 
 _BATCH = 64
@@ -52,17 +53,17 @@ def choose_teacher_precision(
         return "fp32"
     views = store.epoch(seed=0, epoch=1)[: _BATCH * _BATCHES].to(store.device)
     batches = [store.inputs(views[first : first + _BATCH]) for first in range(0, len(views), _BATCH)]
-    exact = InlineTeacher(model, needs_cells=False, device=store.device)
+    exact = InlineTeacher(model, reads={LOGITS}, device=store.device)
     seconds = _seconds_an_image(exact, batches)
     if seconds * (1 - 1 / _LEAST_SPEEDUP) * num_images < _LEAST_SAVED_SECONDS:
         return "fp32"
-    rounded = InlineTeacher(model, needs_cells=False, device=store.device, precision=half)
+    rounded = InlineTeacher(model, reads={LOGITS}, device=store.device, precision=half)
     half_seconds = _seconds_an_image(rounded, batches)
     saved = (seconds - half_seconds) * num_images
     if half_seconds * _LEAST_SPEEDUP > seconds or saved < _LEAST_SAVED_SECONDS:
         return "fp32"
-    logits = torch.cat([exact(batch).logits for batch in batches])
-    half_logits = torch.cat([rounded(batch).logits for batch in batches])
+    logits = torch.cat([exact(batch)[LOGITS] for batch in batches])
+    half_logits = torch.cat([rounded(batch)[LOGITS] for batch in batches])
     return half if _agree(logits, half_logits) else "fp32"
 
 

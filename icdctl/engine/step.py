@@ -1,5 +1,7 @@
 """One training step of one student: pixels and the teacher's answer in, new weights and numbers on the device out.
 
+The objective trains with the student: its parameters and buffers are updated, averaged, guarded and captured alike.
+
 No names, paths or printing, and nothing that waits for the device: that is what makes it capturable, testable in
 float64 and shareable by many students. Shapes: B images.
 """
@@ -7,7 +9,7 @@ float64 and shareable by many students. Shapes: B images.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from icdctl import methods
 from icdctl.engine.compiled import Compiler
 from icdctl.engine.teacher import Answer
-from icdctl.methods import METHODS, Settings
+from icdctl.methods import Objective
 from icdctl.models import MODELS, Classifier
 
 _AVERAGE_WARMUP = 10
@@ -26,30 +28,15 @@ _AVERAGE_WARMUP = 10
 
 @dataclass(frozen=True)
 class StepRule:
-    """What is minimised, and how weights follow."""
+    """How weights follow the gradient of the objective."""
 
-    method: str
-    settings: Settings
-    scales: tuple[int, ...]
     clip_norm: float
     autocast: bool = False
     """Run the student's forward pass in bfloat16."""
-    label_smoothing: float = 0.0
-    """Of the cross-entropy with the labels."""
-    class_weights: Tensor | None = None
-    """[K] on the device, of the same; None for none."""
-    has_unlabeled: bool = False
-    """Some images have no label (-1)."""
     skip_nonfinite: bool = False
     """Leave weights and statistics as they are where a loss or gradient is not finite, and count that."""
     ema_decay: float = 0.0
-    """Of an exponential moving average of the weights; 0 for none."""
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        """Names of the loss terms, in order."""
-        row = METHODS[self.method]
-        return ("ce", *(("kd",) if row.needs_teacher else ()), *(("cluster",) if row.cluster else ()))
+    """Decay of the EMA of the weights; 0 for none."""
 
 
 class TrainingStep:
@@ -58,6 +45,8 @@ class TrainingStep:
     def __init__(
         self,
         student: Classifier,
+        objective: Objective,
+        reads: Collection[str],
         optimizer: torch.optim.Optimizer,
         rule: StepRule,
         *,
@@ -65,29 +54,48 @@ class TrainingStep:
         device: torch.device,
         compiler: Compiler | None = None,
     ) -> None:
+        """
+        Args:
+            student: the model that is trained.
+            objective: what is minimised.
+            reads: names of the tensors of the student's pass that the objective reads.
+            optimizer: of the parameters of the student, then of the objective.
+            rule: how weights follow.
+            steps_per_epoch: rows of the log.
+            device: where all of them are.
+            compiler: compiles the forward pass and the losses; None to run them as they are.
+        """
         self.student = student
+        self.objective = objective
         self.optimizer = optimizer
         self.rule = rule
+        self._reads = sorted(reads)
         self.average = copy.deepcopy(student).eval().requires_grad_(False) if rule.ema_decay else None
-        """The moving average of the student, or None."""
-        self._parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        self._needs_patches = METHODS[rule.method].needs_patches
+        """The EMA of the student, or None."""
+        self.objective_average = copy.deepcopy(objective).requires_grad_(False) if rule.ema_decay else None
+        """The EMA of what the objective trains."""
+        self._parameters = trained_parameters(student, objective)
         self._device = device
         dtype = self._parameters[0].dtype
         # A column a term, then the gradient's norm before clipping.
-        self.log = torch.zeros((steps_per_epoch, len(rule.term_names) + 1), dtype=dtype, device=device)
+        self.log = torch.zeros((steps_per_epoch, len(objective.term_names) + 1), dtype=dtype, device=device)
         self.num_right = torch.zeros((), dtype=torch.int64, device=device)
         self.num_averaged = torch.zeros((), dtype=torch.float32, device=device)
-        """Steps that the average has seen."""
+        """Steps that the EMA has seen."""
         self._epoch = torch.ones((), dtype=torch.float64, device=device)
         self.compiler = compiler
-        """Of the forward pass and the losses, or None."""
         self._compiled = None if compiler is None else compiler.compiled(self.outcome)
         norms = [module for module in student.modules() if isinstance(module, nn.BatchNorm2d) and module.momentum]
-        # Those of the models here run once a pass; of others nobody knows.
+        # The icdctl models run each of theirs once a pass; of other modules that is not known.
         self._norms = norms if student.name in MODELS else []
-        self._buffers = _by_type(student.buffers()) if rule.skip_nonfinite else []
+        guarded = [*student.buffers(), *objective.buffers()]
+        self._buffers = _by_type(guarded) if rule.skip_nonfinite else []
         self._kept_buffers = [_joined(buffers) for buffers in self._buffers]
+
+    @property
+    def parts(self) -> tuple[Classifier, Objective, list[str], torch.optim.Optimizer, StepRule]:
+        """What another step of the same student is made of."""
+        return self.student, self.objective, self._reads, self.optimizer, self.rule
 
     def start_epoch(self, epoch: int) -> None:
         """Set the epoch, counted from 1, which the distillation warm-up reads, and clear the log."""
@@ -98,9 +106,10 @@ class TrainingStep:
     @property
     def state(self) -> list[Tensor]:
         """All that a step changes, gradients aside; as far as the optimiser has made its state yet."""
-        held = [*self.student.parameters(), *self.student.buffers(), self.log, self.num_right, self.num_averaged]
-        if self.average is not None:
-            held += [*self.average.parameters(), *self.average.buffers()]
+        held = [self.log, self.num_right, self.num_averaged]
+        for module in (self.student, self.objective, self.average, self.objective_average):
+            if module is not None:
+                held += [*module.parameters(), *module.buffers()]
         for values in self.optimizer.state.values():
             held += [value for value in values.values() if isinstance(value, Tensor)]
         return held
@@ -128,13 +137,13 @@ class TrainingStep:
             else:
                 self.log[index] = row
             self.num_right += (logits.argmax(dim=1) == labels).sum()
-            if self.average is not None:
-                self._update_average(self.average)
+            if self.average is not None and self.objective_average is not None:
+                self._update_averages([self.average, self.objective_average])
 
     def outcome(self, images: Tensor, labels: Tensor, answer: Answer | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's logits [B, K] and the loss terms."""
-        logits, patches = self.forward(images)
-        return logits, self.losses(logits, patches, labels, answer)
+        outputs = self.forward(images)
+        return outputs[methods.LOGITS], self.losses(outputs, labels, answer)
 
     @contextmanager
     def norms_counted(self) -> Iterator[None]:
@@ -156,33 +165,15 @@ class TrainingStep:
 
     # The phases of a step are methods of their own so that `bench` can time each.
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The student's logits [B, K] and, for methods that read them, patch logits [B, K, P]."""
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """What the objective reads of the student's pass, in the precision of that pass."""
         with torch.autocast(self._device.type, dtype=torch.bfloat16) if self.rule.autocast else nullcontext():
-            outputs = self.student.outputs(images)
-            patches = None
-            if self._needs_patches:
-                patches = methods.patch_logits(outputs.feature_map, self.student.head, self.rule.scales)
-        return _at_least_float32(outputs.logits), None if patches is None else _at_least_float32(patches)
+            return methods.read(self.student.outputs(images), self.student.head, self._reads)
 
-    def losses(
-        self, logits: Tensor, patches: Tensor | None, labels: Tensor, answer: Answer | None
-    ) -> dict[str, Tensor]:
+    def losses(self, outputs: Mapping[str, Tensor], labels: Tensor, answer: Answer | None) -> dict[str, Tensor]:
         """The weighted loss terms, scalars."""
-        return methods.distillation_terms(
-            self.rule.method,
-            student_logits=logits,
-            student_patches=patches,
-            teacher_logits=None if answer is None else answer.logits,
-            teacher_patches=self._teacher_patches(answer),
-            labels=labels,
-            scales=self.rule.scales,
-            epoch=self._epoch,
-            settings=self.rule.settings,
-            label_smoothing=self.rule.label_smoothing,
-            class_weights=self.rule.class_weights,
-            has_unlabeled=self.rule.has_unlabeled,
-        )
+        terms: dict[str, Tensor] = self.objective(outputs, {} if answer is None else answer, labels, self._epoch)
+        return terms
 
     def backward(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Gradients of the sum of the terms, which is returned."""
@@ -209,10 +200,10 @@ class TrainingStep:
             parts = torch.where(bad, kept, _joined(buffers)).split_with_sizes(sizes)
             torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
 
-    def _update_average(self, average: Classifier) -> None:
+    def _update_averages(self, averages: list[nn.Module]) -> None:
         steps = self.num_averaged
         share = 1 - torch.clamp((1 + steps) / (_AVERAGE_WARMUP + steps), max=self.rule.ema_decay)
-        for old, new in zip(_numbers(average), _numbers(self.student), strict=True):
+        for old, new in zip(_numbers(averages), _numbers([self.student, self.objective]), strict=True):
             if old[0].is_floating_point():
                 change = torch._foreach_sub(new, old)
                 torch._foreach_mul_(change, share.to(old[0].dtype))
@@ -221,16 +212,15 @@ class TrainingStep:
                 torch._foreach_copy_(old, new)
         steps += 1
 
-    def _teacher_patches(self, answer: Answer | None) -> Tensor | None:
-        """[B, K, P] of this student's scales."""
-        if answer is None or answer.cells is None or not self._needs_patches:
-            return None
-        return methods.pool_cells(answer.cells, self.rule.scales)
+
+def trained_parameters(student: nn.Module, objective: nn.Module) -> list[nn.Parameter]:
+    """What a step updates: the parameters of the student, then those of the objective."""
+    return [each for module in (student, objective) for each in module.parameters() if each.requires_grad]
 
 
-def _numbers(model: nn.Module) -> list[list[Tensor]]:
+def _numbers(models: Iterable[nn.Module]) -> list[list[Tensor]]:
     """Weights and statistics, by type."""
-    return _by_type([*model.parameters(), *model.buffers()])
+    return _by_type(tensor for model in models for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _by_type(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -244,8 +234,3 @@ def _by_type(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 def _joined(tensors: list[Tensor]) -> Tensor:
     """All their numbers, one after the other."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision as float32; float32 and float64 as they are."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -1,4 +1,4 @@
-"""A frozen teacher that answers views of training images with logits.
+"""A frozen teacher that answers views of training images with the tensors that methods read.
 
 `icdctl.engine.teacher_cache` chooses whether it computes an answer now, some steps ahead, or did so long ago.
 Shapes: B images, K classes.
@@ -6,8 +6,9 @@ Shapes: B images, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol
+import copy
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,20 +28,14 @@ _CPU_CHUNK = 32
 """Images whose activations stay in a CPU's caches from one layer to the next; the answers have the same bits."""
 
 
-class Answer(NamedTuple):
-    """What a teacher says of a batch; no gradient leads into it."""
-
-    logits: Tensor
-    """[B, K] float32."""
-    cells: Tensor | None
-    """[B, K, 4, 4] float32, the logits of the cells of the image, for methods that read patches."""
-
+Answer = Mapping[str, Tensor]
+"""What a teacher gives for a batch: [B, ...] float32 by the names of `icdctl.methods.reads`; without gradient."""
 
 Answers = Callable[[int, Views, Tensor], Answer]
 """(step of the epoch, its views, their pixels [B, 3, H, W]) -> the answer, asked for in the order of the steps."""
 
 
-class AnswersByPosition(Protocol):
+class DeviceDrivenAnswers(Protocol):
     """Answers to the batch that a feed says is due, for steps that a graph may hold."""
 
     def prepare(self, index: int) -> None:
@@ -60,7 +55,7 @@ class Teacher(Protocol):
             batch_size: how many of them a step has.
         """
 
-    def by_position(self, feed: Feed) -> AnswersByPosition:
+    def device_driven(self, feed: Feed) -> DeviceDrivenAnswers:
         """The same for steps that read their batches from a feed, for all epochs that will be loaded into it."""
 
 
@@ -71,10 +66,10 @@ class _AtOnce:
         self._answer = answer
 
     def prepare(self, index: int) -> None:
-        """See `AnswersByPosition`; nothing to prepare."""
+        """See `DeviceDrivenAnswers`; nothing to prepare."""
 
     def __call__(self, views: Views, images: Tensor) -> Answer:
-        """See `AnswersByPosition`."""
+        """See `DeviceDrivenAnswers`."""
         return self._answer(views, images)
 
 
@@ -93,7 +88,7 @@ class _Buffered:
         self._held: Answer | None = None
 
     def prepare(self, index: int) -> None:
-        """See `AnswersByPosition`."""
+        """See `DeviceDrivenAnswers`."""
         number, step = divmod(index, _STEPS_AHEAD)
         if step:
             return
@@ -111,19 +106,16 @@ class _Buffered:
         with beside(self._stream):
             answer = self._of_views(part)
             if self._held is None:
-                self._held = Answer(
-                    _halves(answer.logits, chunk), None if answer.cells is None else _halves(answer.cells, chunk)
-                )
+                self._held = {name: _halves(tensor, chunk) for name, tensor in answer.items()}
             first = number % 2 * chunk
-            self._held.logits[first : first + len(part)].copy_(answer.logits)
-            if self._held.cells is not None and answer.cells is not None:
-                self._held.cells[first : first + len(part)].copy_(answer.cells)
+            for name, tensor in answer.items():
+                self._held[name][first : first + len(part)].copy_(tensor)
 
     def __call__(self, views: Views, images: Tensor) -> Answer:
-        """See `AnswersByPosition`."""
+        """See `DeviceDrivenAnswers`."""
         assert self._held is not None
         rows = self._feed.rows(len(views), cycle=2 * _STEPS_AHEAD)
-        return Answer(self._held.logits[rows], None if self._held.cells is None else self._held.cells[rows])
+        return {name: tensor[rows] for name, tensor in self._held.items()}
 
 
 def _halves(like: Tensor, chunk: int) -> Tensor:
@@ -132,60 +124,65 @@ def _halves(like: Tensor, chunk: int) -> Tensor:
 
 
 class InlineTeacher:
-    """Runs the network on each batch, in eval mode, batch norms folded into the convolutions."""
+    """Runs the network on each batch: in eval mode, batch norms folded into the convolutions, unless a method wants
+    a teacher that normalises with the statistics of the batch.
+    """
 
     def __init__(
         self,
         model: Classifier,
         *,
-        needs_cells: bool,
+        reads: Collection[str],
         device: torch.device,
         precision: TeacherPrecision = "fp32",
+        in_eval_mode: bool = True,
     ) -> None:
         """
         Args:
             model: the trained teacher; it is copied, not changed.
-            needs_cells: whether any student's method reads patches.
+            reads: names of the tensors that any student's method reads, see `icdctl.methods.reads`.
             device: where it runs.
             precision: of its weights and activations.
+            in_eval_mode: False to normalise with the statistics of each batch; its own ones then change too.
         """
-        folded = fold_batch_norms(model).to(device).to(memory_format=torch.channels_last)
+        held = fold_batch_norms(model) if in_eval_mode else copy.deepcopy(model).requires_grad_(False).train()
+        held = held.to(device).to(memory_format=torch.channels_last)
         self._dtype = None if precision == "fp32" else DTYPES[precision]
-        self._model = folded if self._dtype is None else folded.to(self._dtype)
+        self._model = held if self._dtype is None else held.to(self._dtype)
+        self._in_eval_mode = in_eval_mode
         self.precision = precision
-        self.needs_cells = needs_cells
+        self.reads = frozenset(reads)
 
     def epoch(self, views: Views, batch_size: int) -> Answers:
         """See `Teacher`."""
         return lambda index, part, images: self(images)
 
-    def by_position(self, feed: Feed) -> AnswersByPosition:
+    def device_driven(self, feed: Feed) -> DeviceDrivenAnswers:
         """See `Teacher`."""
         return _AtOnce(lambda views, images: self(images))
 
     def __call__(self, images: Tensor) -> Answer:
         """The answer for pixels alone: [B, 3, H, W]."""
-        if images.device.type != "cpu" or len(images) <= _CPU_CHUNK:
+        if images.device.type != "cpu" or len(images) <= _CPU_CHUNK or not self._in_eval_mode:
             return self._answer(images)
-        parts = [self._answer(chunk) for chunk in torch.split(images, _CPU_CHUNK)]
-        cells = [part.cells for part in parts if part.cells is not None]
-        return Answer(torch.cat([part.logits for part in parts]), torch.cat(cells) if cells else None)
+        return _joined([self._answer(chunk) for chunk in torch.split(images, _CPU_CHUNK)])
 
     def _answer(self, images: Tensor) -> Answer:
         with torch.no_grad():
             outputs = self._model.outputs(images if self._dtype is None else images.to(self._dtype))
-            cells = methods.cell_logits(outputs.feature_map, self._model.head) if self.needs_cells else None
-        if self._dtype is None:
-            return Answer(outputs.logits, cells)
-        return Answer(outputs.logits.float(), None if cells is None else cells.float())
+            answer = methods.read(outputs, self._model.head, self.reads)
+        return answer if self._dtype is None else {name: tensor.float() for name, tensor in answer.items()}
 
     def of_views(self, store: ImageStore, views: Views) -> Answer:
         """The answer for many views, a few at a time: the views may be anywhere, the answer is on the device."""
-        parts = []
-        for first in range(0, len(views), SUPER_BATCH):
-            parts.append(self(store.inputs(views[first : first + SUPER_BATCH].to(store.device))))
-        cells = [part.cells for part in parts if part.cells is not None]
-        return Answer(torch.cat([part.logits for part in parts]), torch.cat(cells) if cells else None)
+        firsts = range(0, len(views), SUPER_BATCH)
+        return _joined([self(store.inputs(views[first : first + SUPER_BATCH].to(store.device))) for first in firsts])
+
+
+def _joined(parts: Iterable[Answer]) -> Answer:
+    """Answers to one batch after the other as one."""
+    parts = list(parts)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 class AheadTeacher:
@@ -211,11 +208,11 @@ class AheadTeacher:
                 computed[number] = self._inline.of_views(self._store, views[number * chunk : (number + 1) * chunk])
             ready = computed[number]
             rows = slice(step * batch_size, step * batch_size + len(part))
-            return Answer(ready.logits[rows], None if ready.cells is None else ready.cells[rows])
+            return {name: tensor[rows] for name, tensor in ready.items()}
 
         return answer
 
-    def by_position(self, feed: Feed) -> AnswersByPosition:
+    def device_driven(self, feed: Feed) -> DeviceDrivenAnswers:
         """See `Teacher`."""
         return _Buffered(feed, lambda views: self._inline.of_views(self._store, views), from_cpu=False)
 
@@ -223,32 +220,29 @@ class AheadTeacher:
 class CachedTeacher:
     """Has seen every view of every image once, and looks its answer up."""
 
-    def __init__(self, store: ImageStore, logits: Tensor, cells: Tensor | None) -> None:
+    def __init__(self, store: ImageStore, tables: Mapping[str, Tensor]) -> None:
         """
         Args:
             store: the training images; its numbers of views are the rows of the tables.
-            logits: [V, K], anywhere, in any float type.
-            cells: [V, K, 4, 4], or None where no method reads patches.
+            tables: [V, ...] by the names of `icdctl.methods.reads`, in any float type, all on one device.
         """
         self._store = store
-        self._logits = logits
-        self._cells = cells
+        self._tables = dict(tables)
 
     def epoch(self, views: Views, batch_size: int) -> Answers:
         """See `Teacher`."""
         return lambda index, part, images: self.of_views(part)
 
-    def by_position(self, feed: Feed) -> AnswersByPosition:
+    def device_driven(self, feed: Feed) -> DeviceDrivenAnswers:
         """See `Teacher`; a table that is not on the device is read some steps ahead."""
-        if self._logits.device.type == feed.device.type:
+        if all(table.device.type == feed.device.type for table in self._tables.values()):
             return _AtOnce(lambda views, images: self.of_views(views))
         return _Buffered(feed, self.of_views, from_cpu=True)
 
     def of_views(self, views: Views) -> Answer:
         """The answer for views anywhere, on the store's device."""
         rows = self._store.numbers(views)
-        cells = None if self._cells is None else self._taken(self._cells, rows)
-        return Answer(self._taken(self._logits, rows), cells)
+        return {name: self._taken(table, rows) for name, table in self._tables.items()}
 
     def _taken(self, table: Tensor, rows: Tensor) -> Tensor:
         taken = table[rows.to(table.device)]

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from icdctl import files
 from icdctl.data import Dataset, ImageStore
 from icdctl.engine.teacher import SUPER_BATCH, AheadTeacher, CachedTeacher, InlineTeacher, Teacher
 from icdctl.errors import ArtifactError, UsageError
+from icdctl.methods import SMALL_READS
 
 Mode = Literal["inline", "ahead", "cache"]
 
@@ -32,10 +34,9 @@ _CHECKED_VIEWS = 1000
 _KEPT_FROM_VIEWS = 20 * _CHECKED_VIEWS
 """A smaller table is made anew each time: checking it would cost nearly as much."""
 _LARGEST_FP32_BYTES = 2 * 1024**3
-_CELLS = 16
 _ALLOWED = {"float16": 2.0**-9, "float32": 1e-4}
 """Largest difference of a checked answer, by the largest answer."""
-_SCHEME = 2
+_SCHEME = 3
 """Part of the key: raise it whenever answers change."""
 
 
@@ -47,23 +48,25 @@ class Demand:
     """Different orders of the images."""
     num_images: int
     """Asked for in all, over all streams and epochs."""
-    needs_cells: bool
-    num_classes: int
+    shapes: Mapping[str, tuple[int, ...]]
+    """What it answers for a view: name of the tensor -> shape."""
     deterministic: bool
 
 
 @dataclass(frozen=True)
-class Table:
+class CachePlan:
     """A table of the answers for all views: how large it is, and where it is kept."""
 
     num_views: int
-    """Of all images together."""
+    """Views of all images together."""
     dtype: torch.dtype
     num_bytes: int
     folder: Path | None
     """None where it is not worth keeping, or the teacher has no hash."""
     about: Mapping[str, str] = field(default_factory=dict)
-    """Whose answers, to which images: for a person who looks at what is kept."""
+    """The teacher and the data set, stated in the folder for the user who looks at it."""
+    left_out: str | None = None
+    """What is too large to be cached, and why; None where all that is asked of the teacher is cached."""
 
     @property
     def is_kept(self) -> bool:
@@ -71,9 +74,9 @@ class Table:
         return self.folder is not None and (self.folder / "facts.json").is_file()
 
 
-def plan_table(
+def plan_cache(
     store: ImageStore, demand: Demand, dataset: Dataset, *, teacher_sha256: str, precision: str, teacher: str = ""
-) -> Table | None:
+) -> CachePlan | None:
     """The table that a cache would need; None where the views are too many to count.
 
     Args:
@@ -87,24 +90,38 @@ def plan_table(
     if store.num_views is None:
         return None
     num_views = store.num_images * store.num_views
-    numbers = num_views * demand.num_classes * (1 + (_CELLS if demand.needs_cells else 0))
+    numbers = num_views * sum(math.prod(shape) for shape in demand.shapes.values())
     exact = demand.deterministic or numbers * 4 <= _LARGEST_FP32_BYTES
     dtype = torch.float32 if exact else torch.float16
     folder = None
     if teacher_sha256 and num_views >= _KEPT_FROM_VIEWS:
         facts = [_SCHEME, teacher_sha256, dataset.sha256, dataset.preprocessing.as_json(), store.fingerprint]
-        facts += [str(dtype), precision, demand.needs_cells]
+        facts += [str(dtype), precision, sorted(demand.shapes)]
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         folder = files.cache_folder() / "answers" / key
     about = {"teacher": teacher, "teacher_sha256": teacher_sha256, "dataset": dataset.name, "precision": precision}
-    return Table(num_views, dtype, numbers * dtype.itemsize, folder, about)
+    left_out = _left_out(demand.shapes)
+    return CachePlan(num_views, dtype, numbers * dtype.itemsize, folder, about, left_out)
 
 
-def choose_mode(wanted: str, table: Table | None, demand: Demand, device: torch.device) -> Mode:
+def _left_out(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why a cache can't hold all that is asked of the teacher."""
+    maps = [
+        f"`{name}` ({' x '.join(map(str, shape))}, {4 * math.prod(shape) / 1024:,.0f} KiB a view)"
+        for name, shape in shapes.items()
+        if name not in SMALL_READS
+    ]
+    if not maps:
+        return None
+    return f"the teacher cache keeps {', '.join(sorted(SMALL_READS))}; the method also reads {', '.join(maps)}"
+
+
+def choose_mode(wanted: str, table: CachePlan | None, demand: Demand, device: torch.device) -> Mode:
     """`auto` is the cache where that is less work and there is room, else `ahead` on CUDA and `inline` on a CPU.
 
     Raises:
-        UsageError: `cache` was asked for, but the views can't be counted, or there is no room for them.
+        UsageError: `cache` was asked for, but the views can't be counted, a method reads what is not cached, or there
+            is no room.
     """
     if wanted == "inline":
         return "inline"
@@ -116,6 +133,10 @@ def choose_mode(wanted: str, table: Table | None, demand: Demand, device: torch.
                 "`--teacher-mode cache` needs views that can be counted: not crops of changing size or RandAugment",
                 hint="use `--teacher-mode inline` or `ahead`",
             )
+        if table.left_out is not None:
+            raise UsageError(
+                f"`--teacher-mode cache` can't be used: {table.left_out}", hint="use `--teacher-mode inline` or `ahead`"
+            )
         if not _has_room(table, device):
             raise UsageError(
                 f"`--teacher-mode cache` needs {table.num_bytes / 1e9:.1f} GB for {table.num_views:,} views, and there "
@@ -123,19 +144,23 @@ def choose_mode(wanted: str, table: Table | None, demand: Demand, device: torch.
                 hint="use `--teacher-mode inline` or `ahead`, or make room in memory and in the state folder",
             )
         return "cache"
-    # A look-up is not free, and on CUDA the teacher runs beside the students.
-    share = 0.4 if device.type == "cuda" else 0.8
-    pays = table is not None and (table.is_kept or table.num_views <= share * demand.num_images)
-    if table is not None and pays and _has_room(table, device):
+    if table is not None and table.left_out is None and cache_pays(table, demand, device) and _has_room(table, device):
         return "cache"
     return "ahead" if device.type == "cuda" else "inline"
+
+
+def cache_pays(table: CachePlan, demand: Demand, device: torch.device) -> bool:
+    """Whether filling the table once is less work than to answer every batch."""
+    # A look-up is not free, and on CUDA the teacher runs beside the students.
+    share = 0.4 if device.type == "cuda" else 0.8
+    return table.is_kept or table.num_views <= share * demand.num_images
 
 
 def make_teacher(
     mode: Mode,
     inline: InlineTeacher,
     store: ImageStore,
-    table: Table | None,
+    table: CachePlan | None,
     *,
     begin: Callable[[str, int], None],
     advance: Callable[[int], None],
@@ -147,7 +172,7 @@ def make_teacher(
         mode: from `choose_mode`.
         inline: runs the network.
         store: the training images.
-        table: from `plan_table`.
+        table: from `plan_cache`.
         begin: told what begins, and of how many views.
         advance: told of how many more are done.
         message: told what a person should read.
@@ -163,7 +188,7 @@ def make_teacher(
         begin("asking the teacher", table.num_views)
         return _filled(inline, store, table, advance, _in_memory)
     with files.waited_lock(table.folder.with_name(f".{table.folder.name}.lock")):
-        kept = _opened(table, store)
+        kept = _opened(table, store, inline.reads)
         if kept is not None and _agrees(kept, inline, store, table):
             return kept
         if kept is not None:
@@ -180,35 +205,29 @@ def _in_memory(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _filled(
-    inline: InlineTeacher, store: ImageStore, table: Table, advance: Callable[[int], None], make: _Make
+    inline: InlineTeacher, store: ImageStore, table: CachePlan, advance: Callable[[int], None], make: _Make
 ) -> CachedTeacher:
     """Ask for every view once."""
-    logits: Tensor | None = None
-    cells: Tensor | None = None
+    tables: dict[str, Tensor] = {}
     for first in range(0, table.num_views, SUPER_BATCH):
         numbers = torch.arange(first, min(first + SUPER_BATCH, table.num_views))
-        answer = inline.of_views(store, store.numbered(numbers))
-        if logits is None:
-            logits = make("logits", (table.num_views, *answer.logits.shape[1:]), table.dtype)
-            if answer.cells is not None:
-                cells = make("cells", (table.num_views, *answer.cells.shape[1:]), table.dtype)
-        logits[numbers] = answer.logits.to("cpu", table.dtype)
-        if cells is not None and answer.cells is not None:
-            cells[numbers] = answer.cells.to("cpu", table.dtype)
+        for name, tensor in inline.of_views(store, store.numbered(numbers)).items():
+            if name not in tables:
+                tables[name] = make(name, (table.num_views, *tensor.shape[1:]), table.dtype)
+            tables[name][numbers] = tensor.to("cpu", table.dtype)
         advance(len(numbers))
-    assert logits is not None
-    return _placed(store, logits, cells)
+    return _placed(store, tables)
 
 
-def _placed(store: ImageStore, logits: Tensor, cells: Tensor | None) -> CachedTeacher:
+def _placed(store: ImageStore, tables: Mapping[str, Tensor]) -> CachedTeacher:
     """On the device where it has room, else in the host's memory or its files."""
-    num_bytes = sum(part.numel() * part.element_size() for part in (logits, cells) if part is not None)
+    num_bytes = sum(table.numel() * table.element_size() for table in tables.values())
     if store.device.type == "cuda" and num_bytes <= torch.cuda.mem_get_info(store.device)[0] // 2:
-        return CachedTeacher(store, logits.to(store.device), None if cells is None else cells.to(store.device))
-    return CachedTeacher(store, logits, cells)
+        return CachedTeacher(store, {name: table.to(store.device) for name, table in tables.items()})
+    return CachedTeacher(store, tables)
 
 
-def _kept(inline: InlineTeacher, store: ImageStore, table: Table, advance: Callable[[int], None]) -> CachedTeacher:
+def _kept(inline: InlineTeacher, store: ImageStore, table: CachePlan, advance: Callable[[int], None]) -> CachedTeacher:
     """Fill a table on disk under a temporary name, then rename it."""
     assert table.folder is not None
     building = table.folder.with_name(f".{table.folder.name}.part")
@@ -232,7 +251,7 @@ def _kept(inline: InlineTeacher, store: ImageStore, table: Table, advance: Calla
         raise files.not_writable(table.folder, error) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    opened = _opened(table, store)
+    opened = _opened(table, store, inline.reads)
     if opened is None:
         raise ArtifactError(
             f"`{table.folder}` can't be read back", hint="check the disk, or use `--teacher-mode inline`"
@@ -240,25 +259,20 @@ def _kept(inline: InlineTeacher, store: ImageStore, table: Table, advance: Calla
     return opened
 
 
-def _opened(table: Table, store: ImageStore) -> CachedTeacher | None:
+def _opened(table: CachePlan, store: ImageStore, reads: Collection[str]) -> CachedTeacher | None:
     """The table on disk, mapped; None where it is absent or damaged."""
     assert table.folder is not None
     if not table.is_kept:
         return None
     try:
-        parts = {
-            name: torch.from_numpy(_mapped(table.folder / f"{name}.npy"))
-            for name in ("logits", "cells")
-            if (table.folder / f"{name}.npy").is_file()
-        }
-        logits = parts["logits"]
-    except (OSError, EOFError, ValueError, KeyError):
+        tables = {name: torch.from_numpy(_mapped(table.folder / f"{name}.npy")) for name in sorted(reads)}
+    except (OSError, EOFError, ValueError):
         return None
-    whole = all(part.shape[0] == table.num_views and part.dtype == table.dtype for part in parts.values())
+    whole = all(part.shape[0] == table.num_views and part.dtype == table.dtype for part in tables.values())
     if not whole:
         return None
     files.mark_used(table.folder / "facts.json")
-    return _placed(store, logits, parts.get("cells"))
+    return _placed(store, tables)
 
 
 def _mapped(path: Path) -> NDArray[Any]:
@@ -275,25 +289,20 @@ def _mapped(path: Path) -> NDArray[Any]:
         return np.memmap(file, dtype=dtype, mode="c", offset=file.tell(), shape=shape)
 
 
-def _agrees(kept: CachedTeacher, inline: InlineTeacher, store: ImageStore, table: Table) -> bool:
+def _agrees(kept: CachedTeacher, inline: InlineTeacher, store: ImageStore, table: CachePlan) -> bool:
     """Whether some of the views, drawn at random, have the answers that the teacher gives now."""
     numbers = torch.randint(table.num_views, (_CHECKED_VIEWS,), generator=torch.Generator().manual_seed(0))
     views = store.numbered(numbers).to(store.device)
     now, then = inline.of_views(store, views), kept.of_views(views)
     allowed = _ALLOWED[str(table.dtype).removeprefix("torch.")]
-    pairs = [(now.logits, then.logits)]
-    if now.cells is not None:
-        if then.cells is None:
-            return False
-        pairs.append((now.cells, then.cells))
-    return all(bool((new - old).abs().max() <= allowed * new.abs().max()) for new, old in pairs)
+    return all(bool((now[name] - then[name]).abs().max() <= allowed * now[name].abs().max()) for name in now)
 
 
 def _numpy_type(dtype: torch.dtype) -> type[np.generic]:
     return np.float16 if dtype == torch.float16 else np.float32
 
 
-def _has_room(table: Table, device: torch.device) -> bool:
+def _has_room(table: CachePlan, device: torch.device) -> bool:
     """On disk where it is kept there, and in memory: it is read at random, over and over."""
     if table.folder is not None and not table.is_kept:
         home = next(folder for folder in (table.folder, *table.folder.parents) if folder.exists())

@@ -1,12 +1,15 @@
 """Losses on logits, one value per row. Shapes: B rows, K classes.
 
-Pure functions: no device, epoch, configuration or reduction inside, and no rescue of NaN: a value that is not finite
-reaches the caller, which stops the run. Each reaches its float64 value in float32 over the whole range of logits:
-nothing takes the logarithm of probabilities that may have underflowed, and small divergences are not the difference
-of large sums.
+Each loss stands here twice. The `textbook_` form is the formula in a few lines of torch, for reading and for copying.
+The form that training runs has the same value and gradient, and two things more:
 
-The gradient of each is known in closed form and comes with the value, of which it shares most parts: left to autograd,
-the backward pass of these losses is a hundred small kernels.
+- It reaches its float64 value in float32 over the whole range of logits: nothing takes the logarithm of probabilities
+  that may have underflowed, and small divergences are not the difference of large sums.
+- It brings its gradient in closed form, which shares most of its parts with the value: left to autograd, the backward
+  pass is a hundred small kernels.
+
+Pure functions: no device, epoch, configuration or reduction inside, and no rescue of NaN: a value that is not finite
+reaches the caller, which stops the run.
 """
 
 from __future__ import annotations
@@ -46,11 +49,22 @@ def cross_entropy_loss(
     )
 
 
+def textbook_kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
+    """T^2 * KL(teacher || student) of softened logits; arguments and source as for `kd_loss`."""
+    student_log_probs = F.log_softmax(student_logits / temperature, dim=1)
+    teacher_log_probs = F.log_softmax(teacher_logits / temperature, dim=1)
+    return F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True).sum(dim=1) * temperature**2
+
+
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
     """Softened cross-model divergence, T^2 * KL(teacher || student).
 
     The factor T^2 keeps gradients of the same order when T changes, so that a weight tuned at one temperature holds at
     another.
+
+    Gradient: with p = softmax(teacher / T) and q = softmax(student / T), KL = sum_k p_k (log p_k - log q_k). The log of
+    a softmax has d log q_k / d z_j = (1[k = j] - q_j) / T for student logits z, and p sums to 1, so
+    d KL / d z_j = (q_j - p_j) / T. Times T^2 that is T (q - p).
 
     Args:
         student_logits: [B, K].
@@ -65,6 +79,33 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
     log_probs = F.log_softmax(_both(student_logits, teacher_logits) / temperature, dim=2)
     divergence, gap = kl_divergence(*log_probs)
     return with_gradient(student_logits, divergence * temperature**2, gap * temperature)
+
+
+def textbook_dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    temperature: float,
+) -> Tensor:
+    """T^2 * (alpha * TCKD + beta * NCKD); arguments and source as for `dkd_loss`."""
+    target = F.one_hot(labels, student_logits.shape[1]).bool()
+    student, teacher = student_logits / temperature, teacher_logits / temperature
+
+    def divergence(teacher_probs: Tensor, student_probs: Tensor) -> Tensor:
+        return (teacher_probs * (teacher_probs.log() - student_probs.log())).sum(dim=1)
+
+    def split(logits: Tensor) -> Tensor:  # [B, 2]: the target, and all other classes together
+        probs = logits.softmax(dim=1)
+        return torch.stack((probs[target], probs.masked_fill(target, 0).sum(dim=1)), dim=1)
+
+    def others(logits: Tensor) -> Tensor:  # [B, K - 1]: among the other classes
+        return logits[~target].reshape(len(logits), -1).softmax(dim=1)
+
+    tckd, nckd = divergence(split(teacher), split(student)), divergence(others(teacher), others(student))
+    return (alpha * tckd + beta * nckd) * temperature**2
 
 
 def dkd_loss(
@@ -82,6 +123,13 @@ def dkd_loss(
     classes, each side renormalised without the target. The reference takes the logarithm of summed probabilities, which
     gives NaN for confident logits even where student and teacher agree; here the split is computed from log
     probabilities, and the target is dropped rather than lowered by 1000.
+
+    Gradient: let b = (q_t, 1 - q_t) be the student's two-way split, c = (p_t, 1 - p_t) the teacher's, and r the
+    student's softmax among the others. As a softmax of two logits, b has log-odds v = z_t / T - logsumexp of the
+    others' z / T, and d TCKD / d v = b_1 - c_1. d v / d z is 1 / T at the target and -r_k / T at the others, which is
+    `to_target` / T. NCKD is a divergence among the others alone: its gradient is (r - teacher's r) / T there, 0 at the
+    target. Both times T^2. b_1 - c_1 is also c_2 - b_2; the one of the two that is computed from the smaller
+    probability has kept its digits.
 
     Args:
         student_logits: [B, K].
@@ -114,6 +162,25 @@ def dkd_loss(
     )
 
 
+def textbook_nkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    gamma: float,
+    temperature: float,
+    drop_target: bool,
+) -> Tensor:
+    """The target by the teacher's confidence, then gamma * T^2 * cross-entropy; see `nkd_loss`."""
+    target = F.one_hot(labels, student_logits.shape[1]).bool()
+    target_term = -teacher_logits.softmax(dim=1)[target] * F.log_softmax(student_logits, dim=1)[target]
+    student, teacher = student_logits / temperature, teacher_logits / temperature
+    if drop_target:
+        student, teacher = (logits[~target].reshape(len(logits), -1) for logits in (student, teacher))
+    other_term = -(teacher.softmax(dim=1) * F.log_softmax(student, dim=1)).sum(dim=1)
+    return target_term + gamma * temperature**2 * other_term
+
+
 def nkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -129,6 +196,10 @@ def nkd_loss(
 
     The paper sums over the classes but the target, each side renormalised (`drop_target=True`). The code behind all
     published numbers builds its mask wrongly and sums over all classes (`drop_target=False`).
+
+    Gradient: the first part is a cross-entropy weighted by the confidence p_t, a constant, so it gives
+    -p_t (1[target] - softmax(z)). The second is a cross-entropy with the teacher's softened distribution, whose entropy
+    does not depend on the student, so it has the gradient of the divergence: gamma T (q - p), see `kd_loss`.
 
     Args:
         student_logits: [B, K].
@@ -164,9 +235,9 @@ def nkd_loss(
 def kl_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor) -> tuple[Tensor, Tensor]:
     """KL(teacher || student) over the last dimension, and its gradient.
 
-    With d = log q - log p it is the sum of p * (exp(d) - 1 - d), since both sides sum to 1. Every part is positive and
-    of the size of the result, where the textbook sum of -p * d cancels: in float32 that costs up to 1e-6 T^2 when
-    student and teacher nearly agree. Places where both sides are -inf add nothing.
+    With d = log q - log p it is the sum of p * (exp(d) - 1 - d), since p * exp(d) = q and both sides sum to 1. Every
+    part is positive and of the size of the result, where the textbook sum of -p * d cancels: in float32 that costs up
+    to 1e-6 T^2 when student and teacher nearly agree. Places where both sides are -inf add nothing.
 
     Args:
         student_log_probs: [..., K], log q.

@@ -2,7 +2,7 @@
 
 Shapes: B images, K classes, P patches, C channels. Patches are ordered 1x1, then 2x2 row by row, then 4x4 row by row.
 Patch logits are the classifier applied to a region's mean feature, so one call on the 4x4 grid gives all of them: the
-classifier is linear, and a coarser region's logits are the mean of its cells'.
+classifier is linear, and a coarser patch's logits are the mean of its regions'.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ SCALES = (1, 2, 4)
 
 _CLUSTER_SOFTNESS = 2.0
 _SCALE_WEIGHTS = {1: 1.0, 2: 2.0, 4: 3.0}
-_FINEST = max(SCALES)
+FINEST = max(SCALES)
+"""Regions along each side of an image."""
 _SHORTEST = 1e-12
 
 
@@ -66,7 +67,7 @@ def patch_logits(feature_map: Tensor, head: Callable[[Tensor], Tensor], scales: 
     """Logits of every region of every scale.
 
     The map is pooled to 4 x 4 first, whatever the scales, as the reference does. On maps whose side is a multiple of 4
-    that is plain average pooling; on 2 x 2 maps each cell stands four times; on 7 x 7 and 14 x 14 maps the pooling
+    that is plain average pooling; on 2 x 2 maps each place stands four times; on 7 x 7 and 14 x 14 maps the pooling
     windows overlap, and the 1 x 1 patch is near, but not equal to, the model's own logits.
 
     Args:
@@ -79,11 +80,11 @@ def patch_logits(feature_map: Tensor, head: Callable[[Tensor], Tensor], scales: 
 
     Source: Luo et al. 2024 (SDD), section 3.2, https://arxiv.org/abs/2403.13512
     """
-    return pool_cells(cell_logits(feature_map, head), scales)
+    return pool_regions(region_logits(feature_map, head), scales)
 
 
-def cell_logits(feature_map: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-    """Logits of the cells of the 4 x 4 grid, from which those of all coarser regions follow.
+def region_logits(feature_map: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    """Logits of the regions of the 4 x 4 grid, from which those of all coarser patches follow.
 
     Args:
         feature_map: as for `patch_logits`.
@@ -92,7 +93,7 @@ def cell_logits(feature_map: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor
     Returns:
         [B, K, 4, 4].
     """
-    if feature_map.shape[2] * feature_map.shape[3] < _FINEST**2:  # then it is less work to pool what the head says
+    if feature_map.shape[2] * feature_map.shape[3] < FINEST**2:  # then it is less work to pool what the head says
         return _pooled(_at_each_place(feature_map, head))
     return _at_each_place(_pooled(feature_map), head)
 
@@ -108,7 +109,7 @@ def _pooled(feature_map: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, C, 4, 4]."""
     # torch's own pooling adds up its gradient in no fixed order on CUDA, and refuses to where that was asked for.
     is_ordered = feature_map.is_cuda and torch.are_deterministic_algorithms_enabled()
-    return pooled_in_order(feature_map) if is_ordered else F.adaptive_avg_pool2d(feature_map, _FINEST)
+    return pooled_in_order(feature_map) if is_ordered else F.adaptive_avg_pool2d(feature_map, FINEST)
 
 
 def pooled_in_order(feature_map: Tensor) -> Tensor:
@@ -118,17 +119,33 @@ def pooled_in_order(feature_map: Tensor) -> Tensor:
 
 
 def _windows(side: int, *, like: Tensor) -> Tensor:
-    """[4, side]: the share of each row of a map in each row of cells; made on the device, nothing is copied there."""
-    cell = torch.arange(_FINEST, device=like.device)[:, None]
+    """[4, side]: the share of each row of a map in each row of regions; made on the device, nothing is copied there."""
+    region = torch.arange(FINEST, device=like.device)[:, None]
     row = torch.arange(side, device=like.device)
-    inside = (row >= cell * side // _FINEST) & (row * _FINEST < (cell + 1) * side)
+    inside = (row >= region * side // FINEST) & (row * FINEST < (region + 1) * side)
     return (inside / inside.sum(dim=1, keepdim=True)).to(like.dtype)
 
 
-def pool_cells(cells: Tensor, scales: Sequence[int]) -> Tensor:
-    """Patch logits of some scales from the cells: [B, K, 4, 4] -> [B, K, P], the classes side by side in memory."""
-    grids = [cells if scale == _FINEST else F.avg_pool2d(cells, _FINEST // scale) for scale in scales]
+def pool_regions(regions: Tensor, scales: Sequence[int]) -> Tensor:
+    """Patch logits of some scales from the regions: [B, K, 4, 4] -> [B, K, P], the classes side by side in memory."""
+    grids = [regions if scale == FINEST else F.avg_pool2d(regions, FINEST // scale) for scale in scales]
     return torch.cat([grid.permute(0, 2, 3, 1).flatten(1, 2) for grid in grids], dim=1).transpose(1, 2)
+
+
+def textbook_scale_decoupled_loss(
+    row_loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    student_patches: Tensor,
+    teacher_patches: Tensor,
+    labels: Tensor,
+    global_prediction: Tensor,
+) -> Tensor:
+    """The mean over the patches, one patch after the other; arguments and source as for `scale_decoupled_loss`."""
+    losses = []
+    for patch in range(student_patches.shape[2]):
+        student, teacher = student_patches[:, :, patch], teacher_patches[:, :, patch]
+        disagrees = (teacher.argmax(dim=1) == labels) != (global_prediction == labels)
+        losses.append(row_loss(student, teacher, labels) * torch.where(disagrees, 2.0, 1.0))
+    return torch.stack(losses).mean(dim=0)
 
 
 def scale_decoupled_loss(
@@ -179,6 +196,23 @@ def complementary_weights(teacher_patches: Tensor, labels: Tensor, global_predic
     return 1.0 + (patch_is_right ^ image_is_right).to(teacher_patches.dtype)
 
 
+def textbook_cluster_loss(
+    student_patches: Tensor, teacher_patches: Tensor, *, scales: Sequence[int], corrected: bool
+) -> Tensor:
+    """The divergence of softened Gram matrices, scale by scale; arguments and source as for `cluster_loss`."""
+    sizes = [scale * scale for scale in scales]
+    pairs = zip(torch.split(student_patches, sizes, 2), torch.split(teacher_patches, sizes, 2), strict=True)
+    counted = [scale for scale in scales if scale > 1 or not corrected]
+    loss = student_patches.new_zeros(len(student_patches))
+    for scale, (student, teacher) in zip(scales, pairs, strict=True):
+        student_rows, teacher_rows = (
+            F.log_softmax(gram_matrix(patches) / _CLUSTER_SOFTNESS, dim=2) for patches in (student, teacher)
+        )
+        divergence = F.kl_div(student_rows, teacher_rows, reduction="none", log_target=True).sum(dim=(1, 2))
+        loss = loss + _SCALE_WEIGHTS[scale] / sum(_SCALE_WEIGHTS[each] for each in counted or [1]) * divergence
+    return loss * (_CLUSTER_SOFTNESS**2 if corrected else 1.0)
+
+
 def cluster_loss(
     student_patches: Tensor,
     teacher_patches: Tensor,
@@ -194,6 +228,11 @@ def cluster_loss(
     As published, scale s weighs 1, 2, 3 for s = 1, 2, 4 over the sum of those present, and there is no factor T^2. The
     1 x 1 scale has a Gram matrix of one element, so its part is exactly 0, yet it keeps its share of the weights.
     `corrected` shares the weights among the scales that have more than one patch, and multiplies by 2^2.
+
+    Gradient: let U be the student's unit vectors of a scale [N, K], G = U U^T, and D the gradient of the divergence
+    with respect to G / 2, which is softmax(G / 2) of the student less that of the teacher. G has every product of two
+    rows twice, so d / d U = (D + D^T) U / 2. A vector x = |x| u passes on what is across it: d / d x = (g - u (u . g))
+    / |x| for the gradient g with respect to u, since a longer vector of the same direction has the same u.
 
     Args:
         student_patches: [B, K, P].

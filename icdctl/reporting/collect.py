@@ -150,7 +150,7 @@ class Group:
 
 
 def _loss(cell: Cell) -> str:
-    return METHODS[cell.config.method].loss
+    return METHODS[cell.config.method].family
 
 
 def _bases(method: str) -> list[str]:
@@ -160,7 +160,7 @@ def _bases(method: str) -> list[str]:
     less = [
         (-(other.patches + other.cluster), name)
         for name, other in METHODS.items()
-        if other.loss == row.loss and other.patches + other.cluster < rank
+        if other.family == row.family and other.patches + other.cluster < rank
     ]
     return [*(name for _, name in sorted(less)), *(["ce"] if method != "ce" else [])]
 

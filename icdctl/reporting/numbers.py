@@ -27,7 +27,7 @@ from icdctl.engine.observer import Observer
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.evaluation import Evaluation
 from icdctl.exporting import OnnxClassifier, onnx_bytes
-from icdctl.methods import cell_logits, gram_matrix, pool_cells
+from icdctl.methods import gram_matrix, pool_regions, region_logits
 from icdctl.models import Classifier
 from icdctl.models.external import CUSTOM_MODEL
 from icdctl.registry import trained
@@ -202,7 +202,7 @@ class Examiner:
         pooled = self._over(chosen.mapped, lambda images: model.outputs(images).pooled)
 
         def cells_of(images: Tensor) -> Tensor:
-            return cell_logits(model.outputs(images).feature_map, model.head)
+            return region_logits(model.outputs(images).feature_map, model.head)
 
         cells = self._over(chosen.shown, cells_of)
         logits = self._teachers_logits(target) if is_teacher else self._all_logits(target)
@@ -302,7 +302,7 @@ def correlation(logits: Tensor) -> Matrix:
 
 def gram_of(cells: Tensor, scale: int) -> Matrix:
     """The Gram matrix of the patches of one scale, from an image's cells: [K, 4, 4] -> [scale^2, scale^2]."""
-    matrix: Matrix = gram_matrix(pool_cells(cells[None].double(), [scale]))[0].numpy()
+    matrix: Matrix = gram_matrix(pool_regions(cells[None].double(), [scale]))[0].numpy()
     return matrix
 
 

@@ -93,13 +93,13 @@ def in_detail(found: Asked, examiner: Examiner, *, shown: Sequence[int] | None) 
 def _clustered(cells: Sequence[Cell]) -> list[Cell]:
     """Whose Gram matrices are drawn: those with the cluster term, and the same without; else the last one."""
     clustered = [cell for cell in cells if methods.METHODS[cell.config.method].cluster]
-    losses = {methods.METHODS[cell.config.method].loss for cell in clustered}
+    losses = {methods.METHODS[cell.config.method].family for cell in clustered}
     beside = [
         cell
         for cell in cells
         if cell not in clustered
         and methods.METHODS[cell.config.method].patches
-        and methods.METHODS[cell.config.method].loss in losses
+        and methods.METHODS[cell.config.method].family in losses
     ]
     return [*beside, *clustered] or list(cells[-1:])
 

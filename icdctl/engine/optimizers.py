@@ -1,0 +1,59 @@
+"""The optimisers that a run can name, fused, and ready for steps that a CUDA graph holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from icdctl.config.run import RunConfig
+
+
+def make_optimizer(
+    config: RunConfig, parameters: Sequence[nn.Parameter], *, device_driven: bool
+) -> torch.optim.Optimizer:
+    """The fused optimiser of a run.
+
+    Args:
+        config: of the run.
+        parameters: what is trained, on one device.
+        device_driven: whether steps are driven from the device: learning rate and state are then tensors from the
+            start.
+    """
+    # float32 is what the fused kernels read on CUDA.
+    rate = torch.tensor(config.lr, dtype=torch.float32, device=parameters[0].device) if device_driven else config.lr
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(
+            parameters, lr=rate, weight_decay=config.weight_decay, fused=True, capturable=device_driven
+        )
+        # torch warns of steps outside a graph; those before a capture, and all where it fails, are meant to be.
+        optimizer._warned_capturable_if_run_uncaptured = True
+    else:
+        optimizer = torch.optim.SGD(
+            parameters,
+            lr=rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+            fused=True,
+        )
+    # Where its first step is left out, torch's SGD keeps the momentum that it has allocated and not filled.
+    if device_driven or config.on_nonfinite == "skip":
+        _make_state(optimizer)
+    return optimizer
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """The state that the optimiser would make at its first step, with zeros, which lead to the same first step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if isinstance(optimizer, torch.optim.AdamW):
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+            elif group["momentum"]:
+                optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}

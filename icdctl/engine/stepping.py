@@ -1,0 +1,117 @@
+"""The steps of students that see the same images in the same order: driven by the host, or by the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor
+
+from icdctl.data import Views
+from icdctl.engine.device import wait_for
+from icdctl.engine.device_loop import DeviceLoop
+from icdctl.engine.shared_data import SharedData
+from icdctl.engine.student_run import NotFiniteError, StudentRun
+from icdctl.engine.teacher import Answer, Answers, Teacher
+
+Guard = Callable[[StudentRun], AbstractContextManager[object]]
+"""Around each student's share of a step that the host drives."""
+
+
+def unguarded(student: StudentRun) -> AbstractContextManager[object]:
+    """A `Guard` that lets every failure through."""
+    return nullcontext()
+
+
+class Stepping:
+    """Steps of students of one data stream, epoch after epoch."""
+
+    def __init__(self, shared: SharedData, teacher: Teacher | None, message: Callable[[str], None]) -> None:
+        """
+        Args:
+            shared: the images.
+            teacher: of those students that have one.
+            message: receives a warning where steps can't be captured in a graph.
+        """
+        self._shared, self._teacher, self._message = shared, teacher, message
+        self._loop: DeviceLoop | None = None
+        self._views: Views | None = None
+        self._answers: Answers | None = None
+
+    @property
+    def captures(self) -> bool:
+        """Whether a step is one CUDA graph."""
+        return self._loop is not None and self._loop.captures
+
+    def start_epoch(self, drawn: Views) -> None:
+        """Go to the first step of an epoch, whose views were drawn on the CPU."""
+        shared = self._shared
+        # Random augmentation is drawn on the CPU, step by step.
+        if shared.device_driven and drawn.key is None:
+            if self._loop is None:
+                self._loop = DeviceLoop(shared.store, shared.labels, shared.batch_size, self._teacher, self._message)
+            self._loop.start_epoch(drawn)
+            return
+        self._views = drawn.to(shared.device)
+        self._answers = None if self._teacher is None else self._teacher.epoch(self._views, shared.batch_size)
+
+    def step(self, index: int, students: Sequence[StudentRun], guard: Guard = unguarded) -> int:
+        """One step of those students whose epoch has so many; a device is not waited for.
+
+        Args:
+            index: of the step in its epoch, from 0; one more than at the last call.
+            students: who learns.
+            guard: what becomes of a student's failure.
+
+        Returns:
+            How many images they saw together.
+        """
+        learning = [student for student in students if index < student.steps_of_epoch]
+        if not learning:
+            return 0
+        if self._loop is not None:
+            size = min(self._shared.batch_size, self._shared.num_images - index * self._shared.batch_size)
+            for student in learning:
+                student.set_learning_rate(index)
+            self._loop.step(index, [student.step for student in learning], size)
+            return size * len(learning)
+        part, images, labels, answer = self._batch(index)
+        for student in learning:
+            with guard(student):
+                try:
+                    student.train(index, part, images, labels, answer)
+                except NotFiniteError:
+                    student.keep_replay(index, part, answer)
+                    raise
+        return len(part) * len(learning)
+
+    def _batch(self, index: int) -> tuple[Views, Tensor, Tensor, Answer | None]:
+        """Views, pixels, labels and the teacher's answer of a step that the host drives."""
+        shared = self._shared
+        assert self._views is not None
+        part = self._views[index * shared.batch_size : (index + 1) * shared.batch_size]
+        images, labels = shared.store.inputs(part), shared.labels[part.index]
+        answer = None if self._answers is None else self._answers(index, part, images)
+        return part, images, labels, answer
+
+    def batch_again(self, index: int, drawn: Views) -> tuple[Views, Answer | None]:
+        """The views of a step that is over, and the teacher's answer where it can be computed a second time."""
+        shared = self._shared
+        views = drawn.to(shared.device)
+        part = views[index * shared.batch_size : (index + 1) * shared.batch_size]
+        if self._teacher is None:
+            return part, None
+        try:
+            return part, self._teacher.epoch(views, shared.batch_size)(index, part, shared.store.inputs(part))
+        except RuntimeError:
+            return part, None
+
+    def finish_epoch(self) -> None:
+        """Wait for the device."""
+        if self._loop is not None:
+            wait_for(self._shared.device)
+
+    def forget(self, student: StudentRun) -> None:
+        """Let go of what is held for a student that is done or given up."""
+        if self._loop is not None:
+            self._loop.forget(student.step)

@@ -1,0 +1,108 @@
+"""How the teacher of some runs answers: in which precision, and on each batch, some steps ahead or from a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from icdctl.config.run import RunConfig
+from icdctl.engine.observer import Observer
+from icdctl.engine.precision import choose_teacher_precision
+from icdctl.engine.shared_data import SharedData
+from icdctl.engine.teacher import InlineTeacher, Teacher, TeacherPrecision
+from icdctl.engine.teacher_cache import Demand, cache_pays, choose_mode, make_teacher, plan_cache
+from icdctl.errors import UsageError
+from icdctl.methods import METHODS, ModelProbe
+from icdctl.models import Classifier
+
+
+def choose_teacher(
+    model: Classifier,
+    configs: Sequence[RunConfig],
+    shared: SharedData,
+    *,
+    num_images: int,
+    wanted_mode: str,
+    wanted_precision: str,
+    observer: Observer,
+) -> tuple[Teacher, dict[str, str]]:
+    """The teacher of runs that share one, its cache filled.
+
+    Args:
+        model: the trained teacher; it is copied, not changed.
+        configs: of the runs, whose methods read it.
+        shared: the images.
+        num_images: most that any of the runs will still see.
+        wanted_mode: `auto`, `inline`, `ahead` or `cache`.
+        wanted_precision: `auto`, `fp32`, `bf16` or `fp16`.
+        observer: receives progress and messages.
+
+    Returns:
+        The teacher, and what was decided: `teacher_mode` and `teacher_precision`.
+
+    Raises:
+        UsageError: the mode can't be had for these methods, images or this machine.
+        ArtifactError: the cache can't be written.
+    """
+    config = configs[0]
+    reads = frozenset().union(*(METHODS[each.method].teacher_reads(each.settings) for each in configs))
+    if not METHODS[config.method].teacher_in_eval_mode:
+        return _in_training_mode(model, config, reads, shared, wanted_mode, wanted_precision)
+    probe = ModelProbe(model, shared.dataset.preprocessing.size)
+    num_streams = len({each.seed for each in configs})
+    demand = Demand(
+        num_streams=num_streams,
+        num_images=num_streams * num_images,
+        shapes={name: probe.shape(name) for name in sorted(reads)},
+        deterministic=config.deterministic,
+    )
+    num_forwards = demand.num_images
+    if shared.store.num_views is not None and wanted_mode in ("auto", "cache"):
+        num_forwards = min(num_forwards, shared.num_images * shared.store.num_views)
+    precision = choose_teacher_precision(
+        wanted_precision, model, shared.store, num_images=num_forwards, deterministic=config.deterministic
+    )
+    plan = plan_cache(
+        shared.store,
+        demand,
+        shared.dataset,
+        # The weights of a module that was handed over are known, but not its code: nothing is kept for it.
+        teacher_sha256=(config.teacher_weights and config.teacher_sha256) or "",
+        precision=precision,
+        teacher=config.teacher or "",
+    )
+    mode = choose_mode(wanted_mode, plan, demand, shared.device)
+    if wanted_mode == "auto" and plan is not None and plan.left_out and cache_pays(plan, demand, shared.device):
+        observer.message(f"the teacher runs in every epoch: {plan.left_out}")
+    inline = InlineTeacher(model, reads=reads, device=shared.device, precision=precision)
+    teacher = make_teacher(
+        mode,
+        inline,
+        shared.store,
+        plan,
+        begin=observer.begin,
+        advance=observer.advance,
+        message=observer.message,
+    )
+    return teacher, {"teacher_mode": mode, "teacher_precision": precision}
+
+
+def _in_training_mode(
+    model: Classifier,
+    config: RunConfig,
+    reads: frozenset[str],
+    shared: SharedData,
+    wanted_mode: str,
+    wanted_precision: str,
+) -> tuple[Teacher, dict[str, str]]:
+    """A teacher that normalises with the statistics of the batch: its answers are those to this very batch."""
+    if wanted_mode not in ("auto", "inline"):
+        raise UsageError(
+            f"`--teacher-mode {wanted_mode}` can't be used with `{config.method}`, whose teacher normalises with the "
+            "statistics of the student's batch",
+            hint="leave `--teacher-mode` out: the teacher then runs on each batch",
+        )
+    precision: TeacherPrecision = choose_teacher_precision(
+        wanted_precision, model, shared.store, num_images=0, deterministic=True
+    )
+    teacher = InlineTeacher(model, reads=reads, device=shared.device, precision=precision, in_eval_mode=False)
+    return teacher, {"teacher_mode": "inline", "teacher_precision": precision}

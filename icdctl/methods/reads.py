@@ -1,0 +1,145 @@
+"""The tensors that methods read of a model's pass, by name, and one reader of them for students and teachers.
+
+Shapes: B images, K classes, C channels, H rows, W columns.
+
+| name | tensor |
+|---|---|
+| `logits` | [B, K], before softmax |
+| `regions` | [B, K, 4, 4], the logits of the regions of the 4 x 4 grid; those of coarser patches follow from them |
+| `pooled` | [B, C], what the head reads |
+| `feature_map` | [B, C, H, W], whose average over the image is `pooled` |
+| `stages.I` | [B, C, H, W], the output of stage I; 0 is the stem |
+| `preactivations.I` | [B, C, H, W], the same before its last ReLU |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from icdctl.errors import UsageError
+from icdctl.methods.patch import FINEST, region_logits
+
+LOGITS = "logits"
+REGIONS = "regions"
+POOLED = "pooled"
+FEATURE_MAP = "feature_map"
+SMALL_READS = frozenset({LOGITS, REGIONS, POOLED})
+"""Tensors whose size does not grow with the image: a teacher's answers of these can be kept for every view."""
+
+
+def stage(index: int) -> str:
+    """The name of a stage's output."""
+    return f"stages.{index}"
+
+
+def preactivation(index: int) -> str:
+    """The name of a stage's output before its last ReLU."""
+    return f"preactivations.{index}"
+
+
+class PassOutputs(Protocol):
+    """One pass through a model, as `icdctl.models.Outputs` has it."""
+
+    @property
+    def logits(self) -> Tensor:
+        """[B, K]."""
+
+    @property
+    def pooled(self) -> Tensor:
+        """[B, C]."""
+
+    @property
+    def feature_map(self) -> Tensor:
+        """[B, C, H, W]."""
+
+    @property
+    def stages(self) -> Sequence[Tensor]:
+        """[B, C, H, W] each, shallow to deep."""
+
+    @property
+    def preactivations(self) -> Sequence[Tensor]:
+        """[B, C, H, W] each, shallow to deep; empty for a model that has none."""
+
+
+def read(outputs: PassOutputs, head: Callable[[Tensor], Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The named tensors of one pass, in the alphabetical order of their names.
+
+    Args:
+        outputs: the pass.
+        head: the model's classifier, [N, C] -> [N, K].
+        names: see the module's table.
+
+    Raises:
+        UsageError: the model has no such stage.
+    """
+    return {name: _tensor(outputs, head, name) for name in sorted(names)}
+
+
+def _tensor(outputs: PassOutputs, head: Callable[[Tensor], Tensor], name: str) -> Tensor:
+    if name == REGIONS:
+        return region_logits(outputs.feature_map, head)
+    if name in (LOGITS, POOLED, FEATURE_MAP):
+        found: Tensor = getattr(outputs, name)
+        return found
+    group, _, index = name.partition(".")
+    maps: Sequence[Tensor] = outputs.stages if group == "stages" else outputs.preactivations
+    if int(index) >= len(maps):
+        raise UsageError(
+            f"the model has no `{name}`: it has {len(maps)} {group}",
+            hint="choose a stage that it has, or a method that reads logits alone: `icdctl list methods`",
+        )
+    return maps[int(index)]
+
+
+class ModelProbe:
+    """A model that a method is built for: it gives the shape of each tensor that can be read."""
+
+    def __init__(self, model: nn.Module, image_size: tuple[int, int]) -> None:
+        """
+        Args:
+            model: an `icdctl.models.Classifier`; it is used, not copied.
+            image_size: height and width of its images.
+        """
+        self.model = model
+        self._image_size = image_size
+        self._outputs: PassOutputs | None = None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor of one image, without the batch dimension.
+
+        Raises:
+            UsageError: the model has no such stage.
+        """
+        head = self._head
+        if name in SMALL_READS:  # known without a look at the model
+            num_classes, channels = head.out_features, head.in_features
+            return {LOGITS: (num_classes,), REGIONS: (num_classes, FINEST, FINEST), POOLED: (channels,)}[name]
+        if self._outputs is None:
+            self._outputs = self._looked()
+        try:
+            return tuple(read(self._outputs, head, (name,))[name].shape[1:])
+        except UsageError as error:
+            label = getattr(self.model, "name", "") or type(self.model).__name__
+            raise UsageError(error.message.replace("the model", f"`{label}`"), hint=error.hint) from error
+
+    @property
+    def _head(self) -> nn.Linear:
+        head = self.model.head
+        assert isinstance(head, nn.Linear)
+        return head
+
+    def _looked(self) -> PassOutputs:
+        """One pass on a black image, in eval mode: batch norms learn nothing from it."""
+        parameter = next(self.model.parameters())
+        image = torch.zeros((1, 3, *self._image_size), dtype=parameter.dtype, device=parameter.device)
+        was_training = self.model.training
+        try:
+            with torch.no_grad():
+                outputs: PassOutputs = self.model.eval().outputs(image)  # type: ignore[operator]  # of a Classifier
+        finally:
+            self.model.train(was_training)
+        return outputs

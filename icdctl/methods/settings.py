@@ -1,0 +1,92 @@
+"""The settings that methods have, each declared once: meaning, bounds, kind of value.
+
+A method states which of them it has and their defaults; `icdctl list methods`, `--set`, docs/settings.md and the checks
+of a configuration follow from both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from icdctl.errors import UsageError, unknown_name
+
+Settings = Mapping[str, float | str]
+"""The values of a method's settings, `variant` among them."""
+
+VARIANT = "variant"
+VARIANTS = ("published", "corrected")
+"""`published` has the reference code's numbers, quirks included; docs/methods.md says what `corrected` changes."""
+
+
+@dataclass(frozen=True)
+class MethodSetting:
+    """What may be given as a setting, and what it does."""
+
+    help: str
+    is_above_zero: bool = False
+    """0 itself is refused."""
+    is_whole: bool = False
+    """Fractions are refused."""
+
+    @property
+    def bounds(self) -> str:
+        """The values that are accepted, in words."""
+        kind = "whole number" if self.is_whole else "finite number"
+        return f"{kind} {'above 0' if self.is_above_zero else '0 or above'}"
+
+    def accepts(self, number: float) -> bool:
+        """Whether a number is within the bounds."""
+        if not math.isfinite(number) or (self.is_whole and not number.is_integer()):
+            return False
+        return number > 0 if self.is_above_zero else number >= 0
+
+
+DECLARED: Mapping[str, MethodSetting] = {
+    "temperature": MethodSetting("Temperature of both softmaxes.", is_above_zero=True),
+    "alpha": MethodSetting("Weight of DKD's target part."),
+    "beta": MethodSetting("Weight of the part among the classes other than the target."),
+    "gamma": MethodSetting("Weight of the cluster term."),
+    "ce_weight": MethodSetting("Weight of the cross-entropy with the labels."),
+    "kd_weight": MethodSetting("Weight of the divergence from the teacher."),
+    "feature_weight": MethodSetting("Weight of the distance between feature maps."),
+    "hint_stage": MethodSetting("Stage whose output is imitated; 0 is the stem.", is_whole=True),
+    "warmup_epochs": MethodSetting("Epochs in which the weight of the distillation term rises from 0; 0 for none."),
+}
+
+
+def check_values(method: str, defaults: Mapping[str, float], given: Mapping[str, object]) -> dict[str, float | str]:
+    """A method's settings with the given ones in place of the defaults, and `variant` among them.
+
+    Args:
+        method: its name, for messages.
+        defaults: its settings and their defaults.
+        given: some of them.
+
+    Raises:
+        UsageError: a key that the method does not have, a value that is no number, not finite or out of range.
+    """
+    settings: dict[str, float | str] = {**defaults, VARIANT: VARIANTS[0]}
+    for key, value in given.items():
+        if key not in settings:
+            raise unknown_name(f"setting of `{method}`", key, settings, listing="icdctl list methods")
+        settings[key] = _check_variant(value) if key == VARIANT else _check_number(key, value)
+    return settings
+
+
+def _check_variant(value: object) -> str:
+    if value not in VARIANTS:
+        raise UsageError(f"variant is `{value}`", hint=f"choose {' or '.join(f'`{variant}`' for variant in VARIANTS)}")
+    return str(value)
+
+
+def _check_number(key: str, value: object) -> float:
+    try:
+        number = float(str(value))
+    except ValueError as error:
+        raise UsageError(f"setting `{key}` is `{value}`, expected a number", hint=f"e.g. `--set {key}=2`") from error
+    if not DECLARED[key].accepts(number):
+        expected = DECLARED[key].bounds
+        raise UsageError(f"setting `{key}` is {value}, expected a {expected}", hint=f"e.g. `--set {key}=2`")
+    return number
