@@ -251,7 +251,7 @@ def test_a_table_of_answers_is_kept_checked_and_made_anew_where_it_is_wrong(monk
     assert told == []  # the second one came from the disk
     torch.manual_seed(1)
     make(InlineTeacher(models.create("res8", 100).eval(), reads=READS, device=CPU))
-    assert told[0].startswith("warning: the teacher's answers on disk are not what it says now")
+    assert told[0].startswith("warning: the teacher's answers on disk differ from those that it gives now")
     assert table.folder is not None
     (table.folder / "regions.npy").write_bytes(b"")
     make(inline)

@@ -44,13 +44,13 @@ class Progress(BaseModel):
     history: list[dict[str, float]]
     """A row an epoch, its columns in the order of history.csv."""
     seconds: float = Field(ge=0)
-    """Spent, all attempts together."""
+    """Training time of all attempts together."""
     done: bool
     """Nothing is left to train."""
     dataset_sha256: str
-    """Of the images and labels that it was trained on."""
+    """Hash of the images and labels that it was trained on."""
     nonfinite_steps: int = 0
-    """Left out, where the run leaves such steps out."""
+    """Steps that were left out because they were not finite."""
     teacher_mode: str = "auto"
     """As decided when the run began."""
     teacher_precision: str = "auto"

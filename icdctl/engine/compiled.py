@@ -20,7 +20,7 @@ class Compiler:
     def __init__(self, message: Callable[[str], None]) -> None:
         """
         Args:
-            message: told once where compiling fails.
+            message: receives one warning where compiling fails.
         """
         self._message = message
         self.is_on = True

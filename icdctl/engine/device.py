@@ -15,7 +15,7 @@ from icdctl.config.run import check_device
 from icdctl.errors import IcdctlError, UsageError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Of malloc.h."""
+"""Constants of malloc.h."""
 _KEPT_BYTES, _KEPT_BYTES_OF_OLD_GLIBC = 1 << 30, 32 << 20
 
 
@@ -138,7 +138,7 @@ def backend_settings(device: torch.device, precision: str, *, deterministic: boo
         if "CUBLAS_WORKSPACE_CONFIG" in str(error):
             raise IcdctlError(
                 f"`--deterministic` can't be kept on `{device}`: this process has used cuBLAS in another way before",
-                hint="start it anew with `CUBLAS_WORKSPACE_CONFIG=:4096:8` in its environment",
+                hint="start it again with `CUBLAS_WORKSPACE_CONFIG=:4096:8` in its environment",
             ) from error
         # The CPU's allocator has no exception of its own.
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):

@@ -46,7 +46,7 @@ class DeviceLoop:
             labels: [N] int64 on the device.
             batch_size: of a full batch.
             teacher: of those students that have one.
-            message: told once where steps can't be captured.
+            message: receives one warning where steps can't be captured.
         """
         self._store, self._labels, self._message = store, labels, message
         self._feed = Feed(batch_size, store.device)

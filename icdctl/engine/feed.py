@@ -1,7 +1,7 @@
-"""An epoch's views on the device, always in the same memory, and the place in it that is due.
+"""An epoch's views on the device, always in the same memory, and the position of the batch that is due.
 
-The place is a counter on the device: whoever reads a batch through it does the same work at every step, so a CUDA graph
-can hold that work, and the host need not say where it is. Shapes: B images of a batch.
+The position is a counter on the device: reading a batch through it is the same work at every step, so a CUDA graph can
+hold that work, and the host need not say where it is. Shapes: B images of a batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from icdctl.data import Views
 
 
 class Feed:
-    """Batches of an epoch by position."""
+    """Batches of an epoch, read through a position on the device."""
 
     drawn: Views
     """The epoch on the CPU."""
@@ -28,7 +28,7 @@ class Feed:
         """
         self.batch_size, self.device = batch_size, device
         self.position = torch.zeros((), dtype=torch.int64, device=device)
-        """Of the step in its epoch, from 0."""
+        """Number of the due step in its epoch, from 0."""
         self._offsets = torch.arange(batch_size, device=device)
 
     def load(self, drawn: Views) -> None:

@@ -1,4 +1,4 @@
-"""Whoever wants to know how a run goes."""
+"""The protocol by which a run reports its progress."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from icdctl.data import OnImages
 
 
 class Observer(Protocol):
-    """Told of the progress of runs; it never changes them."""
+    """Receives the progress of runs; it never changes them."""
 
     def begin(self, what: str, total: int) -> None:
         """A stretch of work starts: `total` images."""
@@ -20,11 +20,11 @@ class Observer(Protocol):
         """An epoch's line of history, of so many."""
 
     def message(self, text: str) -> None:
-        """Something a person should read."""
+        """Something the user should read."""
 
 
 class SilentObserver:
-    """Hears everything and says nothing."""
+    """An observer that shows nothing."""
 
     def begin(self, what: str, total: int) -> None:
         """See `Observer`."""

@@ -64,14 +64,14 @@ def run_together(
         students: own modules in place of those that the configurations name.
         resume: start, go on, or finish at once, whatever the state of each of them is.
         wait: for other processes that are at work in the run folders, rather than fail.
-        observer: told of the progress.
+        observer: receives the progress.
 
     Returns:
         A result or a failure for each configuration, in order. One that fails before its first epoch is over leaves no
         run folder.
 
     Raises:
-        UsageError, ArtifactError: the configurations can't be trained together, or a run folder can't be had.
+        UsageError, ArtifactError: the configurations can't be trained together, or a run folder is in use.
     """
     check_together(configs)
     device = resolve_device(configs[0].device)

@@ -26,7 +26,8 @@ def claimed(config: RunConfig, *, resume: bool, waiting: Callable[[str], None] |
     Args:
         config: of the run.
         resume: whether a folder that holds this very run is welcome.
-        waiting: told that another process is at work in it, which is then waited for; None to fail at once.
+        waiting: called with a message when another process is at work in it, which is then waited for; None to fail at
+            once.
 
     Yields:
         The folder.
@@ -57,7 +58,8 @@ def held(out: Path, *, waiting: Callable[[str], None] | None = None) -> Iterator
 
     Args:
         out: the run folder.
-        waiting: told that another process is at work in it, which is then waited for; None to fail at once.
+        waiting: called with a message when another process is at work in it, which is then waited for; None to fail at
+            once.
 
     Raises:
         ArtifactError: it is in use, or can't be written to.
@@ -78,7 +80,7 @@ def lock_path(out: Path) -> Path:
 
 
 def state_lock_path(out: Path) -> Path:
-    """The lock of a run folder in the state folder: whoever writes the run's state there holds it."""
+    """The lock of a run folder in the state folder, held by the process that writes the run's state there."""
     name = files.sha256_bytes(str(out.resolve()).encode())[:20]
     return files.state_folder() / "locks" / f"{name}.lock"
 

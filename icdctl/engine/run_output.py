@@ -122,7 +122,7 @@ class RunOutput:
         files.write_bytes(self.replay_path, save(tensors, metadata=metadata))
 
     def _check_folder(self, progress: Progress) -> None:
-        """Stop where the run folder was taken away: whoever did it may be about to train something else there.
+        """Stop where the run folder was taken away: something else may be about to be trained there.
 
         A pipeline that is started again deletes the outputs of a stage, and its first trainer may have outlived it.
         """

@@ -1,4 +1,4 @@
-"""How a teacher's answers come about: on each batch, some steps ahead, or once for every view and then looked up.
+"""The teacher cache, and the choice between it and asking the teacher on each batch or some steps ahead.
 
 A frozen teacher in eval mode is a pure function of the view, so its answers may be computed at any time. A table of all
 views is kept on disk, under the hashes of everything that it depends on, and a part of it is computed again before it
@@ -32,7 +32,7 @@ Mode = Literal["inline", "ahead", "cache"]
 
 _CHECKED_VIEWS = 1000
 _KEPT_FROM_VIEWS = 20 * _CHECKED_VIEWS
-"""A smaller table is made anew each time: checking it would cost nearly as much."""
+"""A smaller table is filled again each time: checking it would cost nearly as much."""
 _LARGEST_FP32_BYTES = 2 * 1024**3
 _ALLOWED = {"float16": 2.0**-9, "float32": 1e-4}
 """Largest difference of a checked answer, by the largest answer."""
@@ -173,9 +173,9 @@ def make_teacher(
         inline: runs the network.
         store: the training images.
         table: from `plan_cache`.
-        begin: told what begins, and of how many views.
-        advance: told of how many more are done.
-        message: told what a person should read.
+        begin: receives what begins, and its number of views.
+        advance: receives how many more are done.
+        message: receives what the user should read.
 
     Raises:
         ArtifactError: the table can't be written.
@@ -192,7 +192,9 @@ def make_teacher(
         if kept is not None and _agrees(kept, inline, store, table):
             return kept
         if kept is not None:
-            message("warning: the teacher's answers on disk are not what it says now: they are made anew")
+            message(
+                "warning: the teacher's answers on disk differ from those that it gives now: they are computed again"
+            )
         begin("asking the teacher for every view", table.num_views)
         return _kept(inline, store, table, advance)
 
@@ -238,7 +240,7 @@ def _kept(inline: InlineTeacher, store: ImageStore, table: CachePlan, advance: C
     def mapped(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         path = building / f"{name}.npy"
         held = np.lib.format.open_memmap(path, mode="w+", dtype=_numpy_type(dtype), shape=shape)
-        with path.open("r+b") as file:  # a full disk is told now, and not by a signal when a page is written
+        with path.open("r+b") as file:  # a full disk fails now, and not by a signal when a page is written
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         return torch.from_numpy(held)
 

@@ -40,7 +40,7 @@ def choose_teacher(
         The teacher, and what was decided: `teacher_mode` and `teacher_precision`.
 
     Raises:
-        UsageError: the mode can't be had for these methods, images or this machine.
+        UsageError: the mode can't be used for these methods or images, or on this machine.
         ArtifactError: the cache can't be written.
     """
     config = configs[0]
