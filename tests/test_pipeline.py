@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,12 @@ import pytest
 import yaml
 from conftest import CommandLine
 from grid_support import epochs_of, processes_naming, wait_until, write_run
+
+from icdctl.grid import cell_file, expansion, pipeline
+from icdctl.grid.cells import GridCell
+from icdctl.methods import METHODS
+from icdctl.papers.reproduce import grid_cell, name_of
+from icdctl.science import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS: dict[str, Any] = {
@@ -42,7 +47,9 @@ PARAMS: dict[str, Any] = {
 
 
 def write_params(folder: Path, **changes: Any) -> None:
+    """params.yaml, and the cells.yaml that it stands for."""
     (folder / "params.yaml").write_text(yaml.safe_dump({**PARAMS, **changes}), encoding="utf-8")
+    pipeline.expand(folder)
 
 
 def cells_of(icdctl: CommandLine, *arguments: str) -> dict[str, Any]:
@@ -134,18 +141,38 @@ def test_a_published_table_is_judged_and_written(icdctl: CommandLine, tmp_path: 
         assert (code, message in err) == (2, True), err
 
 
-def test_params_yaml_holds_the_papers_cells() -> None:
-    made = runpy.run_path(str(ROOT / "docs" / "make_params.py"))
-    assert (ROOT / "params.yaml").read_text(encoding="utf-8") == made["text"]()
+def test_params_yaml_stands_for_the_papers_cells() -> None:
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    names = list(content["cells"])
-    assert not [name for name in (*names, *content["teachers"]) if "." in name]  # DVC could not find its parameters
-    cd_cells = [name for name in names if name.startswith("cifar100") and "cd_sdd" in name and "lr" not in name]
-    assert len(cd_cells) == 30
-    assert content["deployed"]["cell"] in names
-    stages = [set(yaml.safe_load((ROOT / name).read_text())["stages"]) for name in ("dvc.yaml", "demo/dvc.yaml")]
-    assert stages[0] - stages[1] == {"fetch-data"}
-    assert stages[1] <= stages[0]
+    made = expansion.expand(content, origin="params.yaml")
+    expected: dict[str, GridCell] = {}
+    for table in ("icd-cifar100", "icd-cub200", "icd-gamma", "icd-scales", "icd-time"):
+        for cell in tables.select(tables.load(table).cells, family="gamma2"):
+            if cell.why_not(METHODS) is None:
+                expected.setdefault(name_of(cell), grid_cell(cell, {}))
+    assert made.keys() == expected.keys()
+    for name, options in made.items():
+        own = dict(expected[name].options)
+        folder = f"data/{content['datasets'][own['dataset']]['folder']}"
+        if "teacher" in own:
+            own["teacher"] = f"teachers/{own['dataset']}-{own['teacher']}"
+        assert options == {"after": own.get("teacher", folder), **own, "data_dir": "data"}
+    assert not [name for name in (*made, *content["teachers"]) if "." in name]  # DVC could not find its parameters
+    assert len([name for name in made if name.startswith("cifar100") and "cd_sdd" in name and "lr" not in name]) == 30
+    assert content["deployed"]["cell"] in made
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "demo"], ids=["papers", "demo"])
+def test_cells_yaml_is_what_params_yaml_stands_for(folder: Path) -> None:
+    content = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+    made = cell_file.text(expansion.expand(content, origin="params.yaml"))
+    assert (folder / "cells.yaml").read_text(encoding="utf-8") == made, "run `icdctl grid expand` there"
+    assert pipeline.form_beside(folder / "params.yaml").stages
+
+
+def test_the_demo_has_the_stages_of_the_papers() -> None:
+    papers, demo = (yaml.safe_load((ROOT / name).read_text())["stages"] for name in ("dvc.yaml", "demo/dvc.yaml"))
+    assert papers.keys() - demo.keys() == {"fetch-data"}
+    assert demo.keys() <= papers.keys()
 
 
 def test_dvc_repro_makes_everything_once_in_a_fresh_clone(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from icdctl.commands.list_ import recipe_rows
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from icdctl.grid.params import Written
+    from icdctl.papers.copying import Copied
 
 app = typer.Typer(
     help="Training recipes, and the papers' cells: every pair, method and set of defaults.", no_args_is_help=True
@@ -119,7 +119,7 @@ def copy(
     from icdctl.papers import copying
 
     done = copying.copy(names, to or _params_file(), seeds=seeds, replace=replace)
-    _report(done.written, done.warnings, as_json, {})
+    _report(done, done.warnings, as_json, {})
 
 
 @app.command("import")
@@ -145,7 +145,7 @@ def import_(
 
     found = foreign.read(file, name=name, family=family, scales=scales)
     done = copying.write_cells([found.cell], to or _params_file(), seeds=seeds, replace=replace)
-    _report(done.written, (*found.warnings, *done.warnings), as_json, {"name": found.cell.name})
+    _report(done, (*found.warnings, *done.warnings), as_json, {"name": found.cell.name})
 
 
 def _params_file() -> Path:
@@ -154,12 +154,15 @@ def _params_file() -> Path:
     return files.project_root() / PARAMS_FILE
 
 
-def _report(written: Written, warnings: Sequence[str], as_json: bool, more: Mapping[str, Any]) -> None:
+def _report(done: Copied, warnings: Sequence[str], as_json: bool, more: Mapping[str, object]) -> None:
+    written, expanded = done.written, done.expanded
     for warning in warnings:
         console.talk(f"warning: {warning}")
     counts = {"added": written.added, "replaced": written.replaced, "unchanged": written.unchanged}
     told = ", ".join(f"{len(names)} {what}" for what, names in counts.items() if names)
     console.talk(f"{written.path}: {told}")
+    if expanded is not None:
+        console.talk(f"{expanded.path}: {expanded.difference or 'unchanged'}")
     if as_json:
         lists = {what: list(names) for what, names in counts.items()}
         console.show_json({**more, "file": str(written.path), **lists, "warnings": list(warnings)})

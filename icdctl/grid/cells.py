@@ -1,7 +1,8 @@
 """Cells of a grid: a set of options that is trained with several seeds.
 
-`params.yaml` names them: `seeds` is a list, `cells` a mapping from names to options of a run, the same as in its
-`train` section, which holds the defaults of all cells.
+A project's params.yaml states them: its pairs, methods, ablations and custom `cells` (`icdctl.grid.expansion`), and the
+`seeds` of all. Its `train` section holds the defaults of all cells. Where `icdctl grid expand` has written cells.yaml,
+the cells are read from there, as `dvc.yaml` reads them.
 """
 
 from __future__ import annotations
@@ -20,15 +21,13 @@ from icdctl.config import sources
 from icdctl.config.expand import parse_seeds
 from icdctl.config.sources import Options
 from icdctl.errors import ArtifactError, UsageError, unknown_name
+from icdctl.grid import cell_file, expansion
+from icdctl.grid.expansion import AFTER, PLAIN
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LONGEST_NAME = 200
-_PLAIN = "ce"
-"""Trained without a teacher."""
 _OWN = ("seed", "out")
 """Options that the grid gives each run."""
-_AFTER = "after"
-"""What a pipeline makes before a cell; `dvc.yaml` reads it, and nothing here."""
 _LARGEST_SEED = 2**31 - 1
 PARAMS_FILE = "params.yaml"
 
@@ -46,7 +45,7 @@ class GridCell:
     @property
     def command(self) -> Literal["train", "distill"]:
         """`train` for plain cross-entropy."""
-        return "train" if self.method == _PLAIN else "distill"
+        return "train" if self.method == PLAIN else "distill"
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def make_cell(name: str, options: Mapping[Any, Any], *, origin: str, method: str
             f"`{name[:_LONGEST_NAME]}` in {origin} can't be the name of a cell",
             hint="letters, digits, `.`, `_` and `-`, as a folder's",
         )
-    own = {key: value for key, value in options.items() if key != _AFTER}
+    own = {key: value for key, value in options.items() if key != AFTER}
     for key in own:
         if key in _OWN:
             raise UsageError(
@@ -175,7 +174,7 @@ def make_cell(name: str, options: Mapping[Any, Any], *, origin: str, method: str
         raise UsageError(
             f"cell `{name}` in {origin} has a teacher, and no method", hint="e.g. `method: cd_sdd_dkd`, or no `teacher`"
         )
-    return GridCell(name, own, _resolved(_PLAIN if stated is None else str(stated)))
+    return GridCell(name, own, _resolved(PLAIN if stated is None else str(stated)))
 
 
 def _resolved(method: str) -> str:
@@ -197,22 +196,11 @@ def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
         ArtifactError: there is no such file, or it is no mapping.
     """
     path = root / PARAMS_FILE
-    content = read_params(root)
-    cells = content.get("cells")
-    if not isinstance(cells, dict) or not cells:
-        raise UsageError(
-            f"`{path}` names no cells", hint="write e.g. `cells: {mine: {method: kd, teacher: res20, ...}}`"
-        )
     origin = f"`{path}`"
+    content = read_params(root)
     usual = sources.gather({}).method
-    made: dict[str, GridCell] = {}
-    for name, options in cells.items():
-        if not isinstance(options, dict):
-            raise UsageError(f"cell `{name}` in {origin} is no mapping of options", hint="e.g. `{method: kd, ...}`")
-        cell = make_cell(str(name), options, origin=origin, method=usual)
-        if cell.name in made:
-            raise UsageError(f"two cells in {origin} are called `{cell.name}`", hint="call one of them otherwise")
-        made[cell.name] = cell
+    named = cell_file.current(root, expansion.expand(content, origin=origin))
+    made = [make_cell(name, options, origin=origin, method=usual) for name, options in named.items()]
     given = content.get("seeds", [0]) if seeds is None else parse_seeds(seeds)
     if not isinstance(given, list) or not given or not all(_is_seed(seed) for seed in given):
         where = f"`seeds` in {origin}" if seeds is None else f"`--seeds {seeds}`"
@@ -220,7 +208,7 @@ def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
     twice = next((seed for seed in given if given.count(seed) > 1), None)
     if twice is not None:
         raise UsageError(f"`seeds` in {origin} names {twice} twice", hint="name each seed once")
-    return Grid(tuple(made.values()), tuple(given), root / "runs", str(path), _teacher_models(content))
+    return Grid(tuple(made), tuple(given), root / "runs", str(path), _teacher_models(content))
 
 
 def _is_seed(value: Any) -> bool:

@@ -201,7 +201,7 @@ def _from_reference(stated: _Stated, family: str, scales: str | None) -> tuple[d
                 "scales are no part of such a file (`--M` on its command line): 1,2,4; `--scales` for others"
             )
         parsed = SCALES if scales is None else methods.parse_scales(scales)
-        options["scales"] = ",".join(map(str, parsed))
+        options["scales"] = list(parsed)
         plain = [key for key in ("TEACHER", "STUDENT") if not str(stated.text(f"DISTILLER.{key}")).endswith("_sdd")]
         if plain:
             warnings.append(
@@ -332,7 +332,7 @@ def _usual_name(options: Mapping[str, Any]) -> str:
     taken = ("dataset", "teacher", "student", "method", "scales", "settings")
     overrides = {key: value for key, value in options.items() if key not in taken}
     numbers = {key: value for key, value in overrides.items() if isinstance(value, int | float)}
-    scales = tuple(int(part) for part in str(options["scales"]).split(",")) if "scales" in options else ()
+    scales = tuple(options.get("scales", ()))
     cell = Cell(
         options["dataset"],
         options.get("teacher"),
@@ -367,7 +367,7 @@ def _from_run(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Any], l
     if config.teacher is not None:
         own["teacher"] = config.teacher
     if config.scales:
-        own["scales"] = ",".join(map(str, config.scales))
+        own["scales"] = list(config.scales)
     if config.recipe != recipes.default_for(config.dataset):
         own["recipe"] = config.recipe
     usual = sources.options_of(resolved(own).model_dump(mode="json"))

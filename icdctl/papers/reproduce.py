@@ -81,7 +81,7 @@ def grid_cell(cell: Cell, options: Mapping[str, Any]) -> GridCell:
         "teacher": cell.teacher,
         "student": cell.student,
         "method": cell.method,
-        "scales": ",".join(map(str, cell.scales)) or None,
+        "scales": list(cell.scales) or None,
         "settings": dict(cell.settings) or None,
         **cell.overrides,
         **options,
