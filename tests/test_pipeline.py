@@ -175,30 +175,43 @@ def test_the_demo_has_the_stages_of_the_papers() -> None:
     assert demo.keys() <= papers.keys()
 
 
-def test_dvc_repro_makes_everything_once_in_a_fresh_clone(tmp_path: Path) -> None:
-    clone = tmp_path / "clone"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-    shutil.copyfile(ROOT / "demo/dvc.yaml", clone / "demo/dvc.yaml")  # as it is now, committed or not
-    write_params(clone / "demo")
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    site = str(tmp_path / "site")
-    surroundings = {
-        **os.environ,
-        "PATH": places,
-        "DVC_NO_ANALYTICS": "1",
-        "DVC_SITE_CACHE_DIR": site,
-        "OMP_NUM_THREADS": "1",
-    }
-    surroundings.pop("ICDCTL_HOME", None)
+class Clone:
+    """The project as it was committed, with the demo's pipeline as it is now, and DVC in it."""
 
-    def dvc(*arguments: str) -> str:
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "clone"
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(self.root)], check=True)
+        shutil.copyfile(ROOT / "demo/dvc.yaml", self.root / "demo/dvc.yaml")
+        self._surroundings = {
+            **os.environ,
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "DVC_NO_ANALYTICS": "1",
+            "DVC_SITE_CACHE_DIR": str(folder / "site"),
+            "OMP_NUM_THREADS": "1",
+        }
+        self._surroundings.pop("ICDCTL_HOME", None)
+
+    def dvc(self, *arguments: str, folder: str = ".", code: int = 0) -> str:
+        """What a command of DVC prints."""
         command = [sys.executable, "-m", "dvc", *arguments]
-        done = subprocess.run(command, cwd=clone, env=surroundings, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        place, settings = self.root / folder, self._surroundings
+        done = subprocess.run(command, cwd=place, env=settings, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + (done.stderr if code else "")
 
+    def git(self, *arguments: str) -> str:
+        """What a command of git prints."""
+        user = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        command = ["git", "-C", str(self.root), *user, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_dvc_repro_makes_everything_once_in_a_fresh_clone(tmp_path: Path) -> None:
+    made = Clone(tmp_path)
+    clone, dvc = made.root, made.dvc
+    write_params(clone / "demo")
     first = dvc("repro", "demo/dvc.yaml")
-    assert first.count("Running stage") == 7
+    assert first.count("Running stage") == 8
     assert (clone / "demo/exported/model.onnx").is_file()
     assert "Running stage" not in dvc("repro", "demo/dvc.yaml")
     weights = (clone / "demo/runs/kd/s0/student.safetensors").read_bytes()
@@ -208,10 +221,36 @@ def test_dvc_repro_makes_everything_once_in_a_fresh_clone(tmp_path: Path) -> Non
     assert ("distill@cd" in again, "> icdctl grid run kd" in again) == (True, False)
     assert (clone / "demo/runs/kd/s0/student.safetensors").read_bytes() == weights
     # DVC has git ignore what it keeps; the record of what was made, and the numbers, are for git.
-    status = ["git", "-C", str(clone), "status", "--porcelain", "--untracked-files=all"]
-    told = subprocess.run(status, capture_output=True, text=True, check=True).stdout
-    new = {line.split()[1] for line in told.splitlines()} - {"demo/dvc.yaml", "demo/params.yaml"}
+    told = made.git("status", "--porcelain", "--untracked-files=all")
+    new = {line.split()[1] for line in told.splitlines()} - {f"demo/{name}.yaml" for name in ("dvc", "params", "cells")}
     assert new == {"demo/dvc.lock", "demo/results/cd.json", "demo/results/kd.json"}
+
+
+def test_an_experiment_changes_values_and_nothing_else(tmp_path: Path) -> None:
+    clone = Clone(tmp_path)
+    # DVC records all stages of all pipelines at each experiment: those of the papers alone take it half a minute.
+    clone.git("rm", "--quiet", "dvc.yaml", "params.yaml", "cells.yaml")
+    demo = clone.root / "demo"
+    tables = {"methods": {"cd_sdd_kd": {"gamma": 2}}, "pairs": {"res14:res8": {}}, "cells": {}}
+    name = "res14-res8-cd_sdd_kd-gamma2"
+    write_params(demo, **tables, deployed={"cell": name, "seed": 0})
+    head = "# kept\n"
+    (demo / "params.yaml").write_text(head + (demo / "params.yaml").read_text())
+    clone.git("add", "--all")
+    clone.git("commit", "--quiet", "--message", "small")
+    clone.dvc("exp", "run", "-S", "train.epochs=2", "-S", "seeds=[0]", folder="demo")
+    config = json.loads((demo / "runs" / name / "s0/config.json").read_text())
+    assert (config["epochs"], config["settings"]["gamma"]) == (2, 2.0)
+    assert [path.name for path in (demo / "runs" / name).iterdir()] == ["s0"]
+    assert (demo / "params.yaml").read_text().startswith(head)
+    changed = {line.split()[1] for line in clone.git("status", "--porcelain", "--untracked-files=all").splitlines()}
+    assert changed == {"demo/dvc.lock", "demo/params.yaml", f"demo/results/{name}.json"}
+    content = yaml.safe_load((demo / "params.yaml").read_text())
+    content["methods"]["kd"] = {}
+    (demo / "params.yaml").write_text(yaml.safe_dump(content))
+    told = clone.dvc("repro", "demo/dvc.yaml", code=255)
+    assert "cells.yaml` is not what params.yaml stands for now: 1 added (res14-res8-kd)" in told
+    assert "hint: `icdctl grid expand` makes it again" in told
 
 
 @pytest.mark.slow
