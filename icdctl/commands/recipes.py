@@ -26,7 +26,11 @@ To = Annotated[
 ]
 Seeds = Annotated[
     str | None,
-    typer.Option(metavar="0-4", help="Of all cells of the file.", show_default="0-4, where the file has none"),
+    typer.Option(
+        metavar="0-4",
+        help="Seeds that every cell of the file is trained with.",
+        show_default="those of the file, or 0-4",
+    ),
 ]
 Replace = Annotated[bool, typer.Option("--replace", help="Overwrite entries of the same name that differ.")]
 
@@ -112,7 +116,9 @@ def copy(
     replace: Replace = False,
     as_json: options.Json = False,
 ) -> None:
-    """Write recipes to a params.yaml: a training recipe as its `train` section, cells into its `cells`.
+    """Write recipes to params.yaml, beside what is there: a training recipe as `train`, the papers' cells as `cells`.
+
+    A cells.yaml beside it is made again. Comments and all other lines of params.yaml stay as they are.
 
     Example: icdctl recipes copy cifar100/res32x4-mv2-cd_sdd_dkd-beta2-gamma2 --seeds 0-4
     """
@@ -125,7 +131,7 @@ def copy(
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A YAML file of mdistiller, SDD or iCD; a config.json.")],
-    name: Annotated[str | None, typer.Option(help="Of the cell.", show_default="made of what the file says")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the new cell.", show_default="made from the file")] = None,
     family: Annotated[
         str, typer.Option(help="`gamma2` or `gamma8`: beta and gamma where a YAML file states none.")
     ] = "gamma2",
@@ -137,7 +143,7 @@ def import_(
     replace: Replace = False,
     as_json: options.Json = False,
 ) -> None:
-    """Make a cell of a configuration of others. What the file says is kept; what has no place or looks wrong is told.
+    """Make a cell from a configuration of another project. What has no place here or looks wrong becomes a warning.
 
     Example: icdctl recipes import configs/cifar100/dkd/res32x4_mv2.yaml
     """
@@ -222,7 +228,7 @@ def _number(row: Mapping[str, Any]) -> str:
     return "" if row["top1"] is None else f"{row['top1']:g}"
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_text(each)}" for key, each in value.items())
     if isinstance(value, list | tuple):

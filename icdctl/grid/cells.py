@@ -38,7 +38,7 @@ class GridCell:
 
     name: str
     options: Mapping[str, Any]
-    """Of `icdctl.config.sources.Options`, but `seed` and `out`."""
+    """Options of a run (`icdctl.config.sources.Options`), without `seed` and `out`."""
     method: str
     """A name in `METHODS`, the project's default where the cell states none; as typed where there is no such method."""
 
@@ -80,7 +80,7 @@ class GridRun:
             return []
 
     def metrics(self) -> dict[str, Any]:
-        """Of a run that is done.
+        """The metrics of a run that is done.
 
         Raises:
             ArtifactError: the file is broken.
@@ -103,7 +103,7 @@ class Grid:
     """Run folders are `<folder>/<cell>/s<seed>`."""
     origin: str = field(default=PARAMS_FILE, compare=False)
     teachers: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """Of paths that cells name as teachers: which models they hold."""
+    """Paths that cells name as teachers -> the models that they hold."""
 
     @property
     def runs(self) -> tuple[GridRun, ...]:
@@ -126,25 +126,25 @@ class Grid:
                 raise unknown_name(f"cell of `{self.origin}`", name, known, listing="icdctl grid status")
         return replace(self, cells=tuple(cell for cell in self.cells if not wanted or cell.name in wanted))
 
-    def given(self, options: Mapping[str, Any]) -> Grid:
+    def given(self, options: Mapping[str, object]) -> Grid:
         """With options that hold for all cells, in place of their own."""
         cells = tuple(replace(cell, options={**cell.options, **options}) for cell in self.cells)
         return replace(self, cells=cells)
 
-    def with_usual(self, options: Mapping[str, Any]) -> Grid:
+    def with_usual(self, options: Mapping[str, object]) -> Grid:
         """With options for those cells that do not state them."""
         cells = tuple(replace(cell, options={**options, **cell.options}) for cell in self.cells)
         return replace(self, cells=cells)
 
 
-def make_cell(name: str, options: Mapping[Any, Any], *, origin: str, method: str | None = None) -> GridCell:
+def make_cell(name: str, options: Mapping[str, object], *, origin: str, method: str | None = None) -> GridCell:
     """A cell whose name can be a folder's and whose options are known.
 
     Args:
-        name: of the cell.
+        name: the cell's.
         options: as params.yaml states them.
         origin: where it is from, for messages.
-        method: of cells that state none.
+        method: what a cell that states none is trained with.
 
     Raises:
         UsageError: the name or an option can't be.
@@ -162,7 +162,7 @@ def make_cell(name: str, options: Mapping[Any, Any], *, origin: str, method: str
             )
         if key not in Options.model_fields:
             raise unknown_name(
-                f"option of cell `{name}`", str(key), Options.model_fields, listing="icdctl distill --dry-run"
+                f"option of cell `{name}`", key, Options.model_fields, listing="icdctl distill --dry-run"
             )
     settings = own.get("settings")
     if settings is not None and not (isinstance(settings, dict) and all(isinstance(key, str) for key in settings)):
@@ -180,20 +180,20 @@ def make_cell(name: str, options: Mapping[Any, Any], *, origin: str, method: str
 def _resolved(method: str) -> str:
     try:
         return methods.resolve(method)
-    except UsageError:  # told where the run is planned, with what else is wrong with it
+    except UsageError:  # reported where the run is planned, with what else is wrong with it
         return method
 
 
 def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
-    """The grid of a project.
+    """The grid of a project: the cells of params.yaml, from cells.yaml where there is one, and their seeds.
 
     Args:
-        root: of the project.
+        root: the project.
         seeds: `0-4`, in place of those in params.yaml.
 
     Raises:
         UsageError: the file has no cells, or a cell can't be.
-        ArtifactError: there is no such file, or it is no mapping.
+        ArtifactError: there is no such file, it is no mapping, or cells.yaml is stale.
     """
     path = root / PARAMS_FILE
     origin = f"`{path}`"
@@ -211,11 +211,11 @@ def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
     return Grid(tuple(made), tuple(given), root / "runs", str(path), _teacher_models(content))
 
 
-def _is_seed(value: Any) -> bool:
+def _is_seed(value: object) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST_SEED
 
 
-def _teacher_models(content: Mapping[str, Any]) -> dict[str, str]:
+def _teacher_models(content: Mapping[str, object]) -> dict[str, str]:
     """What the teachers that the pipeline makes are, by the paths that cells name them with."""
     entries = content.get("teachers")
     stated = entries.items() if isinstance(entries, dict) else ()
@@ -224,7 +224,7 @@ def _teacher_models(content: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def read_params(root: Path) -> dict[str, Any]:
+def read_params(root: Path) -> dict[str, object]:
     """params.yaml, whole.
 
     Raises:
