@@ -31,7 +31,7 @@ def standing_in(pipeline: dict[str, Any]) -> dict[str, Any]:
         files = [next(iter(out)) if isinstance(out, dict) else out for out in what.get("metrics", [])]
         commands = [f"mkdir -p {path} && echo 1 > {path}/file" for path in paths]
         commands += [f"mkdir -p {Path(path).parent} && echo '{{}}' > {path}" for path in files]
-        what["cmd"] = " && ".join(commands)
+        what["cmd"] = " && ".join(commands) or "true"
     return pipeline
 
 
