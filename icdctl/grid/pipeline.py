@@ -9,7 +9,6 @@ from pathlib import Path
 import yaml
 
 from icdctl import teachers
-from icdctl.config.recipes import RECIPES
 from icdctl.data import cifar100, cub200
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.grid import cell_file, expansion, params
@@ -23,6 +22,8 @@ Sections = dict[str, dict[str, object]]
 
 DATA_FOLDERS = {"cifar100": cifar100.FOLDER, "cub200": cub200.FOLDER}
 """Data sets that are fetched -> where their archives unpack to."""
+OWN_TEACHERS = {"digits100": "digits100-teacher"}
+"""Data sets of which nobody publishes teachers -> the recipe that trains ours."""
 PIPELINE_FILE = "dvc.yaml"
 
 
@@ -177,9 +178,8 @@ def _teacher(dataset: str, model: str, form: Form) -> dict[str, object]:
     """A teacher that is fetched where a program can, and trained here otherwise."""
     can_fetch = any((row.dataset, row.model) == (dataset, model) and row.urls for row in teachers.load_list())
     entry: dict[str, object] = {"dataset": dataset, "model": model, "source": "fetch" if can_fetch else "train"}
-    recipe = f"{dataset}-teacher"
-    if not can_fetch and recipe in RECIPES:
-        entry["recipe"] = recipe
+    if not can_fetch and dataset in OWN_TEACHERS:
+        entry["recipe"] = OWN_TEACHERS[dataset]
     if form.datasets:
         if dataset not in DATA_FOLDERS:
             raise UsageError(
