@@ -1,8 +1,8 @@
 """What DVC itself takes for the papers' pipeline: a second `dvc repro`, with nothing to do.
 
-The stages, parameters and dependencies are those of dvc.yaml, params.yaml and cells.yaml; the commands are replaced by
-ones that write a small file, so that DVC's own work is all there is. Run it as `python benchmarks/pipeline.py`; it needs
-git.
+The stages, parameters and dependencies are those of dvc.yaml, params.yaml and cells.yaml; the commands are replaced
+by ones that write a small file, so that DVC's own work is all there is. Run it as `python benchmarks/pipeline.py`; it
+needs git.
 """
 
 from __future__ import annotations
