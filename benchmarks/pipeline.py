@@ -1,7 +1,8 @@
 """What DVC itself takes for the papers' pipeline: a second `dvc repro`, with nothing to do.
 
-The stages, parameters and dependencies are those of dvc.yaml and params.yaml; the commands are replaced by ones that
-write a small file, so that DVC's own work is all there is. Run it as `python benchmarks/pipeline.py`; it needs git.
+The stages, parameters and dependencies are those of dvc.yaml, params.yaml and cells.yaml; the commands are replaced
+by ones that write a small file, so that DVC's own work is all there is. Run it as `python benchmarks/pipeline.py`; it
+needs git.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ REPEATS = 5
 
 
 def standing_in(pipeline: dict[str, Any]) -> dict[str, Any]:
-    """The pipeline with commands that only write what the stages promise."""
+    """The pipeline with commands that only write the outputs of the stages."""
     for stage in pipeline["stages"].values():
         what = stage.get("do", stage)
         paths = [next(iter(out)) if isinstance(out, dict) else out for out in what.get("outs", [])]
         files = [next(iter(out)) if isinstance(out, dict) else out for out in what.get("metrics", [])]
         commands = [f"mkdir -p {path} && echo 1 > {path}/file" for path in paths]
         commands += [f"mkdir -p {Path(path).parent} && echo '{{}}' > {path}" for path in files]
-        what["cmd"] = " && ".join(commands)
+        what["cmd"] = " && ".join(commands) or "true"
     return pipeline
 
 
@@ -52,7 +53,8 @@ def main() -> None:
         folder = Path(name)
         pipeline = standing_in(yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8")))
         (folder / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False), encoding="utf-8")
-        (folder / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+        for file in ("params.yaml", "cells.yaml"):
+            (folder / file).write_bytes((ROOT / file).read_bytes())
         subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
         dvc(folder, "init", "--quiet")
         dvc(folder, "config", "core.analytics", "false")

@@ -497,8 +497,9 @@ def is_alive(number: int) -> bool:
 
 def test_status_of_the_papers_grid_is_cheap(icdctl: CommandLine) -> None:
     root = Path(__file__).resolve().parent.parent
-    shutil.copy(root / "params.yaml", "params.yaml")
-    names = yaml.safe_load(Path("params.yaml").read_text())["cells"]
+    for name in ("params.yaml", "cells.yaml"):
+        shutil.copy(root / name, name)
+    names = yaml.safe_load(Path("cells.yaml").read_text())["grid"]
     found = cells_of(icdctl, "plan")
     assert found.keys() == names.keys()
     assert {(cell["missing"], cell["note"]) for cell in found.values()} == {(5, "")}

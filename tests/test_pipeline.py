@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,12 @@ import pytest
 import yaml
 from conftest import CommandLine
 from grid_support import epochs_of, processes_naming, wait_until, write_run
+
+from icdctl.grid import cell_file, expansion, pipeline
+from icdctl.grid.cells import GridCell
+from icdctl.methods import METHODS
+from icdctl.papers.reproduce import grid_cell, name_of
+from icdctl.science import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS: dict[str, Any] = {
@@ -42,7 +47,9 @@ PARAMS: dict[str, Any] = {
 
 
 def write_params(folder: Path, **changes: Any) -> None:
+    """params.yaml, and the cells.yaml that it stands for."""
     (folder / "params.yaml").write_text(yaml.safe_dump({**PARAMS, **changes}), encoding="utf-8")
+    pipeline.expand(folder)
 
 
 def cells_of(icdctl: CommandLine, *arguments: str) -> dict[str, Any]:
@@ -134,44 +141,77 @@ def test_a_published_table_is_judged_and_written(icdctl: CommandLine, tmp_path: 
         assert (code, message in err) == (2, True), err
 
 
-def test_params_yaml_holds_the_papers_cells() -> None:
-    made = runpy.run_path(str(ROOT / "docs" / "make_params.py"))
-    assert (ROOT / "params.yaml").read_text(encoding="utf-8") == made["text"]()
+def test_params_yaml_stands_for_the_papers_cells() -> None:
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    names = list(content["cells"])
-    assert not [name for name in (*names, *content["teachers"]) if "." in name]  # DVC could not find its parameters
-    cd_cells = [name for name in names if name.startswith("cifar100") and "cd_sdd" in name and "lr" not in name]
-    assert len(cd_cells) == 30
-    assert content["deployed"]["cell"] in names
-    stages = [set(yaml.safe_load((ROOT / name).read_text())["stages"]) for name in ("dvc.yaml", "demo/dvc.yaml")]
-    assert stages[0] - stages[1] == {"fetch-data"}
-    assert stages[1] <= stages[0]
+    made = expansion.expand(content, origin="params.yaml")
+    expected: dict[str, GridCell] = {}
+    for table in ("icd-cifar100", "icd-cub200", "icd-gamma", "icd-scales", "icd-time"):
+        for cell in tables.select(tables.load(table).cells, family="gamma2"):
+            if cell.why_not(METHODS) is None:
+                expected.setdefault(name_of(cell), grid_cell(cell, {}))
+    assert made.keys() == expected.keys()
+    for name, options in made.items():
+        own = dict(expected[name].options)
+        folder = f"data/{content['datasets'][own['dataset']]['folder']}"
+        if "teacher" in own:
+            own["teacher"] = f"teachers/{own['dataset']}-{own['teacher']}"
+        assert options == {"after": own.get("teacher", folder), **own, "data_dir": "data"}
+    assert not [name for name in (*made, *content["teachers"]) if "." in name]  # DVC could not find its parameters
+    assert len([name for name in made if name.startswith("cifar100") and "cd_sdd" in name and "lr" not in name]) == 30
+    assert content["deployed"]["cell"] in made
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "demo"], ids=["papers", "demo"])
+def test_cells_yaml_is_what_params_yaml_stands_for(folder: Path) -> None:
+    content = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+    made = cell_file.text(expansion.expand(content, origin="params.yaml"))
+    assert (folder / "cells.yaml").read_text(encoding="utf-8") == made, "run `icdctl grid expand` there"
+    assert pipeline.form_beside(folder / "params.yaml").stages
+
+
+def test_the_demo_has_the_stages_of_the_papers() -> None:
+    papers, demo = (yaml.safe_load((ROOT / name).read_text())["stages"] for name in ("dvc.yaml", "demo/dvc.yaml"))
+    assert papers.keys() - demo.keys() == {"fetch-data"}
+    assert demo.keys() <= papers.keys()
+
+
+class Clone:
+    """The project as it was committed, with the demo's pipeline as it is now, and DVC in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "clone"
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(self.root)], check=True)
+        shutil.copyfile(ROOT / "demo/dvc.yaml", self.root / "demo/dvc.yaml")
+        self._surroundings = {
+            **os.environ,
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "DVC_NO_ANALYTICS": "1",
+            "DVC_SITE_CACHE_DIR": str(folder / "site"),
+            "OMP_NUM_THREADS": "1",
+        }
+        self._surroundings.pop("ICDCTL_HOME", None)
+
+    def dvc(self, *arguments: str, folder: str = ".", code: int = 0) -> str:
+        """What a command of DVC prints."""
+        command = [sys.executable, "-m", "dvc", *arguments]
+        place, settings = self.root / folder, self._surroundings
+        done = subprocess.run(command, cwd=place, env=settings, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + (done.stderr if code else "")
+
+    def git(self, *arguments: str) -> str:
+        """What a command of git prints."""
+        user = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        command = ["git", "-C", str(self.root), *user, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_dvc_repro_makes_everything_once_in_a_fresh_clone(tmp_path: Path) -> None:
-    clone = tmp_path / "clone"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-    shutil.copyfile(ROOT / "demo/dvc.yaml", clone / "demo/dvc.yaml")  # as it is now, committed or not
+    made = Clone(tmp_path)
+    clone, dvc = made.root, made.dvc
     write_params(clone / "demo")
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    site = str(tmp_path / "site")
-    surroundings = {
-        **os.environ,
-        "PATH": places,
-        "DVC_NO_ANALYTICS": "1",
-        "DVC_SITE_CACHE_DIR": site,
-        "OMP_NUM_THREADS": "1",
-    }
-    surroundings.pop("ICDCTL_HOME", None)
-
-    def dvc(*arguments: str) -> str:
-        command = [sys.executable, "-m", "dvc", *arguments]
-        done = subprocess.run(command, cwd=clone, env=surroundings, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
     first = dvc("repro", "demo/dvc.yaml")
-    assert first.count("Running stage") == 7
+    assert first.count("Running stage") == 8
     assert (clone / "demo/exported/model.onnx").is_file()
     assert "Running stage" not in dvc("repro", "demo/dvc.yaml")
     weights = (clone / "demo/runs/kd/s0/student.safetensors").read_bytes()
@@ -181,10 +221,36 @@ def test_dvc_repro_makes_everything_once_in_a_fresh_clone(tmp_path: Path) -> Non
     assert ("distill@cd" in again, "> icdctl grid run kd" in again) == (True, False)
     assert (clone / "demo/runs/kd/s0/student.safetensors").read_bytes() == weights
     # DVC has git ignore what it keeps; the record of what was made, and the numbers, are for git.
-    status = ["git", "-C", str(clone), "status", "--porcelain", "--untracked-files=all"]
-    told = subprocess.run(status, capture_output=True, text=True, check=True).stdout
-    new = {line.split()[1] for line in told.splitlines()} - {"demo/dvc.yaml", "demo/params.yaml"}
+    told = made.git("status", "--porcelain", "--untracked-files=all")
+    new = {line.split()[1] for line in told.splitlines()} - {f"demo/{name}.yaml" for name in ("dvc", "params", "cells")}
     assert new == {"demo/dvc.lock", "demo/results/cd.json", "demo/results/kd.json"}
+
+
+def test_an_experiment_changes_values_and_nothing_else(tmp_path: Path) -> None:
+    clone = Clone(tmp_path)
+    # DVC records all stages of all pipelines at each experiment: those of the papers alone take it half a minute.
+    clone.git("rm", "--quiet", "dvc.yaml", "params.yaml", "cells.yaml")
+    demo = clone.root / "demo"
+    tables = {"methods": {"cd_sdd_kd": {"gamma": 2}}, "pairs": {"res14:res8": {}}, "cells": {}}
+    name = "res14-res8-cd_sdd_kd-gamma2"
+    write_params(demo, **tables, deployed={"cell": name, "seed": 0})
+    head = "# kept\n"
+    (demo / "params.yaml").write_text(head + (demo / "params.yaml").read_text())
+    clone.git("add", "--all")
+    clone.git("commit", "--quiet", "--message", "small")
+    clone.dvc("exp", "run", "-S", "train.epochs=2", "-S", "seeds=[0]", folder="demo")
+    config = json.loads((demo / "runs" / name / "s0/config.json").read_text())
+    assert (config["epochs"], config["settings"]["gamma"]) == (2, 2.0)
+    assert [path.name for path in (demo / "runs" / name).iterdir()] == ["s0"]
+    assert (demo / "params.yaml").read_text().startswith(head)
+    changed = {line.split()[1] for line in clone.git("status", "--porcelain", "--untracked-files=all").splitlines()}
+    assert changed == {"demo/dvc.lock", "demo/params.yaml", f"demo/results/{name}.json"}
+    content = yaml.safe_load((demo / "params.yaml").read_text())
+    content["methods"]["kd"] = {}
+    (demo / "params.yaml").write_text(yaml.safe_dump(content))
+    told = clone.dvc("repro", "demo/dvc.yaml", code=255)
+    assert "cells.yaml` is not what params.yaml stands for now: 1 added (res14-res8-kd)" in told
+    assert "hint: `icdctl grid expand` makes it again" in told
 
 
 @pytest.mark.slow

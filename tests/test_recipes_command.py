@@ -16,9 +16,9 @@ from icdctl.config.run import RunConfig
 from icdctl.errors import UsageError
 from icdctl.grid.cells import read_grid
 from icdctl.grid.params import write_entries
+from icdctl.grid.pipeline import DATA_FOLDERS, Form
 from icdctl.methods import METHODS
 from icdctl.papers import catalogue, describe, pipeline
-from icdctl.papers.pipeline import Form
 from icdctl.papers.reproduce import grid_cell, name_of
 from icdctl.science import paper, tables
 from icdctl.science.published import Reference
@@ -131,7 +131,7 @@ def test_every_correction_is_shown_with_a_cell() -> None:
 def test_every_cell_that_can_be_run_copies_into_a_run_of_its_recipe(tmp_path: Path, form: Form) -> None:
     recipes = [recipe for recipe in catalogue.paper_recipes().values() if recipe.why_not is None]
     if form.datasets:
-        recipes = [recipe for recipe in recipes if recipe.cell.dataset in pipeline.DATA_FOLDERS]
+        recipes = [recipe for recipe in recipes if recipe.cell.dataset in DATA_FOLDERS]
     cells = [grid_cell(recipe.cell, {}) for recipe in recipes]
     write_entries(tmp_path / "params.yaml", pipeline.entries(cells, form))
     read = {cell.name: cell for cell in read_grid(tmp_path).cells}
@@ -158,7 +158,7 @@ def test_cells_are_copied_beside_what_is_there(icdctl: CommandLine) -> None:
     lines = iter(text.splitlines())
     assert all(line in lines for line in before.splitlines())  # all of them, in their order
     assert params()["seeds"] == [0, 1, 2]
-    cell = {"dataset": "cifar100", "teacher": "res32x4", "student": "mv2", "method": "cd_sdd_dkd", "scales": "1,2,4"}
+    cell = {"dataset": "cifar100", "teacher": "res32x4", "student": "mv2", "method": "cd_sdd_dkd", "scales": [1, 2, 4]}
     assert params()["cells"]["cifar100-res32x4-mv2-cd_sdd_dkd-beta2-gamma2"] == {
         **cell,
         "settings": {"beta": 2.0, "gamma": 2.0},
@@ -215,7 +215,7 @@ def test_a_copied_train_section_changes_no_run_of_its_data_set(name: str) -> Non
 
 
 def test_the_form_of_the_projects_dvc_yaml_is_kept(icdctl: CommandLine, tmp_path: Path) -> None:
-    for file in ("dvc.yaml", "params.yaml"):
+    for file in ("dvc.yaml", "params.yaml", "cells.yaml"):
         shutil.copy(ROOT / file, file)
     before = Path("params.yaml").read_text()
     names = (CD, "cifar100/res56-res20-kd", "cifar100/mv2-ce", "cifar100/res32x4-mv2-cd_sdd_dkd-beta8-gamma8")
@@ -224,10 +224,16 @@ def test_the_form_of_the_projects_dvc_yaml_is_kept(icdctl: CommandLine, tmp_path
     added = ["teachers.cifar100-res56", "cells.cifar100-res56-res20-kd"]
     added += ["cells.cifar100-res32x4-mv2-cd_sdd_dkd-beta8-gamma8"]
     assert json.loads(out)["added"] == added
+    made_by_pairs = ["cells.cifar100-res32x4-mv2-cd_sdd_dkd-beta2-gamma2", "cells.cifar100-mv2-ce"]
+    assert json.loads(out)["unchanged"] == made_by_pairs
+    assert "cells.yaml: 2 added (cifar100-res56-res20-kd, cifar100-res32x4-mv2-cd_sdd_dkd-beta8-gamma8)" in err
     lines = iter(Path("params.yaml").read_text().splitlines())
     assert all(line in lines for line in before.splitlines())
     cell = params()["cells"]["cifar100-res56-res20-kd"]
-    assert (cell["after"], cell["teacher"]) == ("teachers/cifar100-res56", "teachers/cifar100-res56")
+    assert cell == {"dataset": "cifar100", "teacher": "teachers/cifar100-res56", "student": "res20", "method": "kd"}
+    expanded = yaml.safe_load(Path("cells.yaml").read_text())["grid"]["cifar100-res56-res20-kd"]
+    assert expanded == {"after": "teachers/cifar100-res56", **cell, "data_dir": "data"}
+    assert icdctl("grid", "expand", "--check")[0] == 0
     assert params()["teachers"]["cifar100-res56"]["source"] == "fetch"
     demo = "digits100/res8-ce-epochs6-trainimages2000"
     code, _, err = icdctl("recipes", "copy", demo)
@@ -244,8 +250,10 @@ def test_a_projects_own_teacher_of_that_name_is_used_as_it_is(icdctl: CommandLin
     assert code == 0, err
     assert json.loads(out)["added"] == [f"cells.{name}"]
     after = yaml.safe_load(file.read_text())
-    assert after["cells"].pop(name)["teacher"] == "teachers/digits100-res20"
+    cells = after.pop("cells")
+    assert (list(cells), cells[name]["teacher"]) == ([name], "teachers/digits100-res20")
     assert after == before
+    assert len(yaml.safe_load((file.parent / "cells.yaml").read_text())["grid"]) == 4
 
 
 def test_a_copied_cell_trains(icdctl: CommandLine) -> None:
@@ -323,7 +331,7 @@ def test_a_file_of_the_reference_keeps_what_it_says_and_its_faults_are_told(icdc
         "teacher": "vgg13",
         "student": "mv2",
         "method": "cd_sdd_kd",
-        "scales": "1,2,4",
+        "scales": [1, 2, 4],
         "settings": {"temperature": 2.0, "gamma": 2.0},
         "lr": 0.05,
     }

@@ -109,6 +109,36 @@ def status(cells: Cells = None, seeds: Seeds = None, sweep: Sweep = None, as_jso
         _show_searches(searched)
 
 
+@app.command("expand")
+def expand(
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; fail where cells.yaml does not fit params.yaml.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write the cells that params.yaml stands for to cells.yaml, one a line, for `dvc.yaml` to read.
+
+    Run it after each change of the pairs, methods, ablations or cells in params.yaml. Teachers and data sets that new
+    pairs need are added to params.yaml.
+
+    Example: icdctl grid expand
+    """
+    from icdctl.grid import pipeline
+
+    root = files.project_root()
+    if check:
+        pipeline.check(root)
+        return
+    done = pipeline.expand(root)
+    for name in done.written.added:
+        console.talk(f"{done.written.path}: added {name}")
+    console.talk(f"{done.path}: {len(done.cells)} cells, {done.difference or 'unchanged'}")
+    if as_json:
+        changes = {what: list(names) for what, names in vars(done.difference).items()}
+        needed = {"file": str(done.path), "cells": list(done.cells), "added_to_params": list(done.written.added)}
+        console.show_json({**needed, **changes})
+
+
 @app.command("run")
 def run(
     cells: Cells = None,

@@ -14,7 +14,7 @@ from icdctl.commands.list_ import recipe_rows
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from icdctl.grid.params import Written
+    from icdctl.papers.copying import Copied
 
 app = typer.Typer(
     help="Training recipes, and the papers' cells: every pair, method and set of defaults.", no_args_is_help=True
@@ -26,7 +26,11 @@ To = Annotated[
 ]
 Seeds = Annotated[
     str | None,
-    typer.Option(metavar="0-4", help="Of all cells of the file.", show_default="0-4, where the file has none"),
+    typer.Option(
+        metavar="0-4",
+        help="Seeds that every cell of the file is trained with.",
+        show_default="those of the file, or 0-4",
+    ),
 ]
 Replace = Annotated[bool, typer.Option("--replace", help="Overwrite entries of the same name that differ.")]
 
@@ -112,20 +116,22 @@ def copy(
     replace: Replace = False,
     as_json: options.Json = False,
 ) -> None:
-    """Write recipes to a params.yaml: a training recipe as its `train` section, cells into its `cells`.
+    """Write recipes to params.yaml, beside what is there: a training recipe as `train`, the papers' cells as `cells`.
+
+    A cells.yaml beside it is made again. Comments and all other lines of params.yaml stay as they are.
 
     Example: icdctl recipes copy cifar100/res32x4-mv2-cd_sdd_dkd-beta2-gamma2 --seeds 0-4
     """
     from icdctl.papers import copying
 
     done = copying.copy(names, to or _params_file(), seeds=seeds, replace=replace)
-    _report(done.written, done.warnings, as_json, {})
+    _report(done, done.warnings, as_json, {})
 
 
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A YAML file of mdistiller, SDD or iCD; a config.json.")],
-    name: Annotated[str | None, typer.Option(help="Of the cell.", show_default="made of what the file says")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the new cell.", show_default="made from the file")] = None,
     family: Annotated[
         str, typer.Option(help="`gamma2` or `gamma8`: beta and gamma where a YAML file states none.")
     ] = "gamma2",
@@ -137,7 +143,7 @@ def import_(
     replace: Replace = False,
     as_json: options.Json = False,
 ) -> None:
-    """Make a cell of a configuration of others. What the file says is kept; what has no place or looks wrong is told.
+    """Make a cell from a configuration of another project. What has no place here or looks wrong becomes a warning.
 
     Example: icdctl recipes import configs/cifar100/dkd/res32x4_mv2.yaml
     """
@@ -145,7 +151,7 @@ def import_(
 
     found = foreign.read(file, name=name, family=family, scales=scales)
     done = copying.write_cells([found.cell], to or _params_file(), seeds=seeds, replace=replace)
-    _report(done.written, (*found.warnings, *done.warnings), as_json, {"name": found.cell.name})
+    _report(done, (*found.warnings, *done.warnings), as_json, {"name": found.cell.name})
 
 
 def _params_file() -> Path:
@@ -154,12 +160,15 @@ def _params_file() -> Path:
     return files.project_root() / PARAMS_FILE
 
 
-def _report(written: Written, warnings: Sequence[str], as_json: bool, more: Mapping[str, Any]) -> None:
+def _report(done: Copied, warnings: Sequence[str], as_json: bool, more: Mapping[str, object]) -> None:
+    written, expanded = done.written, done.expanded
     for warning in warnings:
         console.talk(f"warning: {warning}")
     counts = {"added": written.added, "replaced": written.replaced, "unchanged": written.unchanged}
     told = ", ".join(f"{len(names)} {what}" for what, names in counts.items() if names)
     console.talk(f"{written.path}: {told}")
+    if expanded is not None:
+        console.talk(f"{expanded.path}: {expanded.difference or 'unchanged'}")
     if as_json:
         lists = {what: list(names) for what, names in counts.items()}
         console.show_json({**more, "file": str(written.path), **lists, "warnings": list(warnings)})
@@ -219,7 +228,7 @@ def _number(row: Mapping[str, Any]) -> str:
     return "" if row["top1"] is None else f"{row['top1']:g}"
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_text(each)}" for key, each in value.items())
     if isinstance(value, list | tuple):

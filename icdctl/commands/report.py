@@ -82,9 +82,10 @@ def _default_runs(root: Path) -> list[Path]:
     """The finished runs of the project's grid; else whatever lies in `runs`."""
     from icdctl.api import planning
     from icdctl.grid.cells import PARAMS_FILE, read_grid, read_params
+    from icdctl.grid.expansion import has_cells
     from icdctl.grid.status import standings
 
-    if (root / PARAMS_FILE).is_file() and read_params(root).get("cells"):
+    if (root / PARAMS_FILE).is_file() and has_cells(read_params(root)):
         known = standings(read_grid(root).runs, planning.Planner())
         found = [standing.run.folder for standing in known if standing.state == "done"]
         if found:

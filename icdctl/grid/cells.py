@@ -1,7 +1,8 @@
 """Cells of a grid: a set of options that is trained with several seeds.
 
-`params.yaml` names them: `seeds` is a list, `cells` a mapping from names to options of a run, the same as in its
-`train` section, which holds the defaults of all cells.
+A project's params.yaml states them: its pairs, methods, ablations and custom `cells` (`icdctl.grid.expansion`), and the
+`seeds` of all. Its `train` section holds the defaults of all cells. Where `icdctl grid expand` has written cells.yaml,
+the cells are read from there, as `dvc.yaml` reads them.
 """
 
 from __future__ import annotations
@@ -20,15 +21,13 @@ from icdctl.config import sources
 from icdctl.config.expand import parse_seeds
 from icdctl.config.sources import Options
 from icdctl.errors import ArtifactError, UsageError, unknown_name
+from icdctl.grid import cell_file, expansion
+from icdctl.grid.expansion import AFTER, PLAIN
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LONGEST_NAME = 200
-_PLAIN = "ce"
-"""Trained without a teacher."""
 _OWN = ("seed", "out")
 """Options that the grid gives each run."""
-_AFTER = "after"
-"""What a pipeline makes before a cell; `dvc.yaml` reads it, and nothing here."""
 _LARGEST_SEED = 2**31 - 1
 PARAMS_FILE = "params.yaml"
 
@@ -39,14 +38,14 @@ class GridCell:
 
     name: str
     options: Mapping[str, Any]
-    """Of `icdctl.config.sources.Options`, but `seed` and `out`."""
+    """Options of a run (`icdctl.config.sources.Options`), without `seed` and `out`."""
     method: str
     """A name in `METHODS`, the project's default where the cell states none; as typed where there is no such method."""
 
     @property
     def command(self) -> Literal["train", "distill"]:
         """`train` for plain cross-entropy."""
-        return "train" if self.method == _PLAIN else "distill"
+        return "train" if self.method == PLAIN else "distill"
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class GridRun:
             return []
 
     def metrics(self) -> dict[str, Any]:
-        """Of a run that is done.
+        """The metrics of a run that is done.
 
         Raises:
             ArtifactError: the file is broken.
@@ -104,7 +103,7 @@ class Grid:
     """Run folders are `<folder>/<cell>/s<seed>`."""
     origin: str = field(default=PARAMS_FILE, compare=False)
     teachers: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """Of paths that cells name as teachers: which models they hold."""
+    """Paths that cells name as teachers -> the models that they hold."""
 
     @property
     def runs(self) -> tuple[GridRun, ...]:
@@ -127,25 +126,25 @@ class Grid:
                 raise unknown_name(f"cell of `{self.origin}`", name, known, listing="icdctl grid status")
         return replace(self, cells=tuple(cell for cell in self.cells if not wanted or cell.name in wanted))
 
-    def given(self, options: Mapping[str, Any]) -> Grid:
+    def given(self, options: Mapping[str, object]) -> Grid:
         """With options that hold for all cells, in place of their own."""
         cells = tuple(replace(cell, options={**cell.options, **options}) for cell in self.cells)
         return replace(self, cells=cells)
 
-    def with_usual(self, options: Mapping[str, Any]) -> Grid:
+    def with_usual(self, options: Mapping[str, object]) -> Grid:
         """With options for those cells that do not state them."""
         cells = tuple(replace(cell, options={**options, **cell.options}) for cell in self.cells)
         return replace(self, cells=cells)
 
 
-def make_cell(name: str, options: Mapping[Any, Any], *, origin: str, method: str | None = None) -> GridCell:
+def make_cell(name: str, options: Mapping[str, object], *, origin: str, method: str | None = None) -> GridCell:
     """A cell whose name can be a folder's and whose options are known.
 
     Args:
-        name: of the cell.
+        name: the cell's.
         options: as params.yaml states them.
         origin: where it is from, for messages.
-        method: of cells that state none.
+        method: what a cell that states none is trained with.
 
     Raises:
         UsageError: the name or an option can't be.
@@ -155,7 +154,7 @@ def make_cell(name: str, options: Mapping[Any, Any], *, origin: str, method: str
             f"`{name[:_LONGEST_NAME]}` in {origin} can't be the name of a cell",
             hint="letters, digits, `.`, `_` and `-`, as a folder's",
         )
-    own = {key: value for key, value in options.items() if key != _AFTER}
+    own = {key: value for key, value in options.items() if key != AFTER}
     for key in own:
         if key in _OWN:
             raise UsageError(
@@ -163,7 +162,7 @@ def make_cell(name: str, options: Mapping[Any, Any], *, origin: str, method: str
             )
         if key not in Options.model_fields:
             raise unknown_name(
-                f"option of cell `{name}`", str(key), Options.model_fields, listing="icdctl distill --dry-run"
+                f"option of cell `{name}`", key, Options.model_fields, listing="icdctl distill --dry-run"
             )
     settings = own.get("settings")
     if settings is not None and not (isinstance(settings, dict) and all(isinstance(key, str) for key in settings)):
@@ -175,44 +174,33 @@ def make_cell(name: str, options: Mapping[Any, Any], *, origin: str, method: str
         raise UsageError(
             f"cell `{name}` in {origin} has a teacher, and no method", hint="e.g. `method: cd_sdd_dkd`, or no `teacher`"
         )
-    return GridCell(name, own, _resolved(_PLAIN if stated is None else str(stated)))
+    return GridCell(name, own, _resolved(PLAIN if stated is None else str(stated)))
 
 
 def _resolved(method: str) -> str:
     try:
         return methods.resolve(method)
-    except UsageError:  # told where the run is planned, with what else is wrong with it
+    except UsageError:  # reported where the run is planned, with what else is wrong with it
         return method
 
 
 def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
-    """The grid of a project.
+    """The grid of a project: the cells of params.yaml, from cells.yaml where there is one, and their seeds.
 
     Args:
-        root: of the project.
+        root: the project.
         seeds: `0-4`, in place of those in params.yaml.
 
     Raises:
         UsageError: the file has no cells, or a cell can't be.
-        ArtifactError: there is no such file, or it is no mapping.
+        ArtifactError: there is no such file, it is no mapping, or cells.yaml is stale.
     """
     path = root / PARAMS_FILE
-    content = read_params(root)
-    cells = content.get("cells")
-    if not isinstance(cells, dict) or not cells:
-        raise UsageError(
-            f"`{path}` names no cells", hint="write e.g. `cells: {mine: {method: kd, teacher: res20, ...}}`"
-        )
     origin = f"`{path}`"
+    content = read_params(root)
     usual = sources.gather({}).method
-    made: dict[str, GridCell] = {}
-    for name, options in cells.items():
-        if not isinstance(options, dict):
-            raise UsageError(f"cell `{name}` in {origin} is no mapping of options", hint="e.g. `{method: kd, ...}`")
-        cell = make_cell(str(name), options, origin=origin, method=usual)
-        if cell.name in made:
-            raise UsageError(f"two cells in {origin} are called `{cell.name}`", hint="call one of them otherwise")
-        made[cell.name] = cell
+    named = cell_file.current(root, expansion.expand(content, origin=origin))
+    made = [make_cell(name, options, origin=origin, method=usual) for name, options in named.items()]
     given = content.get("seeds", [0]) if seeds is None else parse_seeds(seeds)
     if not isinstance(given, list) or not given or not all(_is_seed(seed) for seed in given):
         where = f"`seeds` in {origin}" if seeds is None else f"`--seeds {seeds}`"
@@ -220,14 +208,14 @@ def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
     twice = next((seed for seed in given if given.count(seed) > 1), None)
     if twice is not None:
         raise UsageError(f"`seeds` in {origin} names {twice} twice", hint="name each seed once")
-    return Grid(tuple(made.values()), tuple(given), root / "runs", str(path), _teacher_models(content))
+    return Grid(tuple(made), tuple(given), root / "runs", str(path), _teacher_models(content))
 
 
-def _is_seed(value: Any) -> bool:
+def _is_seed(value: object) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST_SEED
 
 
-def _teacher_models(content: Mapping[str, Any]) -> dict[str, str]:
+def _teacher_models(content: Mapping[str, object]) -> dict[str, str]:
     """What the teachers that the pipeline makes are, by the paths that cells name them with."""
     entries = content.get("teachers")
     stated = entries.items() if isinstance(entries, dict) else ()
@@ -236,7 +224,7 @@ def _teacher_models(content: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def read_params(root: Path) -> dict[str, Any]:
+def read_params(root: Path) -> dict[str, object]:
     """params.yaml, whole.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Entries written into a params.yaml that a person keeps: every byte of the rest, comments included, stays as it is.
+"""Entries written into a params.yaml that is kept by hand: every byte of the rest, comments included, stays as it is.
 
 The places of keys and values are read off the YAML parser's events, entries are put there as text, and the result is
 parsed again before it counts. ruamel.yaml keeps comments too, but puts a new last cell behind the comment of the
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -42,7 +41,7 @@ class _Node:
     in_flow: bool = False
     """Whether it is a collection in brackets or braces."""
     column: int = 0
-    """Of the first key of a mapping."""
+    """Where the first key of a mapping begins."""
     children: Mapping[str, tuple[int, _Node]] = field(default_factory=dict)
     """Key -> where the key begins, and its value."""
 
@@ -54,7 +53,7 @@ class _Edit:
     text: str
 
 
-def write_entries(path: Path, entries: Mapping[str, Any], *, replace: bool = False) -> Written:
+def write_entries(path: Path, entries: Mapping[str, object], *, replace: bool = False) -> Written:
     """Put entries into the sections of a params.yaml, which is made where it is not there.
 
     Args:
@@ -78,7 +77,7 @@ def write_entries(path: Path, entries: Mapping[str, Any], *, replace: bool = Fal
     return changes.report(entries)
 
 
-def dump(entries: Mapping[str, Any]) -> str:
+def dump(entries: Mapping[str, object]) -> str:
     """Entries as YAML in the form of params.yaml: keys in their order, innermost collections on one line."""
     parts = []
     for key, value in entries.items():
@@ -89,13 +88,13 @@ def dump(entries: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def parse(text: str, path: Path) -> dict[str, Any]:
+def parse(text: str, path: Path) -> dict[str, object]:
     """What a params.yaml holds; nothing where it is empty.
 
     Raises:
         ArtifactError: it is no YAML, or no mapping.
     """
-    hint = f"mend `{path}`, or name another file with `--to`"
+    hint = f"fix `{path}`, or name another file with `--to`"
     try:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -107,7 +106,7 @@ def parse(text: str, path: Path) -> dict[str, Any]:
     return content
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, object]:
     """What a params.yaml holds; nothing where there is none.
 
     Raises:
@@ -128,7 +127,7 @@ def _read(path: Path) -> str:
 class _Changes:
     """Edits of one text, collected; their places are those of the text before any of them."""
 
-    def __init__(self, path: Path, content: Mapping[str, Any], *, replace: bool) -> None:
+    def __init__(self, path: Path, content: Mapping[str, object], *, replace: bool) -> None:
         self._path = path
         self._content = content
         self._replace = replace
@@ -139,7 +138,7 @@ class _Changes:
         self._unchanged: list[str] = []
         self._differing: list[str] = []
 
-    def made_in(self, text: str, entries: Mapping[str, Any]) -> str:
+    def made_in(self, text: str, entries: Mapping[str, object]) -> str:
         """The text with the entries."""
         top = _places(text)
         for section, given in entries.items():
@@ -160,7 +159,7 @@ class _Changes:
             text += gap + part.replace("\n", newline)
         return text
 
-    def report(self, entries: Mapping[str, Any]) -> Written:
+    def report(self, entries: Mapping[str, object]) -> Written:
         """What became of the entries."""
         written = {*self._added, *self._replaced}
         parts = []
@@ -173,15 +172,15 @@ class _Changes:
         lists = (tuple(self._added), tuple(self._replaced), tuple(self._unchanged))
         return Written(self._path, *lists, text="".join(parts))
 
-    def _new_section(self, top: _Node, section: str, given: Any) -> None:
+    def _new_section(self, top: _Node, section: str, given: object) -> None:
         names = [f"{section}.{name}" for name in given] if isinstance(given, Mapping) else [section]
         self._added += names
         if top.in_flow:
-            self._edits.append(_Edit(top.start + 1, top.start + 1, f"{_in_flow(section, given)}, "))
+            self._edits.append(_Edit(top.start + 1, top.start + 1, f"{flow_entry(section, given)}, "))
         else:
             self._tail.append(_indented(dump({section: given}), top.column))
 
-    def _join(self, text: str, section: str, node: _Node, given: Mapping[str, Any], *, in_flow: bool) -> None:
+    def _join(self, text: str, section: str, node: _Node, given: Mapping[str, object], *, in_flow: bool) -> None:
         """Entries into a section that is there."""
         held = self._content[section]
         if held is not None and not isinstance(held, dict):
@@ -198,9 +197,9 @@ class _Changes:
         if not new:
             return
         if node.in_flow and node.children:
-            self._insert(node.start + 1, "".join(f"{_in_flow(name, value)}, " for name, value in new.items()))
+            self._insert(node.start + 1, "".join(f"{flow_entry(name, value)}, " for name, value in new.items()))
         elif in_flow:
-            inner = ", ".join(_in_flow(name, value) for name, value in new.items())
+            inner = ", ".join(flow_entry(name, value) for name, value in new.items())
             self._edits.append(_Edit(node.start, node.end, f" {{{inner}}}"))
         else:
             if not node.children:  # `{}`, `null` or nothing
@@ -209,13 +208,13 @@ class _Changes:
             end = _line_end(text, node.end)
             self._insert(end, lines if end == 0 or text[end - 1] == "\n" else f"\n{lines}")
 
-    def _put(self, text: str, before: str, key: str, held: Any, given: Any, parent: _Node) -> None:
+    def _put(self, text: str, before: str, key: str, held: object, given: object, parent: _Node) -> None:
         """An entry in the place of the one of that key in a mapping; `before` is what its name begins with."""
         name = f"{before}{key}"
         if held == given:
             self._unchanged.append(name)
             return
-        if not self._replace:
+        if not self._replace and held is not None:  # null says nothing
             self._differing.append(name)
             return
         self._replaced.append(name)
@@ -232,11 +231,11 @@ class _Changes:
         self._edits.append(_Edit(place, place, text))
 
 
-def _check_kept(path: Path, before: Mapping[str, Any], made: str, entries: Mapping[str, Any]) -> None:
+def _check_kept(path: Path, before: Mapping[str, object], made: str, entries: Mapping[str, object]) -> None:
     """The new text says what it should, and all keys that were there are there.
 
     Raises:
-        ArtifactError: it does not, e.g. for the sake of anchors or merged keys.
+        ArtifactError: it does not, e.g. because of anchors or merged keys.
     """
     try:
         after = parse(made, path)
@@ -247,10 +246,10 @@ def _check_kept(path: Path, before: Mapping[str, Any], made: str, entries: Mappi
         if section not in entries:
             is_kept = section in after
         elif isinstance(given, Mapping):
-            names = {**(held or {}), **given}
+            names = {*(held if isinstance(held, dict) else {}), *given}
             is_kept = (
                 isinstance(found, dict)
-                and found.keys() == names.keys()
+                and found.keys() == names
                 and all(found[name] == value for name, value in given.items())
             )
         else:
@@ -270,7 +269,7 @@ def _places(text: str) -> _Node:
     """Where the top-level mapping of a text and what is in it stand.
 
     Raises:
-        yaml.YAMLError: it is no YAML; `parse` has told so before.
+        yaml.YAMLError: it is no YAML; `parse` has reported that before.
     """
     events = iter(yaml.parse(text, Loader=yaml.SafeLoader))
     for event in events:
@@ -311,7 +310,7 @@ def _indented(text: str, columns: int) -> str:
     return "".join(f"{' ' * columns}{line}" for line in text.splitlines(keepends=True))
 
 
-def _one_line(value: Any) -> str:
+def _one_line(value: object) -> str:
     """A value in brackets and braces, on one line."""
     text = str(
         yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True)
@@ -319,5 +318,6 @@ def _one_line(value: Any) -> str:
     return text.strip()[1:-1]
 
 
-def _in_flow(name: str, value: Any) -> str:
+def flow_entry(name: str, value: object) -> str:
+    """An entry on one line: `name: {gamma: 2.0}`."""
     return f"{_one_line(name)}: {_one_line(value)}"

@@ -31,7 +31,7 @@ class PaperRecipe:
     """A cell of the papers, with all that is known of it."""
 
     cell: Cell
-    """Of the families of all its tables."""
+    """With the families of all its tables."""
     in_tables: tuple[tuple[str, Cell], ...]
     """Each table that it stands in, and its form there; none for a file of the reference that no table has."""
     configs: tuple[Config, ...]
@@ -48,8 +48,8 @@ class PaperRecipe:
         return self.cell.why_not(METHODS)
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Of a run, seed and folder apart."""
+    def options(self) -> dict[str, object]:
+        """Options of its runs, seed and folder apart."""
         return dict(grid_cell(self.cell, {}).options)
 
     @property
@@ -94,7 +94,7 @@ def select(
     Args:
         texts: all of which stand in the name.
         table: that the cells stand in; no training recipes then.
-        family: of defaults, likewise; cells that belong to none are in all of them.
+        family: the set of defaults that the cells belong to; cells that belong to none are in all of them.
 
     Raises:
         UsageError: there is no such table or family, or nothing is left.
@@ -141,13 +141,13 @@ def paper_recipes() -> Mapping[str, PaperRecipe]:
     return made
 
 
-def training_options(name: str) -> dict[str, Any]:
+def training_options(name: str) -> dict[str, object]:
     """The numbers of a training recipe as options of a run, and its name, which has what is no option.
 
     The learning rate is left out where it depends on the student: as an option it would be that of all.
     """
     recipe = RECIPES[recipes.resolve(name)]
-    options: dict[str, Any] = {"recipe": name}
+    options: dict[str, object] = {"recipe": name}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
         if field.name not in Options.model_fields or (field.name == "lr" and recipe.lr_of_student):
@@ -189,7 +189,7 @@ def _is_of(config: Config, cell: Cell) -> bool:
     return not cell.scales or not config.scales or cell.scales in config.scales
 
 
-def _but_scales(cell: Cell) -> tuple[Any, ...]:
+def _but_scales(cell: Cell) -> tuple[object, ...]:
     return cell.dataset, cell.teacher, cell.student, cell.method, tuple(sorted(cell.settings.items()))
 
 

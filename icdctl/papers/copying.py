@@ -1,19 +1,32 @@
-"""Recipes into a params.yaml."""
+"""Recipes and imported cells, written into the hand-made part of a params.yaml."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from icdctl.config.expand import parse_seeds
 from icdctl.config.recipes import RECIPES
 from icdctl.config.sources import Options
 from icdctl.errors import IcdctlError, UsageError, combine
-from icdctl.grid import params
-from icdctl.grid.cells import GridCell
+from icdctl.grid import expansion, params
+from icdctl.grid.cell_file import difference
+from icdctl.grid.cells import PARAMS_FILE, GridCell
+from icdctl.grid.expansion import CELLS, DATASETS, TEACHERS
 from icdctl.grid.params import Written
+from icdctl.grid.pipeline import (
+    Expanded,
+    Form,
+    Sections,
+    check_placed,
+    expand,
+    form_beside,
+    is_expanded,
+    joined,
+    unlisted,
+)
 from icdctl.papers import catalogue, pipeline
 from icdctl.papers.catalogue import PaperRecipe
 from icdctl.papers.reproduce import grid_cell
@@ -23,10 +36,12 @@ _TRAIN = "train"
 
 @dataclass(frozen=True)
 class Copied:
-    """What was written, and what a person should know of it."""
+    """What was written, and what the user should know about it."""
 
     written: Written
     warnings: tuple[str, ...]
+    expanded: Expanded | None
+    """The cells.yaml beside the file, made again; None where the project has none."""
 
 
 def copy(names: Sequence[str], path: Path, *, seeds: str | None = None, replace: bool = False) -> Copied:
@@ -48,9 +63,10 @@ def copy(names: Sequence[str], path: Path, *, seeds: str | None = None, replace:
             f"a params.yaml has one section `train`, and {' and '.join(f'`{name}`' for name in training)} would be it",
             hint="copy one of them",
         )
-    section = {_TRAIN: catalogue.training_options(training[0])} if training else {}
+    section: Sections = {_TRAIN: catalogue.training_options(training[0])} if training else {}
     done = _write(section, cells, path, seeds=seeds, replace=replace)
-    return Copied(done.written, tuple(text for name in training for text in _not_taken(name, path)) + done.warnings)
+    told = tuple(text for name in training for text in _not_taken(name, path))
+    return dataclasses.replace(done, warnings=told + done.warnings)
 
 
 def write_cells(cells: Sequence[GridCell], path: Path, *, seeds: str | None, replace: bool) -> Copied:
@@ -59,7 +75,7 @@ def write_cells(cells: Sequence[GridCell], path: Path, *, seeds: str | None, rep
 
 
 def _found(names: Mapping[str, None]) -> tuple[list[str], list[GridCell]]:
-    """All problems of all names are told at once."""
+    """The training recipes and cells of these names; all problems are reported at once."""
     training, cells = [], []
     problems: list[IcdctlError] = []
     for name in names:
@@ -80,31 +96,63 @@ def _found(names: Mapping[str, None]) -> tuple[list[str], list[GridCell]]:
     return training, cells
 
 
-def _write(
-    entries: Mapping[str, Any], cells: Sequence[GridCell], path: Path, *, seeds: str | None, replace: bool
-) -> Copied:
+def _write(entries: Sections, cells: Sequence[GridCell], path: Path, *, seeds: str | None, replace: bool) -> Copied:
     held = params.read(path)
-    made: dict[str, Any] = dict(entries)
+    made: dict[str, object] = dict(entries)
     if seeds is not None:
         made["seeds"] = parse_seeds(seeds)
     elif cells and held.get("seeds") is None:
         made["seeds"] = list(pipeline.SEEDS)
+    form = form_beside(path)
+    found = pipeline.entries(cells, form)
+    for section in (DATASETS, TEACHERS):
+        made[section] = unlisted(held, section, found.get(section, {}))
+    known: tuple[str, ...] = ()
     if cells:
-        for section, found in pipeline.entries(cells, pipeline.form_beside(path)).items():
-            there = held.get(section) if section != pipeline.CELLS else None
-            # A teacher or data set of that name is the project's own, whatever it is.
-            made[section] = {key: value for key, value in found.items() if key not in (there or {})}
-    written = params.write_entries(path, made, replace=replace)
+        known, made[CELLS] = _new_cells(held, found, path, form=form, replace=replace)
+    written = params.write_entries(path, {key: value for key, value in made.items() if value}, replace=replace)
+    written = dataclasses.replace(written, unchanged=(*written.unchanged, *known))
+    expands = bool(cells) and path.name == PARAMS_FILE and is_expanded(path.parent)
+    expanded = expand(path.parent) if expands else None
     train = params.read(path).get(_TRAIN)
-    return Copied(written, tuple(_changes(train, cells)) if isinstance(train, dict) else ())
+    return Copied(written, tuple(_changes(train, cells)) if isinstance(train, dict) else (), expanded)
+
+
+def _new_cells(
+    held: Mapping[str, object], found: Sections, path: Path, *, form: Form, replace: bool
+) -> tuple[tuple[str, ...], dict[str, object]]:
+    """Which cells the pairs and ablations of a file make already, and the others, which are to be written.
+
+    Raises:
+        UsageError: a pair or ablation makes another cell of that name, or the pipeline makes nothing before a cell.
+    """
+    origin = f"`{path}`"
+    content = joined(held, {section: found[section] for section in (DATASETS, TEACHERS) if section in found})
+    new = {
+        name: expansion.placed(options, content) for name, options in found[CELLS].items() if isinstance(options, dict)
+    }
+    if form.stages:
+        check_placed(new)
+    listed = held.get(CELLS)
+    there = {
+        name: options
+        for name, options in expansion.combined(held, origin=origin).items()
+        if name in found[CELLS] and not (isinstance(listed, dict) and name in listed)
+    }
+    others = difference(there, {name: new[name] for name in there}).changed
+    if others and not replace:
+        named = ", ".join(f"`{name}`" for name in others)
+        raise UsageError(f"{origin} makes another {named}", hint="`--replace` writes it to `cells`, which wins")
+    known = tuple(f"{CELLS}.{name}" for name in there if name not in others)
+    return known, {name: value for name, value in found[CELLS].items() if f"{CELLS}.{name}" not in known}
 
 
 def _not_taken(name: str, path: Path) -> list[str]:
     """Where the section `train` is not the recipe, number by number."""
     recipe = RECIPES[name]
-    stays = [
-        key for key in vars(recipe) if key in params.read(path)[_TRAIN] and key not in catalogue.training_options(name)
-    ]
+    train = params.read(path)[_TRAIN]
+    there = train if isinstance(train, dict) else {}
+    stays = [key for key in vars(recipe) if key in there and key not in catalogue.training_options(name)]
     found = [f"`{_TRAIN}.{key}` was there and stays; it is none of `{name}`" for key in stays]
     if recipe.lr_of_student:
         slow = ", ".join(f"{lr:g} for {student}" for student, lr in recipe.lr_of_student.items())
@@ -115,7 +163,7 @@ def _not_taken(name: str, path: Path) -> list[str]:
     return found
 
 
-def _changes(train: Mapping[str, Any], cells: Sequence[GridCell]) -> list[str]:
+def _changes(train: Mapping[str, object], cells: Sequence[GridCell]) -> list[str]:
     """What the file's own `train` section makes of cells that were to be as published."""
     known = {str(key): value for key, value in train.items() if key in Options.model_fields and value is not None}
     found = []

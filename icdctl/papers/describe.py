@@ -12,7 +12,7 @@ from icdctl.papers.reproduce import name_of
 from icdctl.science.tables import Cell
 
 _NUMBERS = tuple(field.name for field in dataclasses.fields(Recipe) if field.name in RunConfig.model_fields)
-"""Of a recipe, that a run has too."""
+"""Fields of a recipe that a run has too."""
 
 
 def training(name: str) -> dict[str, Any]:

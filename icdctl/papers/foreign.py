@@ -1,7 +1,7 @@
 """Configurations of others as cells: YAML files of the mdistiller family (itself, SDD, iCD), and a run's config.json.
 
-What a file says is kept, also where it looks wrong. Whatever has no place here, contradicts itself or is never read by
-the code that it was written for is told, a line each.
+What a file says is kept, also where it looks wrong. A warning, one line each, names what has no place here, contradicts
+itself, or is never read by the code that the file was written for.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from icdctl.science.tables import SCALES, Cell
 _LARGEST_BYTES = 256 * 1024
 _LONGEST_SHOWN = 60
 
-_SOLVER: dict[str, tuple[str, Any]] = {
+_SOLVER: dict[str, tuple[str, object]] = {
     "BATCH_SIZE": ("batch_size", 64),
     "EPOCHS": ("epochs", 240),
     "LR": ("lr", 0.05),
@@ -65,7 +65,7 @@ _FROM_THE_GRID = ("seed", "out")
 
 @dataclass(frozen=True)
 class Imported:
-    """A cell, and what was told on the way."""
+    """A cell, and the warnings about its file."""
 
     cell: GridCell
     warnings: tuple[str, ...]
@@ -103,7 +103,7 @@ def read(path: Path, *, name: str | None = None, family: str = "gamma2", scales:
     return Imported(make_cell(name or _usual_name(options), options, origin=f"`{path}`"), tuple(warnings))
 
 
-def _parsed(path: Path) -> dict[str, Any]:
+def _parsed(path: Path) -> dict[str, object]:
     """The mapping in a file that came from anywhere."""
     hint = "name a configuration of mdistiller, SDD or iCD, or a run's config.json"
     if path.is_file() and path.stat().st_size > _LARGEST_BYTES:
@@ -124,15 +124,15 @@ def _parsed(path: Path) -> dict[str, Any]:
 class _Stated:
     """What a YAML file says, with a note of what was read."""
 
-    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, content: Mapping[str, object]) -> None:
         self.path = path
         self._content = content
         self._read: set[str] = set()
 
-    def take(self, key: str) -> Any:
+    def take(self, key: str) -> object:
         """The value of a dotted key; None where it is not stated."""
         self._read.add(key)
-        value: Any = self._content
+        value: object = self._content
         for part in key.split("."):
             if not isinstance(value, dict):
                 raise self.wrong(key, value, "a section")
@@ -142,14 +142,14 @@ class _Stated:
         return value
 
     def text(self, key: str) -> str | None:
-        """Likewise, of a text."""
+        """The text of a dotted key; None where it is not stated."""
         value = self.take(key)
         if value is not None and not isinstance(value, str):
             raise self.wrong(key, value, "a name")
         return value
 
     def number(self, key: str) -> float | None:
-        """Likewise, of a finite number."""
+        """The finite number of a dotted key; None where it is not stated."""
         value = self.take(key)
         if isinstance(value, str):  # YAML reads 1e-4, without a point, as text
             try:
@@ -162,18 +162,18 @@ class _Stated:
             raise self.wrong(key, value, "a finite number")
         return value
 
-    def rest(self) -> Iterator[tuple[str, Any]]:
+    def rest(self) -> Iterator[tuple[str, object]]:
         """Dotted keys that nobody read, with their values; empty ones say nothing."""
         return (
             (key, value) for key, value in _leaves(self._content) if key not in self._read and value not in ("", None)
         )
 
-    def wrong(self, key: str, value: Any, expected: str) -> UsageError:
+    def wrong(self, key: str, value: object, expected: str) -> UsageError:
         """The error for a value of the wrong kind."""
-        return UsageError(f"`{key}` in `{self.path}` is `{_shown(value)}`, expected {expected}", hint="mend the file")
+        return UsageError(f"`{key}` in `{self.path}` is `{_shown(value)}`, expected {expected}", hint="fix the file")
 
 
-def _leaves(content: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(content: Mapping[str, object], before: str = "") -> Iterator[tuple[str, object]]:
     for key, value in content.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{before}{key}.")
@@ -181,18 +181,18 @@ def _leaves(content: Mapping[str, Any], before: str = "") -> Iterator[tuple[str,
             yield f"{before}{key}", value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = str(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
-def _from_reference(stated: _Stated, family: str, scales: str | None) -> tuple[dict[str, Any], list[str]]:
+def _from_reference(stated: _Stated, family: str, scales: str | None) -> tuple[dict[str, object], list[str]]:
     """Options of a run, and warnings."""
     method, names = _method_and_models(stated)
     row = METHODS[method]
     warnings: list[str] = []
     dataset = _dataset(stated, warnings)
-    options: dict[str, Any] = {"dataset": dataset, **names, "method": method}
+    options: dict[str, object] = {"dataset": dataset, **names, "method": method}
     if not row.needs_teacher and "teacher" in options:
         warnings.append(f"DISTILLER.TEACHER {options.pop('teacher')} is left out: `{method}` reads no teacher")
     if row.needs_patches:
@@ -201,7 +201,7 @@ def _from_reference(stated: _Stated, family: str, scales: str | None) -> tuple[d
                 "scales are no part of such a file (`--M` on its command line): 1,2,4; `--scales` for others"
             )
         parsed = SCALES if scales is None else methods.parse_scales(scales)
-        options["scales"] = ",".join(map(str, parsed))
+        options["scales"] = list(parsed)
         plain = [key for key in ("TEACHER", "STUDENT") if not str(stated.text(f"DISTILLER.{key}")).endswith("_sdd")]
         if plain:
             warnings.append(
@@ -224,17 +224,17 @@ def _from_reference(stated: _Stated, family: str, scales: str | None) -> tuple[d
 
 
 def _method_and_models(stated: _Stated) -> tuple[str, dict[str, str]]:
-    """Every name that is not known is told at once by its own error; the first one ends it."""
+    """The method, and the models by role; the first name that is not known is an error."""
     kind = stated.text("DISTILLER.TYPE")
     student = stated.text("DISTILLER.STUDENT")
     teacher = stated.text("DISTILLER.TEACHER")
     if kind is None or student is None:
         missing = "TYPE" if kind is None else "STUDENT"
-        raise UsageError(f"`{stated.path}` states no `DISTILLER.{missing}`", hint="mend the file")
+        raise UsageError(f"`{stated.path}` states no `DISTILLER.{missing}`", hint="fix the file")
     method = "ce" if kind.upper() == "NONE" else methods.resolve(kind)
     names = {"student": models.resolve(student)}
     if teacher is None and METHODS[method].needs_teacher:
-        raise UsageError(f"`{stated.path}` states no `DISTILLER.TEACHER`", hint="mend the file")
+        raise UsageError(f"`{stated.path}` states no `DISTILLER.TEACHER`", hint="fix the file")
     return method, {**({} if teacher is None else {"teacher": models.resolve(teacher)}), **names}
 
 
@@ -271,13 +271,13 @@ def _settings(stated: _Stated, method: str, family: str, warnings: list[str]) ->
     return found
 
 
-def _solver(stated: _Stated, options: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
+def _solver(stated: _Stated, options: Mapping[str, object], warnings: list[str]) -> dict[str, object]:
     """What differs from the recipe of the data set."""
     usual = resolved(options).model_dump(mode="json")
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for key, (option, default) in _SOLVER.items():
         name = f"SOLVER.{key}"
-        given: Any = _stages(stated, name) if option == "lr_decay_epochs" else stated.number(name)
+        given: object = _stages(stated, name) if option == "lr_decay_epochs" else stated.number(name)
         value = default if given is None else given
         if value == usual[option]:
             continue
@@ -332,7 +332,7 @@ def _usual_name(options: Mapping[str, Any]) -> str:
     taken = ("dataset", "teacher", "student", "method", "scales", "settings")
     overrides = {key: value for key, value in options.items() if key not in taken}
     numbers = {key: value for key, value in overrides.items() if isinstance(value, int | float)}
-    scales = tuple(int(part) for part in str(options["scales"]).split(",")) if "scales" in options else ()
+    scales = tuple(options.get("scales", ()))
     cell = Cell(
         options["dataset"],
         options.get("teacher"),
@@ -346,11 +346,11 @@ def _usual_name(options: Mapping[str, Any]) -> str:
     return "-".join([name_of(cell), *rest])
 
 
-def _joined(value: Any) -> str:
+def _joined(value: object) -> str:
     return "_".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
 
 
-def _from_run(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], str]:
+def _from_run(path: Path, content: Mapping[str, object]) -> tuple[dict[str, object], list[str], str]:
     """Options of a run, warnings, and the name of the cell: all that its recipe does not say by itself."""
     try:
         config = RunConfig.model_validate(content)
@@ -359,15 +359,15 @@ def _from_run(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Any], l
     for role in ("student", "teacher"):
         if getattr(config, role) == CUSTOM_MODEL:
             raise UsageError(
-                f"the {role} of `{path}` is a module of one's own, which a params.yaml can't name",
+                f"the {role} of `{path}` is a custom module, which a params.yaml can't name",
                 hint="run it with the library",
             )
     stated = sources.options_of(config.model_dump(mode="json"))
-    own: dict[str, Any] = {"dataset": config.dataset, "student": config.student, "method": config.method}
+    own: dict[str, object] = {"dataset": config.dataset, "student": config.student, "method": config.method}
     if config.teacher is not None:
         own["teacher"] = config.teacher
     if config.scales:
-        own["scales"] = ",".join(map(str, config.scales))
+        own["scales"] = list(config.scales)
     if config.recipe != recipes.default_for(config.dataset):
         own["recipe"] = config.recipe
     usual = sources.options_of(resolved(own).model_dump(mode="json"))

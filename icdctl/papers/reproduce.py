@@ -13,15 +13,13 @@ from icdctl.api import planning
 from icdctl.engine.observer import Observer
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.grid.cells import Grid, GridCell, GridRun, make_cell
+from icdctl.grid.pipeline import OWN_TEACHERS
 from icdctl.grid.status import Standing, set_aside, standings, state_of
 from icdctl.methods import METHODS
 from icdctl.science import tables, verdicts
 from icdctl.science.paper import FAMILIES
 from icdctl.science.tables import Cell, Table
 from icdctl.science.verdicts import Compared, Judgement, Result
-
-OWN_TEACHERS = {"digits100": "digits100-teacher"}
-"""Data sets of which nobody publishes teachers -> the recipe that trains ours."""
 
 
 def select(table: Table, *, texts: Sequence[str], family: str | None) -> tuple[Cell, ...]:
@@ -81,7 +79,7 @@ def grid_cell(cell: Cell, options: Mapping[str, Any]) -> GridCell:
         "teacher": cell.teacher,
         "student": cell.student,
         "method": cell.method,
-        "scales": ",".join(map(str, cell.scales)) or None,
+        "scales": list(cell.scales) or None,
         "settings": dict(cell.settings) or None,
         **cell.overrides,
         **options,
