@@ -82,11 +82,11 @@ def _default_runs(root: Path) -> list[Path]:
     """The finished runs of the project's grid; else whatever lies in `runs`."""
     from icdctl.api import planning
     from icdctl.grid.cells import PARAMS_FILE, read_grid, read_params
-    from icdctl.grid.status import standings
+    from icdctl.grid.status import run_statuses
 
     if (root / PARAMS_FILE).is_file() and read_params(root).get("cells"):
-        known = standings(read_grid(root).runs, planning.Planner())
-        found = [standing.run.folder for standing in known if standing.state == "done"]
+        known = run_statuses(read_grid(root).runs, planning.Planner())
+        found = [each.run.folder for each in known if each.state == "done"]
         if found:
             return found
     return [root / "runs"]
