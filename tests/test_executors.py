@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,11 @@ import icdctl as library
 from icdctl.api import planning
 from icdctl.errors import UsageError
 from icdctl.grid import Grid, GridCell, GridRun, Pack, read_grid, run_statuses, train_grid
-from icdctl.grid.executors.protocol import Conditions, Executor, TimeLeft
+from icdctl.grid.executors.protocol import Conditions, Executor, TimeLeft, Trained
 from icdctl.grid.executors.subprocesses import Subprocesses
+from icdctl.grid.observer import PackObserver
 from icdctl.grid.pack_folder import PackFolder
+from icdctl.grid.packs import left_behind, not_begun
 
 QUICK: dict[str, Any] = {**TRAIN, "train_images": 100, "epochs": 1}
 OTHER: dict[str, Any] = {**PLAIN, "batch_size": 32}
@@ -178,6 +184,33 @@ def test_stale_runs_are_moved_where_they_are_to_be_replaced(executor: Executor) 
     assert outcome.state == "done"
     assert Path("runs/.replaced/a/s0-1/student.safetensors").read_bytes() == old
     assert "a/s0: the run of other settings is now" in "\n".join(recorder.messages)
+
+
+class CustomExecutor:
+    """An example: each pack in a process of its own, one after another, as a queue of one slot would."""
+
+    num_slots = 1
+
+    def train(self, packs: Sequence[Pack], conditions: Conditions, observer: PackObserver) -> Trained:
+        """See `Executor`."""
+        for pack in packs:
+            if conditions.time.is_over:
+                yield pack, not_begun(pack)
+                continue
+            observer.begun(pack, "the queue")
+            with tempfile.TemporaryDirectory() as name:
+                folder = PackFolder(Path(name))
+                folder.write_pack(pack, conditions)
+                code = subprocess.run([sys.executable, "-m", "icdctl.grid.worker", name], check=False).returncode
+                yield pack, folder.read_outcomes(pack) or left_behind(pack, f"exit code {code}", "see its messages")
+
+
+def test_a_custom_executor_is_a_few_lines() -> None:
+    write_params({"a": PLAIN}, train=QUICK)
+    recorder = Recorder()
+    result = train_grid(read_grid(Path.cwd()), executor=CustomExecutor(), observer=recorder)
+    assert [(each.label, each.state) for each in result.outcomes] == [("a/s0", "done")]
+    assert [event for event, _ in recorder.events] == ["begun", "ended", "stop"]
 
 
 def test_what_json_does_not_know_is_refused_before_a_process_starts(tmp_path: Path) -> None:

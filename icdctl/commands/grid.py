@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,7 @@ from icdctl.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
     from icdctl.grid import CellForecast, Grid
+    from icdctl.grid.forecast import Bench
     from icdctl.grid.search_status import SearchStatus
 
 app = typer.Typer(help="Train the cells of params.yaml with all their seeds.", no_args_is_help=True)
@@ -250,7 +251,7 @@ def _grid(
     return made
 
 
-def _measured(path: Path) -> dict[str, Any]:
+def _measured(path: Path) -> Bench:
     """The JSON object that `icdctl bench --json` wrote."""
     hint = f"`icdctl bench --json > {path}`"
     value = files.read_json(path, what="benchmark", hint=hint)

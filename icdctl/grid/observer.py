@@ -1,4 +1,4 @@
-"""What a grid reports while it is trained: to the command line, a notebook, or nobody."""
+"""What a grid reports while it is trained, to the command line or to a notebook."""
 
 from __future__ import annotations
 

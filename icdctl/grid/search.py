@@ -127,7 +127,7 @@ def _try_values(search: Search, trials: int, together: int, training: GridTraini
             result = training.train(wanted, is_tested=False)
             if result.is_stopped:
                 return False
-            search.tell(asked, wanted.runs, [each.label for each in result.failed])
+            search.note(asked, wanted.runs, [each.label for each in result.failed])
             best = search.best
             values = ", ".join(f"{key} {value}" for key, value in best.values.items())
             observer.message(f"`{name}`: {len(search.trials)} trials, best {best.score:.2f} with {values}")

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from icdctl import files, teachers
 from icdctl.api import planning
@@ -50,7 +50,7 @@ def run_status(run: GridRun, planner: planning.Planner) -> RunStatus:
 
 
 def state_of(
-    folder: Path, command: Literal["train", "distill"], options: Mapping[str, Any], planner: planning.Planner
+    folder: Path, command: Literal["train", "distill"], options: Mapping[str, object], planner: planning.Planner
 ) -> tuple[State, str]:
     """How far the run in a folder is, and how it differs from what options ask for.
 

@@ -129,8 +129,8 @@ class GridTraining:
         wanted = grid if self._device is None else grid.given({"device": self._device})
         plan = self._plan(wanted)
         write_log(wanted.folder, plan.refused)
-        self._observer.start(plan)
         try:
+            self._observer.start(plan)
             with same_command_goes_on():
                 trained = self._train(plan.packs, wanted.folder, is_tested)
         finally:

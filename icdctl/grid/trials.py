@@ -96,7 +96,7 @@ class Search:
         """The runs of values to try, as a grid of their own."""
         return trial_runs(self._grid, replace(self.cell, options=self._options), several, seeds=self._seeds)
 
-    def tell(self, several: Sequence[Mapping[str, str]], runs: Sequence[GridRun], failed: Sequence[str]) -> None:
+    def note(self, several: Sequence[Mapping[str, str]], runs: Sequence[GridRun], failed: Sequence[str]) -> None:
         """Note what became of values that were tried.
 
         Args:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from icdctl import api, files
 from icdctl.api import planning
@@ -48,7 +47,7 @@ def select(table: Table, *, texts: Sequence[str], family: str | None) -> tuple[C
     return chosen
 
 
-def grid_of(cells: Sequence[Cell], *, num_seeds: int, options: Mapping[str, Any]) -> Grid:
+def grid_of(cells: Sequence[Cell], *, num_seeds: int, options: Mapping[str, object]) -> Grid:
     """The runs of those cells that can be run; equal cells of different tables are the same runs.
 
     Args:
@@ -75,7 +74,7 @@ def folder_name(key: str) -> str:
     return key.replace("/", "-").replace(".", "_").removesuffix("-time")
 
 
-def grid_cell(cell: Cell, options: Mapping[str, Any]) -> GridCell:
+def grid_cell(cell: Cell, options: Mapping[str, object]) -> GridCell:
     """A cell of a table as one of a grid, with options that hold besides its own."""
     stated: dict[str, object] = {
         "dataset": cell.dataset,
@@ -151,7 +150,7 @@ def train_own_teachers(
                 raise result.error
 
 
-def _is_stale(folder: Path, given: Mapping[str, Any]) -> bool:
+def _is_stale(folder: Path, given: Mapping[str, object]) -> bool:
     return state_of(folder, "train", given, planning.Planner())[0] == "stale"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from icdctl import files
 from icdctl.api import planning
@@ -56,7 +56,7 @@ def rerun_table(
     wanted: Wanted,
     *,
     observer: RerunObserver,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
     trains: bool = True,
     executor: Executor | None = None,
     together: int = MOST_TOGETHER,

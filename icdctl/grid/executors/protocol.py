@@ -58,8 +58,9 @@ class Conditions:
 class Executor(Protocol):
     """Trains packs: packs go in, outcomes come out.
 
-    An executor may count on nothing but the run folders, which all its processes must see: a run is held by one
-    process, and goes on from its checkpoint whoever trains it next. So there is no state to hand over.
+    There is no state to hand over from one process to another. A run folder is held by one process, and a run goes on
+    from its checkpoint in whichever process trains it next. All processes must see the run folders and the state
+    folder.
     """
 
     @property

@@ -125,7 +125,7 @@ class _Child:
             self._temporary.cleanup()
 
     def close(self) -> None:
-        """Hand on its last words, once it is over and nobody asks for its outcomes any more."""
+        """Hand on its last words, once it is over and its outcomes are not wanted any more."""
         self.relay()
         self._temporary.cleanup()
 
