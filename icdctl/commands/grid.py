@@ -86,7 +86,7 @@ def plan(
     console.talk(f"{left} of {len(grid.runs)} runs are left; {'; '.join(about)}")
     for name, folder in missing.items():
         console.talk(
-            f"`{name}` is not in `{folder}`: `icdctl fetch-data {name}` brings it, or `--data-dir` says where it is"
+            f"`{name}` is not in `{folder}`: `icdctl fetch-data {name}` downloads it, or `--data-dir` says where it is"
         )
     searched = [search.cell for search in search_statuses(grid)]
     if searched:

@@ -27,7 +27,6 @@ class PackFolder:
         Args:
             folder: an existing folder for this pack alone.
         """
-        self.folder = folder
         self._pack, self._outcomes = folder / "pack.json", folder / "outcomes.json"
         self.progress = folder / "progress.txt"
         """What the worker is doing: a line each time, the last one holds."""
