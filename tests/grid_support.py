@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -40,13 +40,13 @@ def write_run(
 
 
 class Process:
-    """A command of icdctl in a process of its own."""
+    """A command of icdctl, or another Python program, in a process of its own."""
 
-    def __init__(self, *arguments: str, name: str) -> None:
+    def __init__(self, *arguments: str, name: str, program: Sequence[str] = ("-m", "icdctl")) -> None:
         self._out, self._err = Path(f"{name}.out").absolute(), Path(f"{name}.err").absolute()
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "icdctl", *arguments],
+                [sys.executable, *program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -73,9 +73,9 @@ class Process:
 
 
 @contextmanager
-def started(*arguments: str, name: str = "first") -> Iterator[Process]:
+def started(*arguments: str, name: str = "first", program: Sequence[str] = ("-m", "icdctl")) -> Iterator[Process]:
     """A command that is at work; it is ended with the block."""
-    running = Process(*arguments, name=name)
+    running = Process(*arguments, name=name, program=program)
     try:
         yield running
     finally:
@@ -114,3 +114,16 @@ def processes_naming(text: str) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def process_at(run: str) -> int | None:
+    """Id of the process that holds a run folder, by its lock; None where there is none (Linux)."""
+    folder, _, name = run.rpartition("/")
+    lock = Path("runs").absolute() / folder / f".{name}.lock"
+    for path in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if path.readlink() == lock:
+                return int(path.parts[2])
+        except OSError:
+            continue
+    return None

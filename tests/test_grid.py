@@ -34,8 +34,8 @@ import icdctl as library
 from icdctl.api import planning
 from icdctl.errors import IcdctlError, UsageError
 from icdctl.files import write_bytes
-from icdctl.grid import execute
-from icdctl.grid.cells import read_grid
+from icdctl.grid import Subprocesses, read_grid
+from icdctl.grid.packs import make_packs
 
 QUICK_ANY: dict[str, Any] = {"epochs": 1, "device": "cpu"}
 QUICK: dict[str, Any] = {**TRAIN, "train_images": 100, "epochs": 1}
@@ -266,7 +266,7 @@ def test_packs_fill_the_slots_and_are_of_one_size(teacher: Path) -> None:
     grid = read_grid(Path.cwd())
     sizes = {}
     for most, num_slots in ((8, 1), (8, 6), (4, 1), (8, 40)):
-        packs, refused = execute.packed(grid.runs, most=most, num_slots=num_slots, planner=planning.Planner())
+        packs, refused = make_packs(grid.runs, most=most, num_slots=num_slots, planner=planning.Planner())
         assert not refused
         assert sorted(run.label for pack in packs for run in pack.runs) == sorted(run.label for run in grid.runs)
         sizes[most, num_slots] = [len(pack.runs) for pack in packs]
@@ -474,7 +474,7 @@ def test_the_table_of_progress_is_for_terminals() -> None:
 def children_of(running: Process) -> list[int]:
     """Ids of the processes that a grid has started (Linux)."""
     parent = running.process.pid
-    return [number for number in processes_naming("--outcomes") if parent_of(number) == parent]
+    return [number for number in processes_naming("icdctl.grid.worker") if parent_of(number) == parent]
 
 
 def parent_of(number: int) -> int:
@@ -513,13 +513,11 @@ def test_status_of_the_papers_grid_is_cheap(icdctl: CommandLine) -> None:
 
 
 def test_gpus_are_named() -> None:
-    from icdctl.commands.many import Slots
-
-    assert Slots(None, "0,1", 8).names == ["0", "1"]
-    assert Slots(3, "0,1", 8).names == ["0", "1", "0"]
-    assert Slots(2, None, 8).names == [None, None]
+    assert Subprocesses(None, "0,1").slots == ["0", "1"]
+    assert Subprocesses(3, "0,1").slots == ["0", "1", "0"]
+    assert Subprocesses(2, None).slots == [None, None]
     with pytest.raises(UsageError):
-        _ = Slots(None, "0,,1", 8).names
+        Subprocesses(None, "0,,1")
 
 
 def test_data_of_another_folder_are_for_cells_that_name_none(icdctl: CommandLine, tmp_path: Path) -> None:
@@ -530,7 +528,7 @@ def test_data_of_another_folder_are_for_cells_that_name_none(icdctl: CommandLine
     write_params({"a": plain, "b": {**plain, "data_dir": str(tmp_path / "own")}, "c": PLAIN}, train=QUICK_ANY)
     code, out, err = icdctl("grid", "plan", "--json")
     assert (code, list(json.loads(out)["missing_data"])) == (0, ["cifar100"])
-    assert "`icdctl fetch-data cifar100` brings it" in icdctl("grid", "plan")[2]
+    assert "`icdctl fetch-data cifar100` downloads it" in icdctl("grid", "plan")[2]
     code, _, err = icdctl("grid", "run")
     assert (code, "`a/s0` and 1 more: CIFAR-100 is not there" in err) == (1, True), err
     given = ("--data-dir", str(tmp_path / "shared"))

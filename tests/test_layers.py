@@ -139,6 +139,7 @@ def test_the_floors_have_no_circle() -> None:
         ["fetch-data", "--help"],
         ["recipes", "--help"],
         ["clean", "--help"],
+        ["grid", "run", "--help"],
     ],
 )
 def test_help_comes_without_importing_torch(arguments: list[str]) -> None:

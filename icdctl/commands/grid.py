@@ -4,29 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from icdctl import files
-from icdctl.commands import console, many, options
+from icdctl.commands import console, grid_training, options
+from icdctl.commands.search import SearchDisplay
+from icdctl.commands.search import report as report_search
 from icdctl.commands.training import observed
-from icdctl.errors import ArtifactError
+from icdctl.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
-    from icdctl.grid.cells import Grid
-    from icdctl.grid.search_status import SearchOutlook
+    from icdctl.grid import CellForecast, Grid
+    from icdctl.grid.forecast import Bench
+    from icdctl.grid.search_status import SearchStatus
 
 app = typer.Typer(help="Train the cells of params.yaml with all their seeds.", no_args_is_help=True)
 
-Cells = Annotated[list[str] | None, typer.Argument(metavar="CELL", help="All by default.", show_default=False)]
-Seeds = Annotated[str | None, typer.Option(metavar="0-4", help="In place of those in params.yaml.", show_default=False)]
+Cells = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="CELL", help="Names of cells in params.yaml.", show_default="all cells"),
+]
+Seeds = Annotated[
+    str | None,
+    typer.Option(metavar="0-4", help="Train each cell with these seeds.", show_default="`seeds` of params.yaml"),
+]
 Sweep = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY=1,2,4",
-        help="Each cell once for each value of a setting of its method, or of an option as `lr` or `epochs`; `;` "
-        "between values that are lists (`scales=1,2;1,2,4`); may be repeated.",
+        help="Train each cell once for each of these values of a setting of its method, or of an option as `lr` or "
+        "`epochs`. Put `;` between values that are lists (`scales=1,2;1,2,4`). May be repeated.",
         show_default=False,
     ),
 ]
@@ -39,9 +48,13 @@ def plan(
     sweep: Sweep = None,
     bench: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="What `icdctl bench --json` printed, to tell hours.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Forecast hours from this output of `icdctl bench --json`.", show_default=False
+        ),
     ] = None,
-    delta: Annotated[float, typer.Option(help="Difference of two methods that should be seen, in points.")] = 0.3,
+    delta: Annotated[
+        float, typer.Option(help="Smallest difference of two methods that seeds should show, in points.")
+    ] = 0.3,
     spread: Annotated[float, typer.Option("--sd", help="Standard deviation of a cell over seeds, in points.")] = 0.25,
     data_dir: options.DataDir = None,
     as_json: options.Json = False,
@@ -50,20 +63,20 @@ def plan(
 
     Example: icdctl grid plan --delta 0.3
     """
-    from icdctl.grid.forecast import missing_data, outlook
-    from icdctl.grid.search_status import searches
+    from icdctl.grid.forecast import forecast_cells, missing_data
+    from icdctl.grid.search_status import search_statuses
     from icdctl.science.compare import power_of, seeds_needed
 
     grid = _grid(cells, seeds, sweep, data_dir=data_dir)
-    rows = outlook(grid, bench=None if bench is None else _measured(bench))
+    rows = forecast_cells(grid, bench=None if bench is None else _measured(bench))
     missing = missing_data(grid)
     hours = [row.hours_left for row in rows if row.hours_left is not None]
     needed, power = seeds_needed(delta, spread), power_of(len(grid.seeds), delta, spread)
     if as_json:
         facts = {"seeds": list(grid.seeds), "hours_left": sum(hours), "power": power, "seeds_needed": needed}
         absent = {name: str(folder) for name, folder in missing.items()}
-        told = {**facts, "delta": delta, "sd": spread, "missing_data": absent}
-        console.show_json({"cells": [row.as_json() for row in rows], **told})
+        asked = {"delta": delta, "sd": spread, "missing_data": absent}
+        console.show_json({"cells": [row.as_json() for row in rows], **facts, **asked})
         return
     _show(rows)
     unknown = len(rows) - len(hours)
@@ -73,18 +86,18 @@ def plan(
     console.talk(f"{left} of {len(grid.runs)} runs are left; {'; '.join(about)}")
     for name, folder in missing.items():
         console.talk(
-            f"`{name}` is not in `{folder}`: `icdctl fetch-data {name}` brings it, or `--data-dir` says where it is"
+            f"`{name}` is not in `{folder}`: `icdctl fetch-data {name}` downloads it, or `--data-dir` says where it is"
         )
-    searched = [search.cell for search in searches(grid)]
+    searched = [search.cell for search in search_statuses(grid)]
     if searched:
         console.talk(
             f"searches are not counted here, nor the cells that they make: `icdctl grid status` shows those of "
             f"{', '.join(searched)}"
         )
-    seeds_said = ", ".join(map(str, grid.seeds))
+    seeds_text = ", ".join(map(str, grid.seeds))
     console.talk(
-        f"seeds {seeds_said}: two cells that differ by {delta:g} points, with a spread of {spread:g} over seeds, are "
-        f"told apart with a power of {100 * power:.0f} %; 80 % takes {needed} seeds"
+        f"seeds {seeds_text}: two cells that differ by {delta:g} points, with a spread of {spread:g} over seeds, are "
+        f"distinguished with a power of {100 * power:.0f} %; 80 % takes {needed} seeds"
     )
 
 
@@ -94,14 +107,15 @@ def status(cells: Cells = None, seeds: Seeds = None, sweep: Sweep = None, as_jso
 
     Example: icdctl grid status
     """
-    from icdctl.grid.forecast import outlook
-    from icdctl.grid.search_status import searches
+    from icdctl.grid.forecast import forecast_cells
+    from icdctl.grid.search_status import search_statuses
 
     grid = _grid(cells, seeds, sweep)
-    rows, searched = outlook(grid), searches(grid)
+    rows, searched = forecast_cells(grid), search_statuses(grid)
     if as_json:
-        told = {"cells": [row.as_json() for row in rows], "searches": [search.as_json() for search in searched]}
-        console.show_json(told)
+        console.show_json(
+            {"cells": [row.as_json() for row in rows], "searches": [search.as_json() for search in searched]}
+        )
         return
     _show([*rows, *(search.winner for search in searched if search.winner is not None)])
     if searched:
@@ -144,26 +158,24 @@ def run(
     cells: Cells = None,
     seeds: Seeds = None,
     sweep: Sweep = None,
-    jobs: many.Jobs = None,
-    gpus: many.Gpus = None,
-    together: many.Together = 8,
+    jobs: grid_training.Jobs = None,
+    gpus: grid_training.Gpus = None,
+    together: grid_training.Together = 8,
     data_dir: options.DataDir = None,
     device: options.Device = None,
-    time_limit: many.TimeLimit = None,
-    replace: many.Replace = False,
-    only: many.Only = None,
+    time_limit: grid_training.TimeLimit = None,
+    replace: grid_training.Replace = False,
     search: Annotated[
         str | None,
         typer.Option(
             metavar="optuna",
-            help="Try values of `--sweep`, ranges `0.5..8` too, on held-out training images; then train the best.",
+            help="Try values of `--sweep`, ranges as `0.5..8` too, on held-out training images; then train the best.",
             show_default=False,
         ),
     ] = None,
-    trials: Annotated[int, typer.Option(help="Of a search, in all.", min=1)] = 20,
-    trial_seeds: Annotated[int, typer.Option(help="Seeds of each trial.", min=1)] = 1,
-    val_split: Annotated[float, typer.Option(help="Share of the training images that trials are judged on.")] = 0.1,
-    outcomes: many.Outcomes = None,
+    trials: Annotated[int, typer.Option(help="Try this many sets of values in a search, in all.", min=1)] = 20,
+    trial_seeds: Annotated[int, typer.Option(help="Train each trial with this many seeds.", min=1)] = 1,
+    val_split: Annotated[float, typer.Option(help="Hold out this share of the training images to judge trials.")] = 0.1,
     as_json: options.Json = False,
 ) -> None:
     """Train what is missing; runs that share a teacher share a process. One that fails does not stop the others.
@@ -173,56 +185,63 @@ def run(
 
     Example: icdctl grid run --gpus 0,1
     """
-    slots = many.Slots(jobs=jobs, gpus=gpus, together=together)
-    if search is not None:
-        from icdctl.commands.search import run_search
+    from icdctl.grid import parse_space, search_grid, train_grid
 
-        run_search(
-            search,
+    if search is not None:
+        _check_search(search, jobs, gpus)
+        searched = search_grid(
             _grid(cells, seeds, None, data_dir=data_dir),
-            sweep or [],
-            slots=slots,
-            replace=replace,
-            time_limit=time_limit,
-            device=device,
+            parse_space(sweep or []),
             trials=trials,
             num_seeds=trial_seeds,
             val_split=val_split,
-            as_json=as_json,
+            together=together,
+            replace=replace,
+            time_limit=time_limit,
+            device=device,
+            observer=SearchDisplay(as_json),
         )
+        report_search(searched, as_json)
         return
-    grid = _grid(cells, seeds, sweep, data_dir=data_dir, tells=outcomes is None)
-    again = ["grid", "run", *(cells or []), *many.flags(seeds=seeds, data_dir=data_dir, device=device)]
-    again += [part for item in sweep or [] for part in ("--sweep", item)]
-    done = many.train_missing(
-        grid,
-        again=again,
-        slots=slots,
+    result = train_grid(
+        _grid(cells, seeds, sweep, data_dir=data_dir),
+        executor=grid_training.make_executor(jobs, gpus),
+        together=together,
         replace=replace,
         time_limit=time_limit,
         device=device,
-        only=only,
-        outcomes=outcomes,
+        observer=grid_training.GridDisplay(),
     )
-    if outcomes is None:
-        many.report(done, as_json)
+    grid_training.report(result, as_json)
+
+
+def _check_search(name: str, jobs: int | None, gpus: str | None) -> None:
+    """Refuse another search than optuna's, and other processes.
+
+    Raises:
+        UsageError: with a hint.
+    """
+    if name != "optuna":
+        raise UsageError(f"unknown search `{name}`", hint="choose `--search optuna`")
+    if not grid_training.is_here(jobs, gpus):
+        raise UsageError("a search trains its trials in this process", hint="leave out `--jobs` and `--gpus`")
 
 
 @app.command("teacher")
-def teacher(name: Annotated[str, typer.Argument(help="A name in the `teachers` of params.yaml.")]) -> None:
+def teacher(name: Annotated[str, typer.Argument(help="Name in the `teachers` of params.yaml.")]) -> None:
     """Fetch or train a teacher of params.yaml, as a stage of the pipeline does.
 
     Example: icdctl grid teacher digits100-res20
     """
     from icdctl.grid.stages import make_teacher
 
-    with observed(name) as observer, many.same_command_goes_on():
+    with observed(name) as observer:
         console.show_line(str(make_teacher(files.project_root(), name, observer=observer)))
 
 
 @app.command("evaluate")
 def evaluate(
-    cell: Annotated[str, typer.Argument(help="A name in the `cells` of params.yaml.")],
+    cell: Annotated[str, typer.Argument(help="Name in the `cells` of params.yaml.")],
     data_dir: options.DataDir = None,
 ) -> None:
     """Measure the weights of a cell's runs, as a stage of the pipeline does.
@@ -240,16 +259,14 @@ def _grid(
     sweep: Sequence[str] | None,
     *,
     data_dir: str | None = None,
-    tells: bool = True,
 ) -> Grid:
-    """The grid that is asked for.
+    """The grid that the options ask for; a line on stderr for each cell that a sweep leaves out.
 
     Args:
         cells: names; all where none is given.
         seeds: in place of those in params.yaml.
         sweep: as typed.
-        data_dir: of cells that state none themselves.
-        tells: whether what a sweep leaves out is said.
+        data_dir: the folder of the data sets, for cells that state none themselves.
     """
     from icdctl.grid.cells import read_grid
     from icdctl.grid.sweeps import parse_sweeps, swept
@@ -259,13 +276,13 @@ def _grid(
     if not sweep:
         return grid
     made, left_out = swept(grid, parse_sweeps(sweep), taken={cell.name for cell in whole.cells})
-    for line in left_out if tells else []:
+    for line in left_out:
         console.talk(line)
     return made
 
 
-def _measured(path: Path) -> dict[str, Any]:
-    """What `icdctl bench --json` wrote."""
+def _measured(path: Path) -> Bench:
+    """The JSON object that `icdctl bench --json` wrote."""
     hint = f"`icdctl bench --json > {path}`"
     value = files.read_json(path, what="benchmark", hint=hint)
     if not isinstance(value, dict) or not isinstance(value.get("pairs"), dict):
@@ -273,7 +290,8 @@ def _measured(path: Path) -> dict[str, Any]:
     return value
 
 
-def _show(rows: Sequence[Any]) -> None:
+def _show(rows: Sequence[CellForecast]) -> None:
+    """A line a cell."""
     shown = [
         [
             row.name,
@@ -290,7 +308,7 @@ def _show(rows: Sequence[Any]) -> None:
     console.show_table(["cell", "done", "begun", "stale", "missing", "mean top-1", "hours left", "note"], shown)
 
 
-def _show_searches(searched: Sequence[SearchOutlook]) -> None:
+def _show_searches(searched: Sequence[SearchStatus]) -> None:
     """Trials by what became of them; the best of them by the training images that were held out."""
     shown: list[list[object]] = []
     for search in searched:

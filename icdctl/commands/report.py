@@ -83,11 +83,11 @@ def _default_runs(root: Path) -> list[Path]:
     from icdctl.api import planning
     from icdctl.grid.cells import PARAMS_FILE, read_grid, read_params
     from icdctl.grid.expansion import has_cells
-    from icdctl.grid.status import standings
+    from icdctl.grid.status import run_statuses
 
     if (root / PARAMS_FILE).is_file() and has_cells(read_params(root)):
-        known = standings(read_grid(root).runs, planning.Planner())
-        found = [standing.run.folder for standing in known if standing.state == "done"]
+        known = run_statuses(read_grid(root).runs, planning.Planner())
+        found = [each.run.folder for each in known if each.state == "done"]
         if found:
             return found
     return [root / "runs"]

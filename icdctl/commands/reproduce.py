@@ -3,146 +3,129 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icdctl import files
-from icdctl.commands import console, many, options
-from icdctl.commands.training import observed
+from icdctl.commands import console, grid_training, options
+from icdctl.commands.training import ProgressObserver, observed
 from icdctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from icdctl.grid.cells import Grid
+    from icdctl.papers.rerun import Rerun
     from icdctl.science.verdicts import Compared
 
 
 def reproduce(
     table: Annotated[
-        str | None, typer.Argument(metavar="TABLE", help="e.g. `icd-cifar100`; `--list` shows all.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="TABLE", help="Table to rerun, e.g. `icd-cifar100`; `--list` shows all.", show_default=False
+        ),
     ] = None,
     listing: Annotated[bool, typer.Option("--list", help="Show the tables, or the cells of one.")] = False,
-    seeds: Annotated[str, typer.Option(metavar="N", help="How many of each cell: 0 to N-1.")] = "5",
+    seeds: Annotated[str, typer.Option(metavar="N", help="Train each cell with N seeds, 0 to N-1.")] = "5",
     cells: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="Only cells with this in their name; may be repeated.", show_default=False),
+        typer.Option(
+            metavar="TEXT", help="Take only cells with this in their name; may be repeated.", show_default=False
+        ),
     ] = None,
     family: Annotated[
-        str | None, typer.Option(help="`gamma2` or `gamma8`: which defaults of the papers.", show_default="both")
+        str | None,
+        typer.Option(
+            help="Take only cells with these defaults of the papers: `gamma2` or `gamma8`.", show_default="both"
+        ),
     ] = None,
     train: Annotated[
         bool, typer.Option("--train/--no-train", help="Train what is missing, or judge what is there.")
     ] = True,
     margin: Annotated[
-        float | None, typer.Option(help="The difference that does not matter, in points.", show_default="the table's")
+        float | None,
+        typer.Option(help="Call a difference up to this many points of top-1 equal.", show_default="the table's"),
     ] = None,
     epoch: Annotated[
-        str, typer.Option(help="Of our runs: `as published`, `final` or `best`, beside the published number.")
+        str,
+        typer.Option(help="Epoch of our runs to compare with the published number: `as published`, `final` or `best`."),
     ] = "as published",
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of the written tables.", show_default="runs/reproduce/TABLE"),
+        typer.Option(metavar="DIR", help="Write the tables to this folder.", show_default="runs/reproduce/TABLE"),
     ] = None,
-    jobs: many.Jobs = None,
-    gpus: many.Gpus = None,
-    together: many.Together = 8,
+    jobs: grid_training.Jobs = None,
+    gpus: grid_training.Gpus = None,
+    together: grid_training.Together = 8,
     data_dir: options.DataDir = None,
     device: options.Device = None,
-    time_limit: many.TimeLimit = None,
-    replace: many.Replace = False,
-    only: many.Only = None,
-    outcomes: many.Outcomes = None,
+    time_limit: grid_training.TimeLimit = None,
+    replace: grid_training.Replace = False,
     as_json: options.Json = False,
 ) -> None:
     """Rerun a paper's table with several seeds, and say whether it holds: tests of equivalence, and of the claims.
 
     Example: icdctl reproduce demo --seeds 5
     """
-    from icdctl.api import planning
-    from icdctl.grid.status import standings
-    from icdctl.papers import reproduce
-    from icdctl.science import tables, verdicts
-
     if table is None or listing:
         if table is None and not listing:
             raise UsageError("no table is named", hint="e.g. `icdctl reproduce demo`; `--list` shows all")
         _list(table, cells or [], family, as_json)
         return
-    chosen = tables.load(table)
-    wanted = reproduce.select(chosen, texts=cells or [], family=family)
-    compared = _compared(epoch)
-    given = options.given_options(data_dir=data_dir)
-    plain = reproduce.grid_of(wanted, num_seeds=_number_of(seeds), options=given)
-    grid = reproduce.with_own_teachers(plain)
-    if outcomes is None:
-        _warn_of_changes(plain)
-    done = None
-    if train:
-        if outcomes is None:
-            with observed() as observer, many.same_command_goes_on():
-                reproduce.train_own_teachers(
-                    plain, replaces=replace, device=device, tell=console.talk, observer=observer
-                )
-        passed = many.flags(family=family, data_dir=data_dir, device=device, seeds=seeds)
-        done = many.train_missing(
-            grid,
-            again=["reproduce", table, *passed, *(part for text in cells or [] for part in ("--cells", text))],
-            slots=many.Slots(jobs=jobs, gpus=gpus, together=together),
-            replace=replace,
-            time_limit=time_limit,
-            device=device,
-            only=only,
-            outcomes=outcomes,
-        )
-    if outcomes is not None:
-        return
-    runs = standings(grid.runs, planning.Planner())
-    for run in runs:
-        if run.state == "stale":
-            console.talk(f"warning: {run.run.label} is left out, it was trained with other settings: {run.changes}")
-    judgement = reproduce.judge(chosen, wanted, runs, margin=margin, epoch=compared)
-    folder = out or files.project_root() / "runs" / "reproduce" / table
-    written = reproduce.write(judgement, folder)
-    if as_json and not (done and done.failed):
-        console.show_json({**verdicts.as_json(judgement), "files": [str(path) for path in written]})
+    from icdctl.papers.rerun import Wanted, rerun_table
+
+    result = rerun_table(
+        Wanted(table, tuple(cells or ()), family, _number_of(seeds)),
+        observer=_Display(),
+        options=options.given_options(data_dir=data_dir),
+        trains=train,
+        executor=grid_training.make_executor(jobs, gpus) if train else None,
+        together=together,
+        replace=replace,
+        time_limit=time_limit,
+        device=device,
+        margin=margin,
+        epoch=_compared(epoch),
+        out=out,
+    )
+    _report(result, as_json)
+
+
+class _Display(grid_training.GridDisplay):
+    """Prints how a table is rerun."""
+
+    def teachers(self) -> AbstractContextManager[ProgressObserver]:
+        """See `icdctl.papers.rerun.RerunObserver`."""
+        return observed()
+
+
+def _report(result: Rerun, as_json: bool) -> None:
+    """Print the tables.
+
+    Raises:
+        IcdctlError: some runs failed.
+    """
+    from icdctl.science import verdicts
+
+    failed = result.training is not None and result.training.failed
+    if as_json and not failed:
+        paths = [str(path) for path in result.files]
+        console.show_json({**verdicts.as_json(result.judgement), "files": paths})
     elif not as_json:
-        for sheet in verdicts.sheets(judgement):
+        for sheet in verdicts.sheets(result.judgement):
             console.show_line(f"{sheet.title}\n")
             console.show_table(sheet.headers, sheet.rows)
             console.show_line("\n".join(["", *sheet.notes, ""]))
-        for path in written:
+        for path in result.files:
             console.talk(str(path))
-    if done is not None and done.failed:
-        raise done.error()
+    if result.training is not None and failed:
+        raise result.training.error()
 
 
 def _number_of(seeds: str) -> int:
     if not (seeds.isascii() and seeds.isdecimal()):
         raise UsageError(f"`--seeds {seeds}` is no number of seeds", hint="e.g. `--seeds 5` for the seeds 0 to 4")
     return int(seeds)
-
-
-def _warn_of_changes(grid: Grid) -> None:
-    """Say where the project's own options make other runs of a table's cells than the published ones."""
-    from icdctl.config import sources
-    from icdctl.papers.pipeline import changed_by
-
-    train = {key: value for key, value in sources.gather({}).model_dump().items() if value is not None}
-    changed: dict[str, None] = {}
-    num_changed = 0
-    for cell in grid.cells if train else ():
-        try:
-            found = changed_by(train, cell)
-        except UsageError:  # told of each run that can't be trained
-            continue
-        changed.update(dict.fromkeys(found))
-        num_changed += bool(found)
-    if changed:
-        console.talk(
-            f"warning: `train` of params.yaml or `ICDCTL_` variables change {', '.join(changed)} in {num_changed} of "
-            f"{len(grid.cells)} cells: these are not the runs that the table is of"
-        )
 
 
 def _compared(text: str) -> Compared:

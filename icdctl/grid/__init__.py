@@ -1,1 +1,96 @@
-"""Many runs: which there are, how far each is, and training what is missing."""
+"""Grids: cells of params.yaml or of a paper's table, each trained with several seeds.
+
+>>> from pathlib import Path
+>>> from icdctl import grid
+>>> result = grid.train_grid(grid.read_grid(Path()), executor=grid.Subprocesses(jobs=2))
+>>> [(outcome.label, outcome.top1) for outcome in result.outcomes]
+
+The same call again goes on where it was interrupted. An `observer` hears of the progress; an `Executor` decides where
+packs of runs are trained. Importing this package imports nothing heavy: what is named here is fetched when it is first
+used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from icdctl.grid.cells import Grid, GridCell, GridRun, make_cell, read_grid
+    from icdctl.grid.executors.here import Here
+    from icdctl.grid.executors.protocol import Executor
+    from icdctl.grid.executors.subprocesses import Subprocesses
+    from icdctl.grid.forecast import CellForecast, forecast_cells
+    from icdctl.grid.observer import GridObserver, GridPlan, SilentGridObserver
+    from icdctl.grid.packs import Outcome, Pack
+    from icdctl.grid.search import SearchResult, search_grid
+    from icdctl.grid.search_space import parse_space
+    from icdctl.grid.status import RunStatus, run_statuses
+    from icdctl.grid.sweeps import parse_sweeps, swept
+    from icdctl.grid.training import GridResult, train_grid
+
+__all__ = [
+    "CellForecast",
+    "Executor",
+    "Grid",
+    "GridCell",
+    "GridObserver",
+    "GridPlan",
+    "GridResult",
+    "GridRun",
+    "Here",
+    "Outcome",
+    "Pack",
+    "RunStatus",
+    "SearchResult",
+    "SilentGridObserver",
+    "Subprocesses",
+    "forecast_cells",
+    "make_cell",
+    "parse_space",
+    "parse_sweeps",
+    "read_grid",
+    "run_statuses",
+    "search_grid",
+    "swept",
+    "train_grid",
+]
+
+_HOMES = {
+    "CellForecast": "forecast",
+    "Executor": "executors.protocol",
+    "Grid": "cells",
+    "GridCell": "cells",
+    "GridObserver": "observer",
+    "GridPlan": "observer",
+    "GridResult": "training",
+    "GridRun": "cells",
+    "Here": "executors.here",
+    "Outcome": "packs",
+    "Pack": "packs",
+    "RunStatus": "status",
+    "SearchResult": "search",
+    "SilentGridObserver": "observer",
+    "Subprocesses": "executors.subprocesses",
+    "forecast_cells": "forecast",
+    "make_cell": "cells",
+    "parse_space": "search_space",
+    "parse_sweeps": "sweeps",
+    "read_grid": "cells",
+    "run_statuses": "status",
+    "search_grid": "search",
+    "swept": "sweeps",
+    "train_grid": "training",
+}
+
+
+if not TYPE_CHECKING:  # so that a name that is not there is an error for mypy too
+
+    def __getattr__(name: str) -> object:
+        if name in _HOMES:
+            return getattr(import_module(f"icdctl.grid.{_HOMES[name]}"), name)
+        raise AttributeError(f"module 'icdctl.grid' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

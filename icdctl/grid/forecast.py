@@ -1,4 +1,4 @@
-"""How far a grid is, and how long the rest may take."""
+"""The forecast of a grid: how far each cell is, and how long the rest may take."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from icdctl import data
 from icdctl.api import planning
 from icdctl.errors import ArtifactError, IcdctlError
 from icdctl.grid.cells import Grid, GridCell
-from icdctl.grid.status import Standing, standings
+from icdctl.grid.status import RunStatus, run_statuses
 
 EXTRAPOLATED_EPOCHS = 240
-"""Of the runs that `icdctl bench` extrapolates to."""
+"""Epochs of the run that `icdctl bench` extrapolates to."""
+Bench = Mapping[str, Any]
+"""The JSON object that `icdctl bench --json` printed."""
 _ANY_TEACHER = planning.StandIn(("custom", "", ""), None)
 
 
 @dataclass(frozen=True)
-class CellOutlook:
-    """A cell and its runs."""
+class CellForecast:
+    """A cell, how many of its runs are how far, and how long the rest may take."""
 
     name: str
     done: int
@@ -32,43 +34,43 @@ class CellOutlook:
     top1: tuple[float, ...]
     """Final-epoch top-1 of the runs that are done, by seed."""
     hours_left: float | None
-    """Of one process on one device; None where nothing says how long a run takes."""
+    """Hours for one process on one device; None where nothing says how long a run takes."""
     note: str
     """How stale runs differ from the cell, what is wrong with those that are done, or why it can't be trained."""
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """A line of `icdctl grid plan --json`."""
         return {**vars(self), "top1": list(self.top1)}
 
 
-def outlook(
-    grid: Grid, *, bench: Mapping[str, Any] | None = None, known: Sequence[Standing] | None = None
-) -> list[CellOutlook]:
-    """Every cell with what is known of its runs.
+def forecast_cells(
+    grid: Grid, *, bench: Bench | None = None, known: Sequence[RunStatus] | None = None
+) -> list[CellForecast]:
+    """Every cell with what is known about its runs.
 
     A run is taken to last as long as the cell's own runs that are done, on average; else as `icdctl bench` says.
 
     Args:
-        grid: of the project.
+        grid: the grid of the project.
         bench: what `icdctl bench --json` printed, if it was run.
-        known: how far its runs are, in order, where that was looked at.
+        known: the status of each run, in order, where that is known already.
     """
     planner = planning.Planner()
-    states = standings(grid.runs, planner) if known is None else known
+    statuses = run_statuses(grid.runs, planner) if known is None else known
     return [
         _of_cell(cell, list(group), planner, bench, grid.teachers)
-        for cell, group in groupby(states, key=lambda standing: standing.run.cell)
+        for cell, group in groupby(statuses, key=lambda status: status.run.cell)
     ]
 
 
 def missing_data(grid: Grid) -> dict[str, Path]:
-    """Published data sets that cells are trained on and that are not here -> the folder where they should be."""
+    """Published data sets that cells are trained on and that are not here -> the folder where each should be."""
     planner = planning.Planner()
     found: dict[str, Path] = {}
     for cell in grid.cells:
         try:
             images = planner.plan(cell.command, cell.options, stand_in=_ANY_TEACHER).images
-        except IcdctlError:  # told beside the cell
+        except IcdctlError:  # reported beside the cell
             continue
         if not data.is_there(images.name, images.folder):
             found[images.name] = images.folder
@@ -77,15 +79,15 @@ def missing_data(grid: Grid) -> dict[str, Path]:
 
 def _of_cell(
     cell: GridCell,
-    runs: Sequence[Standing],
+    runs: Sequence[RunStatus],
     planner: planning.Planner,
-    bench: Mapping[str, Any] | None,
+    bench: Bench | None,
     teachers: Mapping[str, str],
-) -> CellOutlook:
-    states = [standing.state for standing in runs]
-    notes = [standing.changes for standing in runs if standing.state == "stale"]
+) -> CellForecast:
+    states = [each.state for each in runs]
+    notes = [each.changes for each in runs if each.state == "stale"]
     metrics = []
-    for run in [standing.run for standing in runs if standing.state == "done"]:
+    for run in [each.run for each in runs if each.state == "done"]:
         try:
             metrics.append(run.metrics())
         except ArtifactError as error:
@@ -96,12 +98,12 @@ def _of_cell(
         epochs = None
         notes.append(error.messages[0])
     seconds = None if epochs is None else _seconds_a_run(cell, epochs, metrics, bench, teachers)
-    left = [standing for standing in runs if standing.state != "done"]
+    left = [each for each in runs if each.state != "done"]
     hours = 0.0 if not left else None
     if left and seconds is not None and epochs is not None:
         begun = [min(1.0, len(each.run.history) / epochs) for each in left if each.state == "begun"]
         hours = (len(left) - sum(begun)) * seconds / 3600
-    return CellOutlook(
+    return CellForecast(
         cell.name,
         done=states.count("done"),
         begun=states.count("begun"),
@@ -117,7 +119,7 @@ def _seconds_a_run(
     cell: GridCell,
     epochs: int,
     metrics: Sequence[Mapping[str, Any]],
-    bench: Mapping[str, Any] | None,
+    bench: Bench | None,
     teachers: Mapping[str, str],
 ) -> float | None:
     timed = [float(each["seconds"]) for each in metrics if isinstance(each.get("seconds"), int | float)]

@@ -1,4 +1,4 @@
-"""What a person who waits for a grid wants to see: a row for each pack that is at work, and how much is left."""
+"""The progress of a grid: a row for each pack that is at work, and how much is left."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from icdctl.grid.execute import Outcome, Pack
+from icdctl.grid.observer import GridPlan
+from icdctl.grid.packs import Outcome, Pack
 
 COLUMNS = ("at work on", "on", "epoch", "top-1", "time", "left")
 
@@ -20,56 +21,46 @@ class _Work:
     place: str
     begun: float
     epochs_before: int
-    """Of all its runs together."""
+    """Epochs of all its runs together, before this attempt."""
     doing: str = ""
 
 
-class Board:
-    """Follows packs by the histories in their run folders, which is where other processes write too."""
+class GridProgress:
+    """Follows packs by the histories in their run folders, which is where every executor writes them."""
 
-    def __init__(self, num_runs: int, num_before: int) -> None:
+    def __init__(self, plan: GridPlan) -> None:
         """
         Args:
-            num_runs: to be trained.
-            num_before: done before.
+            plan: what is about to be trained.
         """
-        self._num_runs, self._num_before = num_runs, num_before
+        self._num_runs, self._num_before = plan.num_runs, plan.num_done
         self._work: dict[str, _Work] = {}
-        self._states: Counter[str] = Counter()
+        self._states = Counter(outcome.state for outcome in plan.refused)
         self._started = time.monotonic()
 
     def begin(self, pack: Pack, place: str) -> None:
-        """A pack is at work."""
+        """A pack is at work; `place` is the GPU, or empty."""
         self._work[pack.label] = _Work(pack, place, time.monotonic(), _epochs(pack)[0])
 
     def doing(self, pack: Pack, what: str) -> None:
-        """What it does other than training: its data are decoded, its teacher is asked ahead."""
+        """What a pack does before its first epoch is over: its data are decoded, its teacher is asked ahead."""
         if pack.label in self._work:
             self._work[pack.label].doing = what
 
     def end(self, pack: Pack, outcomes: Sequence[Outcome]) -> None:
-        """A pack is over."""
+        """A pack is over, whether it was ever at work or not."""
         self._work.pop(pack.label, None)
-        self.count(outcomes)
-
-    def count(self, outcomes: Sequence[Outcome]) -> None:
-        """Runs are over, whether they were ever at work or not."""
         self._states.update(outcome.state for outcome in outcomes)
-
-    @property
-    def at_work(self) -> list[Pack]:
-        """Packs that have begun and are not over."""
-        return [work.pack for work in list(self._work.values())]
 
     @property
     def counts(self) -> str:
         """`5 of 12 runs done, 1 failed`."""
         done = self._num_before + self._states["done"]
-        told = [f"{number} {state}" for state, number in sorted(self._states.items()) if state != "done"]
-        return ", ".join([f"{done} of {self._num_before + self._num_runs} runs done", *told])
+        others = [f"{number} {state}" for state, number in sorted(self._states.items()) if state != "done"]
+        return ", ".join([f"{done} of {self._num_runs} runs done", *others])
 
     def state(self) -> tuple[list[list[object]], str]:
-        """Rows under `COLUMNS`, and a line on the whole."""
+        """Rows under `COLUMNS`, and a line on the whole; may be asked from another thread."""
         now = time.monotonic()
         rows = [self._row(work, now) for work in list(self._work.values())]
         return rows, f"{self.counts}, {duration(now - self._started)} so far"
@@ -91,7 +82,7 @@ class Board:
 
 
 def _epochs(pack: Pack) -> tuple[int, int, list[float]]:
-    """Of its runs: epochs of all together, those of the one that is least far, and the last top-1 of each."""
+    """Epochs of all runs together, epochs of the run that is the least far, and the last top-1 of each run."""
     histories = [run.history for run in pack.runs]
     top1 = []
     for history in histories:

@@ -1,18 +1,18 @@
-"""How far the searches of a grid's cells are: what `grid status` shows of `grid run --search`."""
+"""The status of the searches of a grid's cells: what `grid status` shows of `grid run --search`."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from icdctl import files
 from icdctl.api import planning
 from icdctl.errors import IcdctlError
 from icdctl.grid.cells import Grid, GridCell
-from icdctl.grid.forecast import CellOutlook, outlook
-from icdctl.grid.search import (
+from icdctl.grid.forecast import CellForecast, forecast_cells
+from icdctl.grid.status import run_statuses
+from icdctl.grid.trials import (
     LOCK_FILE,
     SEARCH_FILE,
     Trial,
@@ -22,25 +22,24 @@ from icdctl.grid.search import (
     trial_runs,
     winner_of,
 )
-from icdctl.grid.status import standings
 
 
 @dataclass(frozen=True)
-class SearchOutlook:
+class SearchStatus:
     """A search, and the cell that its best values make."""
 
     cell: str
     folder: Path
     trials: tuple[Trial, ...]
-    """Those that are over."""
+    """Trials that are over."""
     running: tuple[str, ...]
-    """Folders of those that a process is at, or waits to note."""
+    """Folders of trials that a process is at work on, or is about to note."""
     begun: tuple[str, ...]
-    """The same, where no process is at the search any more: the same command goes on with them."""
-    winner: CellOutlook | None
-    """None before the first trial that got through."""
+    """Folders of trials that were interrupted: the same command goes on with them."""
+    winner: CellForecast | None
+    """The cell with the best values; None before the first trial that got through."""
     note: str
-    """Why it can't go on, or why its trials can't be read."""
+    """Why the search can't go on, or why its trials can't be read."""
 
     @property
     def num_failed(self) -> int:
@@ -49,11 +48,11 @@ class SearchOutlook:
 
     @property
     def best(self) -> Trial | None:
-        """On held-out training images."""
+        """The best trial on held-out training images."""
         return best_of(self.trials)
 
-    def as_json(self) -> dict[str, Any]:
-        """A line of `icdctl grid status --json`."""
+    def as_json(self) -> dict[str, object]:
+        """An entry of `icdctl grid status --json`."""
         trials = [
             {
                 "values": dict(trial.values),
@@ -77,15 +76,15 @@ class SearchOutlook:
         }
 
 
-def searches(grid: Grid) -> list[SearchOutlook]:
+def search_statuses(grid: Grid) -> list[SearchStatus]:
     """The searches of those cells that were ever searched."""
     found = (_of_cell(grid, cell) for cell in grid.cells if folder_of(grid, cell).is_dir())
     return [search for search in found if search is not None]
 
 
-def _of_cell(grid: Grid, cell: GridCell) -> SearchOutlook | None:
+def _of_cell(grid: Grid, cell: GridCell) -> SearchStatus | None:
     folder = folder_of(grid, cell)
-    of: dict[str, Any] = {}
+    of: dict[str, object] = {}
     trials: list[Trial] = []
     note = ""
     is_kept, is_searching = (folder / SEARCH_FILE).is_file(), files.is_locked(folder / LOCK_FILE)
@@ -94,23 +93,18 @@ def _of_cell(grid: Grid, cell: GridCell) -> SearchOutlook | None:
             of, trials = read_trials(folder)
         except IcdctlError as error:
             note = error.message
-    stated, options = of.get("seeds"), of.get("options")
-    seeds = [seed for seed in stated if isinstance(seed, int)] if isinstance(stated, list) else []
-    held_out = {key: options[key] for key in ("val_split",) if isinstance(options, dict) and key in options}
-    runs = trial_runs(
-        grid, replace(cell, options={**cell.options, **held_out}), [trial.values for trial in trials], seeds=seeds
-    )
+    runs = _runs(grid, cell, of, trials)
     others = _others(folder, {each.name.rpartition("/")[2] for each in runs.cells})
     if not (is_kept or is_searching or others):
         return None
-    changes = [each.changes for each in standings(runs.runs, planning.Planner()) if each.state == "stale"]
+    changes = [each.changes for each in run_statuses(runs.runs, planning.Planner()) if each.state == "stale"]
     if changes:
         note = f"its trials had other settings: {changes[0]}"
     best = best_of(trials)
     winner = None
     if best is not None:
-        (winner,) = outlook(replace(grid, cells=(winner_of(cell, best),)))
-    return SearchOutlook(
+        (winner,) = forecast_cells(replace(grid, cells=(winner_of(cell, best),)))
+    return SearchStatus(
         cell.name,
         folder,
         tuple(trials),
@@ -121,7 +115,19 @@ def _of_cell(grid: Grid, cell: GridCell) -> SearchOutlook | None:
     )
 
 
+def _runs(grid: Grid, cell: GridCell, of: dict[str, object], trials: list[Trial]) -> Grid:
+    """The runs of the trials that are noted, with the seeds and the share of held-out images that the file states."""
+    seeds, options = of.get("seeds"), of.get("options")
+    held_out = {key: options[key] for key in ("val_split",) if isinstance(options, dict) and key in options}
+    return trial_runs(
+        grid,
+        replace(cell, options={**cell.options, **held_out}),
+        [trial.values for trial in trials],
+        seeds=[seed for seed in seeds if isinstance(seed, int)] if isinstance(seeds, list) else [],
+    )
+
+
 def _others(folder: Path, noted: Collection[str]) -> tuple[str, ...]:
-    """Trials that have begun, and are not noted."""
+    """Folders of trials that have begun, and are not noted."""
     found = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in noted)
     return tuple(path.name for path in found if any((run / "config.json").is_file() for run in path.glob("s*")))

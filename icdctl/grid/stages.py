@@ -1,6 +1,6 @@
-"""The stages of the pipeline that are no commands of their own: a teacher, a cell's evaluation, the summary.
+"""Stages of the pipeline that train or evaluate one entry of params.yaml: a teacher, or a cell.
 
-`dvc.yaml` runs them in the project's root; params.yaml says what they make.
+`dvc.yaml` runs them in the project's root.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 import statistics
 from pathlib import Path
-from typing import Any
 
 from icdctl import api, files
 from icdctl.api import planning
@@ -16,26 +15,30 @@ from icdctl.config.sources import Options
 from icdctl.engine.observer import Observer
 from icdctl.errors import ArtifactError, UsageError, unknown_name
 from icdctl.grid.cells import PARAMS_FILE, Grid, GridRun, read_params
-from icdctl.grid.status import standing
+from icdctl.grid.status import run_status
+from icdctl.grid.training import same_command_goes_on
 from icdctl.run_files import WEIGHTS_FILE
 from icdctl.teachers import Wishes, fetch_teacher, find_published
 
 TEACHERS, RESULTS = "teachers", "results"
 _PIPELINE_KEYS = ("source", "after", "model")
 _LARGEST_DIFFERENCE = 0.05
-"""Points of top-1 between a run's own number and its weights' on this device: a few near ties of 10,000 images."""
+"""Points of top-1 by which the weights may miss the run's own number on another device: near ties of 10,000 images."""
 
 
 def make_teacher(root: Path, key: str, *, observer: Observer | None = None) -> Path:
-    """The teacher of that name in the `teachers` of params.yaml, in `teachers/<key>`: fetched or trained.
+    """Fetch or train the teacher of that name in the `teachers` of params.yaml.
 
     Args:
-        root: of the project.
-        key: of the teacher.
-        observer: told of the progress of training.
+        root: the folder of the project.
+        key: the name of the teacher.
+        observer: hears of the progress of training.
+
+    Returns:
+        `teachers/<key>`, with its weights.
 
     Raises:
-        UsageError: there is no such teacher, or its entry can't be.
+        UsageError: there is no such teacher, or its entry can't be used.
         IcdctlError: it can't be fetched or trained.
     """
     stated = read_params(root).get(TEACHERS)
@@ -61,7 +64,8 @@ def make_teacher(root: Path, key: str, *, observer: Observer | None = None) -> P
             known = Options.model_fields
             raise unknown_name(f"option of teacher `{key}`", unknown[0], known, listing="icdctl train --dry-run")
         given = {**options, "student": entry["model"], "out": str(out)}
-        (result,) = api.start("train", [given], resume=True, wait=True, observer=observer)
+        with same_command_goes_on():
+            (result,) = api.start("train", [given], resume=True, wait=True, observer=observer)
         if isinstance(result, api.Failure):
             raise result.error
     else:
@@ -70,25 +74,24 @@ def make_teacher(root: Path, key: str, *, observer: Observer | None = None) -> P
 
 
 def evaluate_cell(grid: Grid, root: Path) -> Path:
-    """What the weights of a cell's runs reach on the test images, beside what the runs say of themselves.
+    """Measure what the weights of a cell's runs reach on the test images, beside the runs' own numbers.
 
     Args:
-        grid: of one cell.
-        root: of the project.
+        grid: a grid of one cell.
+        root: the folder of the project.
 
     Returns:
         `results/<cell>.json`.
 
     Raises:
-        ArtifactError: a run is not done, or of other settings than the cell's, or its weights do not reach the number
-            that it states.
+        ArtifactError: a run is not done, or is stale, or its weights do not reach the number that it states.
     """
     (cell,) = grid.cells
     planner = planning.Planner()
     seeds = {str(run.seed): _evaluated(run, planner) for run in grid.runs}
-    finals = [float(row["final_top1"]) for row in seeds.values()]
+    finals = [float(run.metrics()["final_top1"]) for run in grid.runs]
     path = root / RESULTS / f"{cell.name}.json"
-    summary: dict[str, Any] = {
+    summary = {
         "cell": cell.name,
         "method": cell.method,
         "seeds": seeds,
@@ -99,8 +102,8 @@ def evaluate_cell(grid: Grid, root: Path) -> Path:
     return path
 
 
-def _evaluated(run: GridRun, planner: planning.Planner) -> dict[str, Any]:
-    now = standing(run, planner)
+def _evaluated(run: GridRun, planner: planning.Planner) -> dict[str, object]:
+    now = run_status(run, planner)
     if now.state == "stale":
         raise now.error()
     if now.state != "done":

@@ -1,4 +1,4 @@
-"""How far the runs of a grid are: by the files in their folders, and by whether those are still what the cells say."""
+"""The status of the runs of a grid: from the files in their folders, and whether those are still what the cells say."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from icdctl import files, teachers
 from icdctl.api import planning
@@ -16,21 +16,21 @@ from icdctl.grid.cells import GridRun
 
 State = Literal["done", "begun", "stale", "missing"]
 REPLACED = ".replaced"
-"""Where, beside the runs, those lie that others were trained in place of."""
+"""Folder beside the cells that keeps the runs which others were trained in place of."""
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How far a run is."""
+class RunStatus:
+    """A run, and how far it is."""
 
     run: GridRun
     state: State
     """`stale`: the folder holds a run of other settings than the cell's."""
     changes: str = ""
-    """Of a stale run: what is different, `gamma 4.0 -> 8.0`."""
+    """How a stale run differs from its cell: `gamma 4.0 -> 8.0`."""
 
     def error(self) -> ArtifactError:
-        """Of a stale run, for whoever needs it as the cell says."""
+        """The error for callers that need the run as the cell says, where it is stale."""
         return ArtifactError(
             f"`{self.run.folder}` holds another run than the cell `{self.run.cell.name}` asks for: {self.changes}",
             hint="take the change back, or train it again: `icdctl grid run` and `icdctl reproduce` do so with "
@@ -38,24 +38,33 @@ class Standing:
         )
 
 
-def standings(runs: Iterable[GridRun], planner: planning.Planner) -> list[Standing]:
-    """How far each run is, in order."""
-    return [standing(run, planner) for run in runs]
+def run_statuses(runs: Iterable[GridRun], planner: planning.Planner) -> list[RunStatus]:
+    """The status of each run, in order."""
+    return [run_status(run, planner) for run in runs]
 
 
-def standing(run: GridRun, planner: planning.Planner) -> Standing:
-    """How far a run is. What has no folder costs nothing; weights are read once for all runs of a planner."""
+def run_status(run: GridRun, planner: planning.Planner) -> RunStatus:
+    """The status of a run. A run without a folder costs nothing; weights are read once for all runs of a planner."""
     state, changes = state_of(run.folder, run.cell.command, run.options, planner)
-    return Standing(run, state, changes)
+    return RunStatus(run, state, changes)
 
 
 def state_of(
-    folder: Path, command: Literal["train", "distill"], options: Mapping[str, Any], planner: planning.Planner
+    folder: Path, command: Literal["train", "distill"], options: Mapping[str, object], planner: planning.Planner
 ) -> tuple[State, str]:
-    """How far the run in a folder is that options ask for, and how it differs from them where it does.
+    """How far the run in a folder is, and how it differs from what options ask for.
 
-    Where the teacher is not here, as on a machine that only looks at results, the one that the run states is taken for
-    it, as long as it is the same model.
+    Where the teacher is not here, as on a machine that only looks at results, the teacher that the run states is taken
+    for it, as long as it is the same model.
+
+    Args:
+        folder: the run folder.
+        command: the command that trains such a run.
+        options: the options that it should have.
+        planner: resolves the configuration.
+
+    Returns:
+        The state, and the differences as text: empty unless the run is stale.
     """
     is_done = (folder / "metrics.json").is_file()
     if not (folder / "config.json").is_file():
@@ -94,13 +103,14 @@ def set_aside(
     """Move a stale run out of the way, and keep it.
 
     Args:
-        folder: of the run.
-        root: of all runs.
-        is_stale: asked once nobody else is at work there: who was may have replaced it.
-        waiting: told that another process is at work in it, which is then waited for; None to fail at once.
+        folder: the run folder.
+        root: the folder of all runs.
+        is_stale: asked once no other process is at work there: that process may have replaced the run.
+        waiting: called with a message where another process is at work in the folder, which is then waited for; None
+            to fail at once.
 
     Returns:
-        Where it is now; None where there is nothing to move any more.
+        Where the run is now; None where there is nothing to move any more.
 
     Raises:
         ArtifactError: it can't be moved.

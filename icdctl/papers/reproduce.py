@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from icdctl import api, files
 from icdctl.api import planning
@@ -14,7 +13,8 @@ from icdctl.engine.observer import Observer
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.grid.cells import Grid, GridCell, GridRun, make_cell
 from icdctl.grid.pipeline import OWN_TEACHERS
-from icdctl.grid.status import Standing, set_aside, standings, state_of
+from icdctl.grid.status import RunStatus, run_statuses, set_aside, state_of
+from icdctl.grid.training import same_command_goes_on
 from icdctl.methods import METHODS
 from icdctl.science import tables, verdicts
 from icdctl.science.paper import FAMILIES
@@ -27,8 +27,8 @@ def select(table: Table, *, texts: Sequence[str], family: str | None) -> tuple[C
 
     Args:
         table: from `tables.load`.
-        texts: one of which stands in the name of each; all cells where there is none.
-        family: of defaults; cells that belong to none are in all of them.
+        texts: cells with one of these in their name; all cells where there is none.
+        family: `gamma2` or `gamma8`, the defaults of a paper; cells that belong to no family are in both.
 
     Raises:
         UsageError: there is no such family, or no such cell.
@@ -45,13 +45,13 @@ def select(table: Table, *, texts: Sequence[str], family: str | None) -> tuple[C
     return chosen
 
 
-def grid_of(cells: Sequence[Cell], *, num_seeds: int, options: Mapping[str, Any]) -> Grid:
+def grid_of(cells: Sequence[Cell], *, num_seeds: int, options: Mapping[str, object]) -> Grid:
     """The runs of those cells that can be run; equal cells of different tables are the same runs.
 
     Args:
-        cells: of a table.
-        num_seeds: seeds 0 to `num_seeds` - 1.
-        options: that hold for all runs.
+        cells: cells of a table.
+        num_seeds: each cell is run with the seeds 0 to `num_seeds` - 1.
+        options: options that hold for all runs.
 
     Raises:
         UsageError: no seed is wanted.
@@ -68,13 +68,13 @@ def name_of(cell: Cell) -> str:
 
 
 def folder_name(key: str) -> str:
-    """What the key of a cell is in paths and in params.yaml, where DVC would take a dot for a level of its own."""
+    """The key of a cell in paths and in params.yaml, where DVC would take a dot for a level of its own."""
     return key.replace("/", "-").replace(".", "_").removesuffix("-time")
 
 
-def grid_cell(cell: Cell, options: Mapping[str, Any]) -> GridCell:
+def grid_cell(cell: Cell, options: Mapping[str, object]) -> GridCell:
     """A cell of a table as one of a grid, with options that hold besides its own."""
-    stated: dict[str, Any] = {
+    stated: dict[str, object] = {
         "dataset": cell.dataset,
         "teacher": cell.teacher,
         "student": cell.student,
@@ -90,7 +90,7 @@ def grid_cell(cell: Cell, options: Mapping[str, Any]) -> GridCell:
 
 
 def with_own_teachers(grid: Grid) -> Grid:
-    """The same runs, with teachers of our own for data sets of which nobody publishes any: see `train_own_teachers`."""
+    """The same runs, with our own teachers for data sets without published ones: see `train_own_teachers`."""
     cells = []
     for cell in grid.cells:
         folder = _own_teacher(grid, cell)
@@ -99,7 +99,7 @@ def with_own_teachers(grid: Grid) -> Grid:
 
 
 def _own_teacher(grid: Grid, cell: GridCell) -> Path | None:
-    """The run folder beside the cells' of the teacher that is trained here for a cell; None where there is another."""
+    """The run folder, beside the cells' folders, of the teacher that is trained for a cell; None where none is."""
     dataset, teacher = str(cell.options.get("dataset")), cell.options.get("teacher")
     if teacher is None or dataset not in OWN_TEACHERS:
         return None
@@ -107,19 +107,25 @@ def _own_teacher(grid: Grid, cell: GridCell) -> Path | None:
 
 
 def train_own_teachers(
-    grid: Grid, *, replaces: bool, device: str | None, tell: Callable[[str], None], observer: Observer | None = None
+    grid: Grid,
+    *,
+    replaces: bool,
+    device: str | None,
+    message: Callable[[str], None],
+    observer: Observer | None = None,
 ) -> None:
     """Train the teachers of `with_own_teachers` that are missing, once, with seed 0.
 
     Args:
         grid: from `grid_of`.
-        replaces: whether one that was trained with other settings is trained again.
-        device: to train on.
-        tell: told of what is moved out of the way.
-        observer: told of the progress.
+        replaces: whether a teacher that was trained with other settings is trained again.
+        device: the device to train on.
+        message: called with a line about each folder that is moved out of the way.
+        observer: hears of the progress.
 
     Raises:
-        IcdctlError: one can't be trained, or was trained with other settings.
+        IcdctlError: a teacher can't be trained, or was trained with other settings.
+        Interrupted: the user or the system interrupted the training; the state is saved.
     """
     planner = planning.Planner()
     wanted = {folder: cell for cell in grid.cells if (folder := _own_teacher(grid, cell)) is not None}
@@ -133,42 +139,43 @@ def train_own_teachers(
                 hint="take the change back, or train it again, and all its students, with `--replace`",
             )
         if state == "stale":
-            kept = set_aside(folder, grid.folder, is_stale=partial(_is_stale, folder, given), waiting=tell)
-            tell(f"the teacher of other settings is now `{kept}`")
+            kept = set_aside(folder, grid.folder, is_stale=partial(_is_stale, folder, given), waiting=message)
+            message(f"the teacher of other settings is now `{kept}`")
         if state != "done":
-            (result,) = api.start("train", [{**given, "device": device}], resume=True, wait=True, observer=observer)
+            with same_command_goes_on():
+                (result,) = api.start("train", [{**given, "device": device}], resume=True, wait=True, observer=observer)
             if isinstance(result, api.Failure):
                 raise result.error
 
 
-def _is_stale(folder: Path, given: Mapping[str, Any]) -> bool:
+def _is_stale(folder: Path, given: Mapping[str, object]) -> bool:
     return state_of(folder, "train", given, planning.Planner())[0] == "stale"
 
 
 def judge(
-    table: Table, cells: Sequence[Cell], runs: Sequence[Standing], *, margin: float | None, epoch: Compared
+    table: Table, cells: Sequence[Cell], runs: Sequence[RunStatus], *, margin: float | None, epoch: Compared
 ) -> Judgement:
-    """What the runs that are done say of the table; stale ones say nothing.
+    """Verdicts on the table by the runs that are done; stale runs have no part in them.
 
     Args:
         table: from `tables.load`.
         cells: from `select`.
-        runs: of the grid of `grid_of`, how far each is.
-        margin: the difference that does not matter; None for the table's.
-        epoch: which of ours stands beside the published number.
+        runs: the status of each run of `with_own_teachers(grid_of(...))`.
+        margin: the difference that does not matter, in points of top-1; None for the table's.
+        epoch: which epoch of our runs stands beside the published number.
 
     Raises:
         ArtifactError: the metrics of a run are broken.
     """
     of_name: dict[str, dict[int, Result]] = {}
-    for run in [standing.run for standing in runs if standing.state == "done"]:
+    for run in [each.run for each in runs if each.state == "done"]:
         of_name.setdefault(run.cell.name, {})[run.seed] = _result(table, run)
     measured = {cell.key: of_name[name_of(cell)] for cell in cells if name_of(cell) in of_name}
     return verdicts.judge(table, measured, methods=METHODS, cells=cells, margin=margin, epoch=epoch)
 
 
 def judged(name: str) -> Judgement:
-    """What all runs that are there say of a table; nothing is trained.
+    """Verdicts on a table by all runs that are there; nothing is trained.
 
     Raises:
         UsageError: there is no such table.
@@ -181,7 +188,7 @@ def judged(name: str) -> Judgement:
     if not seeds:
         raise ArtifactError(f"no run of table `{name}` is there", hint=f"`icdctl reproduce {name}` trains them")
     grid = with_own_teachers(grid_of(cells, num_seeds=max(seeds) + 1, options={}))
-    return judge(table, cells, standings(grid.runs, planning.Planner()), margin=None, epoch="as published")
+    return judge(table, cells, run_statuses(grid.runs, planning.Planner()), margin=None, epoch="as published")
 
 
 def _result(table: Table, run: GridRun) -> Result:
@@ -199,7 +206,7 @@ def _result(table: Table, run: GridRun) -> Result:
 
 
 def write(judgement: Judgement, folder: Path) -> list[Path]:
-    """The tables as Markdown, LaTeX, CSV and JSON.
+    """Write the tables as Markdown, LaTeX, CSV and JSON; return the paths.
 
     Raises:
         ArtifactError: the folder can't be written to.
