@@ -16,7 +16,7 @@ from icdctl.methods import METHODS
 from icdctl.papers import pipeline
 from icdctl.papers.pipeline import Form
 from icdctl.papers.reproduce import grid_cell, name_of
-from icdctl.science import tables
+from icdctl.science import experiments, tables
 
 TABLES = ("icd-cifar100", "icd-cub200", "icd-gamma", "icd-scales", "icd-time")
 FAMILY = "gamma2"
@@ -35,7 +35,7 @@ def paper_cells() -> list[GridCell]:
     """Every cell of the tables that can be run, once."""
     found: dict[str, GridCell] = {}
     for name in TABLES:
-        for cell in tables.select(tables.load(name).cells, family=FAMILY):
+        for cell in experiments.select(tables.load(name).cells, family=FAMILY):
             if cell.why_not(METHODS) is None:
                 found.setdefault(name_of(cell), grid_cell(cell, {}))
     return list(found.values())

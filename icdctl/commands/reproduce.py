@@ -62,7 +62,7 @@ def reproduce(
     from icdctl.api import planning
     from icdctl.grid.status import standings
     from icdctl.papers import reproduce
-    from icdctl.science import tables, verdicts
+    from icdctl.science import tables, verdict_formats
 
     if table is None or listing:
         if table is None and not listing:
@@ -105,9 +105,9 @@ def reproduce(
     folder = out or files.project_root() / "runs" / "reproduce" / table
     written = reproduce.write(judgement, folder)
     if as_json and not (done and done.failed):
-        console.show_json({**verdicts.as_json(judgement), "files": [str(path) for path in written]})
+        console.show_json({**verdict_formats.as_json(judgement), "files": [str(path) for path in written]})
     elif not as_json:
-        for sheet in verdicts.sheets(judgement):
+        for sheet in verdict_formats.sheets(judgement):
             console.show_line(f"{sheet.title}\n")
             console.show_table(sheet.headers, sheet.rows)
             console.show_line("\n".join(["", *sheet.notes, ""]))

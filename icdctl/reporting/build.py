@@ -19,8 +19,9 @@ from icdctl.reporting.drawing import Picture
 from icdctl.reporting.lineage import origins
 from icdctl.reporting.page import Page, Section, Table, render_markdown, render_page
 from icdctl.reporting.questions import Asked, Asker
-from icdctl.science import verdicts
-from icdctl.science.verdicts import Judgement, sheets
+from icdctl.science import verdict_formats
+from icdctl.science.verdict_formats import sheets
+from icdctl.science.verdicts import Judgement
 
 PAGE_FILE, NUMBERS_FILE, SUMMARY_FILE, FIGURES = "index.html", "report.json", "summary.md", "figures"
 _LOCK = ".lock"
@@ -213,7 +214,7 @@ def _write(
     content |= {f"{picture.name}.png": picture.png for picture in drawn}
     numbers = {
         "cells": list(rows),
-        "tables": [verdicts.as_json(judgement) for judgement in judgements],
+        "tables": [verdict_formats.as_json(judgement) for judgement in judgements],
         "notes": page.notes,
         "figures": sorted(content),
     }
