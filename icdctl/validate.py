@@ -19,7 +19,7 @@ from icdctl.config.sources import from_validation
 from icdctl.data import OnImages, Request, imagefolder
 from icdctl.data.decode import BrokenImage, broken_images_told, decode_in_order
 from icdctl.errors import ArtifactError, IcdctlError
-from icdctl.exporting import Report, verify_file, verify_folder
+from icdctl.exporting import VerificationReport, verify_file, verify_folder
 from icdctl.registry import trained
 
 _AGAIN = "train it again, or go on with `--resume`"
@@ -71,7 +71,7 @@ def inspect(path: Path, *, dataset: str | None = None, on_images: OnImages = lam
     return [_attempt("weights", lambda: _weights(path, dataset))]
 
 
-def _export_findings(report: Report) -> list[Finding]:
+def _export_findings(report: VerificationReport) -> list[Finding]:
     hint = "make it again with `icdctl export`"
     sound = {"pass": True, "fail": False}
     return [Finding(check.name, sound.get(check.status), check.detail, hint) for check in report.checks]
