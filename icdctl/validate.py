@@ -90,7 +90,7 @@ def _attempt(what: str, look: Callable[[], str]) -> Finding:
     """What a look finds, or why it failed."""
     try:
         return Finding(what, True, look())
-    except trained.OwnModuleError as error:
+    except trained.CustomModuleError as error:
         return Finding(what, None, error.message, error.hint)
     except IcdctlError as error:
         return Finding(what, False, error.message, error.hint)
