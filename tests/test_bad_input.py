@@ -511,7 +511,7 @@ def test_a_teacher_of_other_classes(icdctl: CommandLine, finished: Path, tmp_pat
     failure = fails(
         icdctl("distill", "--method", "kd", "--student", "res8", *TINY, "--teacher", path, "--out", tmp_path / "s"), 1
     )
-    assert failure.error == f"teacher `{path}` tells 10 classes apart, `digits100` has 100"
+    assert failure.error == f"teacher `{path}` has 10 classes, `digits100` has 100"
     assert not (tmp_path / "s").exists()
 
     failure = fails(icdctl("eval", finished, "--teacher", path, "--test-images", "20"), 1)
