@@ -687,7 +687,7 @@ def test_demo_never_takes_a_folder_that_is_no_demo(icdctl: CommandLine, tmp_path
     for arguments in ([tmp_path], [tmp_path, "--restart"], [tmp_path / "notes.txt", "--restart"]):
         failure = fails(icdctl("demo", "--out", *arguments), 1)
         assert failure == (
-            [f"`{arguments[0]}` holds something that is no demo"],
+            [f"`{arguments[0]}` is not empty and holds no earlier demo"],
             ["choose another folder with `--out`"],
         )
     assert contents(tmp_path) == {"notes.txt": KEEP.encode()}

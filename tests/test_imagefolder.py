@@ -718,7 +718,7 @@ def test_validate_looks_at_a_folder_before_it_is_trained_on(icdctl: CommandLine,
     assert "--skip-broken" in err
     code, _, err = icdctl("validate", folder)
     assert code == 1
-    assert f"a folder of images goes by `imagefolder:{folder}`" in err
+    assert f"to check a folder of images, write `imagefolder:{folder}`" in err
     assert icdctl("validate", f"imagefolder:{tmp_path / 'nowhere'}")[0] == 1
 
 
