@@ -20,8 +20,8 @@ from icdctl.engine.run import Interrupted
 from icdctl.engine.student_run import RunResult
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.exporting import Export, OnnxClassifier
-from icdctl.reporting.collect import read_history
 from icdctl.reporting.figures import Curve, learning_curves
+from icdctl.reporting.finished_runs import read_history
 
 DATASET = "digits100"
 TEACHER_IMAGES = 4000
