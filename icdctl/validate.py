@@ -31,7 +31,7 @@ class Finding:
     what: str
     """What was checked, e.g. `weights`."""
     sound: bool | None
-    """None if it could not be checked."""
+    """The result of the check; None if it could not be made."""
     found: str
     """What was found, in one sentence."""
     hint: str = ""

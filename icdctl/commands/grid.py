@@ -52,7 +52,7 @@ def plan(
     """
     from icdctl.grid.forecast import missing_data, outlook
     from icdctl.grid.search_status import searches
-    from icdctl.science.compare import power_of, seeds_needed
+    from icdctl.science.power import power_of, seeds_needed
 
     grid = _grid(cells, seeds, sweep, data_dir=data_dir)
     rows = outlook(grid, bench=None if bench is None else _measured(bench))

@@ -27,8 +27,8 @@ def report(
         list[str] | None,
         typer.Option(
             metavar="TABLE",
-            help="Include a paper's table, judged on your own runs; may be repeated. `icdctl reproduce --list` shows all "
-            "tables.",
+            help="Include a paper's table, judged on your own runs; may be repeated. `icdctl reproduce --list` shows "
+            "all tables.",
             show_default=False,
         ),
     ] = None,

@@ -12,7 +12,8 @@ from pathlib import Path
 from icdctl import files
 from icdctl.errors import ArtifactError
 from icdctl.registry.add import add
-from icdctl.registry.artifact import FILES_FOLDER, Artifact, Manifest, card
+from icdctl.registry.artifact import FILES_FOLDER, Artifact, Manifest
+from icdctl.registry.artifact_card import card
 from icdctl.registry.find import (
     artifact_at,
     find,

@@ -34,9 +34,9 @@ from icdctl.registry.artifact import (
     Manifest,
     OnnxRecord,
     TeacherRecord,
-    card,
     first_problem,
 )
+from icdctl.registry.artifact_card import card
 from icdctl.registry.find import check_name, list_artifacts, newest, taken_numbers, versions_of
 from icdctl.run_files import WEIGHTS_FILE, check_as_written
 

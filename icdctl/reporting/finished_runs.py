@@ -33,7 +33,7 @@ class RunMetrics:
     final_top1: float
     final_top5: float | None
     best_top1: float | None
-    """None for a run that watched held-out images, because it has no best epoch on the test images."""
+    """Top-1 at the best epoch on the test images; None for a run that watched held-out images instead."""
     seconds: float | None
     params: int | None
     """Number of parameters of the student."""

@@ -158,24 +158,7 @@ def comparisons(found: GroupMeasurements) -> tuple[PageTable | None, list[str]]:
     lines = []
     for first, second, difference in pairs:
         p = next(adjusted) if difference.p is not None else None
-        has_interval = p is not None and difference.low is not None and difference.high is not None
-        if p is None:
-            finding = "one seed: no spread to test with" if difference.n == 1 else "no spread to test with"
-        elif p > _ALPHA:
-            finding = "not distinguishable"
-        else:
-            finding = "higher" if difference.mean > 0 else "lower"
-        lines.append(
-            (
-                f"{first.label} - {second.label}",
-                f"{difference.mean:+.2f}" + ("" if difference.sd is None else f" ± {difference.sd:.2f}"),
-                f"{difference.low:+.2f} to {difference.high:+.2f}" if has_interval else "",
-                str(difference.n),
-                "" if difference.effect_size is None else f"{difference.effect_size:+.2f}",
-                "" if p is None else ("< 0.001" if p < 0.001 else f"{p:.3f}"),
-                finding,
-            )
-        )
+        lines.append(_comparison_row(first, second, difference, p))
         unlike = first.differing_settings(second)
         if unlike:
             listed = ", ".join(f"{name} ({short(mine)}, {short(theirs)})" for name, (mine, theirs) in unlike.items())
@@ -193,6 +176,28 @@ def comparisons(found: GroupMeasurements) -> tuple[PageTable | None, list[str]]:
     sentences += _further(found, group.comparisons)
     headers = ("comparison", "difference", "95 % interval", "n", "d_z", "p (Holm)", "finding")
     return PageTable("What each part adds", headers, tuple(lines), tuple(notes)), sentences
+
+
+def _comparison_row(
+    first: ReportCell, second: ReportCell, difference: compare.PairedDifference, p: float | None
+) -> tuple[str, ...]:
+    """A row of the table of comparisons; `p` is corrected, and None where the test is undefined."""
+    has_interval = p is not None and difference.low is not None and difference.high is not None
+    if p is None:
+        finding = "one seed: no spread to test with" if difference.n == 1 else "no spread to test with"
+    elif p > _ALPHA:
+        finding = "not distinguishable"
+    else:
+        finding = "higher" if difference.mean > 0 else "lower"
+    return (
+        f"{first.label} - {second.label}",
+        f"{difference.mean:+.2f}" + ("" if difference.sd is None else f" ± {difference.sd:.2f}"),
+        f"{difference.low:+.2f} to {difference.high:+.2f}" if has_interval else "",
+        str(difference.n),
+        "" if difference.effect_size is None else f"{difference.effect_size:+.2f}",
+        "" if p is None else ("< 0.001" if p < 0.001 else f"{p:.3f}"),
+        finding,
+    )
 
 
 def _why_not(cell: ReportCell, base: ReportCell) -> str:

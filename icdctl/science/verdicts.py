@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Literal
 
 from icdctl.errors import UsageError
-from icdctl.science import compare
+from icdctl.science import compare, power
 from icdctl.science.compare import PairedDifference, Reproduction, Summary
 from icdctl.science.experiments import Cell, Claim, PaperTable
 from icdctl.science.published import PublishedNumber
@@ -66,7 +66,7 @@ class ClaimRow:
     num_claimed: int
     """The number of published differences that `claimed` is the mean of."""
     measured: PairedDifference | None
-    """None if no seed was run for both methods."""
+    """The measured difference; None if no seed was run for both methods."""
     p_holm: float | None
     finding: str
     """`first is better`, `second is better`, `not distinguishable`, `not measured`."""
@@ -199,7 +199,7 @@ def _seeds_hint(outcome: Reproduction, summary: Summary) -> str:
     if outcome.interval is None or summary.sd is None:
         return ""
     try:
-        needed = compare.seeds_to_reproduce(outcome.margin, summary.sd, alpha=outcome.alpha)
+        needed = power.seeds_to_reproduce(outcome.margin, summary.sd, alpha=outcome.alpha)
     except UsageError:
         return ""
     if needed <= outcome.n:
