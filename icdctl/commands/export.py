@@ -22,7 +22,7 @@ def export(
             "-o",
             metavar="DIR",
             help="New folder for the export.",
-            show_default="`onnx` in the run folder; `onnx` in the current folder for `registry:`",
+            show_default="`onnx` beside the weights; `onnx` in the current folder for `registry:`",
         ),
     ] = None,
     input_kind: Annotated[

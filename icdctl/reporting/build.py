@@ -18,7 +18,7 @@ from icdctl.reporting.drawing import Picture
 from icdctl.reporting.group_measurements import GroupMeasurements, GroupMeasurer
 from icdctl.reporting.lineage import lineage_section
 from icdctl.reporting.page import Page, PageTable, Section, render_markdown, render_page
-from icdctl.reporting.result_tables import CellRow
+from icdctl.reporting.result_tables import ReportRow
 from icdctl.reporting.run_groups import RunGroup, short
 from icdctl.science import verdict_formats
 from icdctl.science.verdict_formats import sheets
@@ -53,7 +53,7 @@ class WrittenReport:
 
     folder: Path
     files: tuple[Path, ...]
-    rows: tuple[CellRow, ...]
+    rows: tuple[ReportRow, ...]
     """The numbers of each cell."""
     notes: tuple[str, ...]
     """What the report leaves out, and why."""
@@ -211,7 +211,7 @@ def _earlier_figures(out: Path) -> list[str]:
     return [name for name in names if Path(name).name == name and Path(name).suffix in (".svg", ".png")]
 
 
-def _write(out: Path, page: Page, rows: Sequence[CellRow], judgements: Sequence[Judgement]) -> tuple[Path, ...]:
+def _write(out: Path, page: Page, rows: Sequence[ReportRow], judgements: Sequence[Judgement]) -> tuple[Path, ...]:
     """Write all files, and delete the figures of an earlier report that this one does not have.
 
     Raises:

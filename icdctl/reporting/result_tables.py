@@ -34,7 +34,7 @@ _RESULTS = (
 )
 
 
-class CellRow(TypedDict):
+class ReportRow(TypedDict):
     """The numbers of a cell in report.json; lists have one value for each seed, None stands for what is not known."""
 
     pair: str
@@ -58,9 +58,9 @@ class CellRow(TypedDict):
     weights_sha256: list[str]
 
 
-def rows_of(found: GroupMeasurements) -> list[CellRow]:
+def rows_of(found: GroupMeasurements) -> list[ReportRow]:
     """The numbers of each cell of a group, for programs."""
-    rows: list[CellRow] = []
+    rows: list[ReportRow] = []
     for cell in found.group.cells:
         held = found.measurements_of(cell)
         bests = [run.metrics.best_top1 for run in cell.runs]

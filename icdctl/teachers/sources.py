@@ -34,18 +34,18 @@ def _known_model(name: str) -> str:
     return name
 
 
-class _Record(BaseModel):
+class _FrozenModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class _Row(_Record):
+class _Row(_FrozenModel):
     reference: str
     top1: Annotated[float, Field(gt=0, le=100)]
     sha256: Sha256 | Literal["first-use"]
     page_file: str | None = None
 
 
-class _Collection(_Record):
+class _Collection(_FrozenModel):
     source: str
     licence: str
     urls: tuple[str, ...]
@@ -53,7 +53,7 @@ class _Collection(_Record):
     teachers: dict[Annotated[str, AfterValidator(_known_model)], _Row]
 
 
-class PublishedTeacher(_Record):
+class PublishedTeacher(_FrozenModel):
     """A trained model that others published, which can be used as a teacher."""
 
     dataset: str
@@ -99,7 +99,7 @@ class PublishedTeacher(_Record):
         return self.sha256 or (None if recorded is None else recorded.sha256)
 
 
-class LockEntry(_Record):
+class LockEntry(_FrozenModel):
     """What `teachers.lock` records about a fetched teacher."""
 
     sha256: Sha256
