@@ -1,9 +1,9 @@
-"""What the state folder keeps beside data, teachers and results: listed, and deleted where nobody needs it.
+"""List and delete what the state folder keeps besides data, teachers and results.
 
-A cache is made again, to the same content, when it is missed: decoded images, answers of teachers, numbers of reports,
-downloads. The state of a run is no cache: it is hours of training. While a run goes on it is what `--resume` needs;
-afterwards it is a second copy of the result, as long as the run folder is there. So there are kinds, and states are
-deleted only where their kind is named.
+A cache is built again, with the same content, when it is missing: decoded images, teacher caches, numbers of reports,
+downloads. The state of a run is not a cache, because it holds hours of training. `--resume` needs it until the run is
+finished; afterwards it is a second copy of the result, as long as the run folder exists. Therefore every entry has a
+kind, and states are deleted only if the user names their kind.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import filelock
 
@@ -28,54 +27,54 @@ from icdctl.engine.run_folder import read_config, state_lock_path
 from icdctl.errors import ArtifactError, IcdctlError, UsageError, unknown_name
 
 KINDS = {
-    "images": "decoded images, and those that digits100 makes",
-    "answers": "tables of teachers' answers",
-    "numbers": "accuracies and latencies that reports measured; latencies come out otherwise the next time",
-    "downloads": "of teachers: cut ones, and archives that teachers were taken from",
-    "remains": "what processes that were killed have left",
+    "images": "decoded images, and the images that digits100 generates",
+    "answers": "teacher caches",
+    "numbers": "accuracies and latencies that reports measured; latencies vary when they are measured again",
+    "downloads": "interrupted downloads of teachers, and archives that teachers were extracted from",
+    "remains": "files left by processes that were killed",
     "finished": "states of finished runs, whose results are in their run folders; `--resume` would train them again",
-    "resume": "states that `--resume` goes on from, or that are all that is left of a run",
+    "resume": "states that `--resume` continues from, or that are all that is left of a run",
 }
-"""Kind -> what is of it."""
+"""Kind -> description of its entries."""
 CACHES = ("images", "answers", "numbers", "downloads", "remains")
-"""The kinds that are made again when they are missed."""
+"""The kinds that are built again when they are missing."""
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _TRASH = ".trash-"
-"""Begins the name of a folder whose content is being deleted, beside where it was."""
+"""Prefix of a folder whose content is being deleted; it lies beside the place where the content was."""
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
-"""What `files.write_bytes` calls a file before it is whole."""
+"""The name that `files.write_bytes` gives a file until it is complete."""
 _STALE_SECONDS = 24 * 3600
-"""After so long nobody is at work on a temporary file."""
+"""Age after which no process is writing a temporary file any more."""
 _RUN_LOCK = re.compile(r"[0-9a-f]{20}\.lock")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is kept, and deleted, as one."""
+    """Files that are kept, and deleted, together."""
 
     kind: str
     """One of `KINDS`."""
     name: str
     of: str
-    """Data set, teacher or run; empty where nothing says so."""
+    """The data set, teacher or run that it belongs to; empty if that is not recorded."""
     note: str
     num_bytes: int
     used: float
-    """When it was last of use, in seconds since 1970."""
+    """Time of the last use, in seconds since 1970."""
     paths: tuple[Path, ...]
-    """All of one folder, in the order in which they go: what makes it count goes first."""
+    """Its files, all in one folder. They are deleted in this order; the first is the one that the others need."""
     locks: tuple[Path, ...] = ()
-    """Whoever makes or changes it holds one of these."""
+    """Lock files; a process that writes the entry holds one of them."""
     mapped: tuple[Path, ...] = ()
-    """Whoever reads them marks them by `files.hold_mapped`."""
+    """Files that readers mark with `files.hold_mapped`."""
 
     def is_in_use(self) -> bool:
-        """Whether a process makes, changes or reads it now."""
+        """True if a process writes or reads it now."""
         return any(files.is_locked(path) for path in (*self.locks, *self.mapped))
 
-    def as_json(self) -> dict[str, Any]:
-        """A row of `icdctl clean --list --json`."""
+    def as_json(self) -> dict[str, object]:
+        """An entry of `icdctl clean --list --json`."""
         return {
             "kind": self.kind,
             "name": self.name,
@@ -89,32 +88,32 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What became of what was to be deleted."""
+    """The outcome of a deletion."""
 
     freed: tuple[Entry, ...]
     in_use: tuple[Entry, ...]
-    """Left, for a process needs them."""
+    """Entries that were kept because a process uses them."""
     failed: tuple[IcdctlError, ...]
-    """Why others are left."""
+    """The reasons why other entries could not be deleted."""
 
 
 def entries() -> list[Entry]:
-    """All that is there, kind after kind, the largest first."""
+    """All entries of the state folder, sorted by kind and within a kind by size, the largest first."""
     found = [*_images(), *_answers(), *_numbers(), *_downloads(), *_remains(), *_states()]
     order = list(KINDS)
     return sorted(found, key=lambda entry: (order.index(entry.kind), -entry.num_bytes, entry.name))
 
 
 def chosen(kinds: Sequence[str], older_than: str | None, *, among: Iterable[Entry]) -> list[Entry]:
-    """Some of what is there.
+    """The entries of some kinds that were not used for some time.
 
     Args:
-        kinds: of `KINDS`; all `CACHES` where none is named.
-        older_than: `30d`, `12h`: what was of use since is left.
-        among: from `entries`.
+        kinds: keys of `KINDS`; if empty, all `CACHES`.
+        older_than: e.g. `30d` or `12h`; entries that were used since then are left out. None for no limit.
+        among: the entries to choose from, see `entries`.
 
     Raises:
-        UsageError: there is no such kind, or the age is none.
+        UsageError: there is no such kind, or `older_than` is not an age.
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -124,16 +123,18 @@ def chosen(kinds: Sequence[str], older_than: str | None, *, among: Iterable[Entr
 
 
 def clean(wanted: Iterable[Entry]) -> Cleaned:
-    """Delete what nobody uses. What goes is renamed first, so that nothing half-deleted is ever found in its place.
+    """Delete the entries that no process uses.
+
+    An entry is renamed before it is deleted, so that a half-deleted entry is never found in its place.
 
     Raises:
-        ArtifactError: another process is deleting already, or the state folder can't be written to.
+        ArtifactError: another process is cleaning already, or the state folder can't be written to.
     """
     freed: list[Entry] = []
     in_use: list[Entry] = []
     failed: list[IcdctlError] = []
     lock = files.state_folder() / "locks" / "cache.lock"
-    with files.locked(lock, busy="another process cleans the caches", hint="wait for it"):
+    with files.locked(lock, busy="another process is cleaning the caches", hint="wait until it has finished"):
         for entry in wanted:
             try:
                 with _alone(entry) as is_free:
@@ -151,23 +152,23 @@ def clean(wanted: Iterable[Entry]) -> Cleaned:
 
 
 def total_bytes() -> int:
-    """Of caches and states together."""
+    """Size of all caches and states of runs."""
     return _size_of((files.cache_folder(), checkpoints_folder()))[0]
 
 
 def _age(text: str | None) -> float:
-    """Seconds."""
+    """An age like `30d` in seconds; 0 for None."""
     if text is None:
         return 0.0
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
     if match is None:
-        raise UsageError(f"`--older-than {text}` is no age", hint="e.g. `--older-than 30d`, `12h` or `2w`")
+        raise UsageError(f"`--older-than {text}` is not an age", hint="e.g. `--older-than 30d`, `12h` or `2w`")
     return float(match[1]) * _UNITS[match[2]]
 
 
 @contextmanager
 def _alone(entry: Entry) -> Iterator[bool]:
-    """Whether nobody else is at it, nor will be while the block runs."""
+    """Lock an entry while the block runs; False if another process uses it."""
     with ExitStack() as stack:
         try:
             for lock in entry.locks:
@@ -179,16 +180,16 @@ def _alone(entry: Entry) -> Iterator[bool]:
             yield False
             return
         is_free = all([stack.enter_context(files.unless_locked(path)) for path in entry.mapped if path.exists()])
-        if is_free and entry.kind in ("finished", "resume"):  # the run may have changed since it was looked at
+        if is_free and entry.kind in ("finished", "resume"):  # the run may have changed since it was listed
             now = _state(entry.paths[0])
             is_free = now is not None and (now.kind, now.locks) == (entry.kind, entry.locks)
         yield is_free
 
 
 def _delete(paths: Sequence[Path]) -> bool:
-    """Whether there was anything left to delete."""
+    """Delete the files that still exist; False if none does."""
     there = [path for path in paths if path.exists()]
-    if not there:  # whoever made it has renamed or deleted it since it was looked at
+    if not there:  # another process has renamed or deleted them since they were listed
         return False
     aside = there[0].parent / f"{_TRASH}{os.getpid()}-{secrets.token_hex(4)}"
     aside.mkdir()
@@ -212,7 +213,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _size_of(paths: Iterable[Path]) -> tuple[int, float]:
-    """Bytes, and the latest time of change, of files and of all files in folders."""
+    """Total bytes and latest time of change of these files and of all files in these folders."""
     num_bytes, latest = 0, 0.0
     for path in paths:
         for file in (path, *path.rglob("*")):
@@ -226,13 +227,22 @@ def _size_of(paths: Iterable[Path]) -> tuple[int, float]:
     return num_bytes, latest
 
 
-def _entry(kind: str, name: str, paths: Sequence[Path], *, of: str = "", note: str = "", **guards: Any) -> Entry:
+def _entry(
+    kind: str,
+    name: str,
+    paths: Sequence[Path],
+    *,
+    of: str = "",
+    note: str = "",
+    locks: tuple[Path, ...] = (),
+    mapped: tuple[Path, ...] = (),
+) -> Entry:
     num_bytes, used = _size_of(paths)
-    return Entry(kind, name, of, note, num_bytes, used, tuple(paths), **guards)
+    return Entry(kind, name, of, note, num_bytes, used, tuple(paths), locks, mapped)
 
 
-def _said(path: Path) -> dict[str, Any]:
-    """A JSON object that icdctl wrote; empty where it is missing or broken."""
+def _facts(path: Path) -> dict[str, object]:
+    """A JSON object that icdctl wrote; empty if the file is missing or broken."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -248,7 +258,7 @@ def _images() -> Iterator[Entry]:
             "images",
             stem,
             [path for path in (facts, array) if path.exists()],
-            of=str(_said(facts).get("of") or stem.rpartition("-")[0]),
+            of=str(_facts(facts).get("of") or stem.rpartition("-")[0]),
             locks=(home / f".{stem}.lock",),
             mapped=(array,),
         )
@@ -260,7 +270,7 @@ def _images() -> Iterator[Entry]:
 def _answers() -> Iterator[Entry]:
     home = files.cache_folder() / "answers"
     for folder in _visible(home):
-        of = _said(folder / "facts.json").get("of")
+        of = _facts(folder / "facts.json").get("of")
         about = of if isinstance(of, dict) else {}
         yield _entry(
             "answers",
@@ -275,7 +285,7 @@ def _answers() -> Iterator[Entry]:
 def _numbers() -> Iterator[Entry]:
     for kind, key in (("evaluated", "weights"), ("latency", "model")):
         for path in _visible(files.cache_folder() / kind):
-            of = _said(path).get("of")
+            of = _facts(path).get("of")
             about = of if isinstance(of, dict) else {}
             yield _entry("numbers", f"{kind}-{path.stem}", [path], of=str(about.get(key, ""))[:12], note=kind)
 
@@ -290,12 +300,16 @@ def _downloads() -> Iterator[Entry]:
     for name, paths in parts.items():
         is_cut = all(path.name.startswith(".") for path in paths)
         yield _entry(
-            "downloads", name, paths, note="cut; a download goes on" if is_cut else "", locks=(home / f".{name}.lock",)
+            "downloads",
+            name,
+            paths,
+            note="interrupted; the next download continues it" if is_cut else "",
+            locks=(home / f".{name}.lock",),
         )
 
 
 def _remains() -> Iterator[Entry]:
-    """Parts whose makers died, temporary files that nobody can be writing any more, what a killed `clean` left."""
+    """Incomplete files of killed processes, temporary files that are too old to be in use, leftovers of `clean`."""
     cache = files.cache_folder()
     for home in (cache / "images", cache / "answers"):
         for path in _children(home):
@@ -316,11 +330,11 @@ def _states() -> Iterator[Entry]:
 
 
 def _state(folder: Path) -> Entry | None:
-    """The state of a run, and whether the run's folder has the result as well; None where there is none."""
+    """The entry of a run's state, `finished` if the run folder has the result, too; None if there is no state."""
     state = folder / STATE_FILE
     if not state.is_file() and not (folder / REPLAY_FILE).is_file():
         return None
-    kind, note, of, out = "resume", "no epoch is done", "", None
+    kind, note, of, out = "resume", "no epoch is finished", "", None
     if state.is_file():
         try:
             progress, config = read_state(state)
@@ -337,7 +351,7 @@ def _state(folder: Path) -> Entry | None:
                     kind = "finished"
                 elif progress.done:
                     note += ", its run folder has no result"
-    # Where no run is named, it may be any that goes on.
+    # A state that names no run may belong to any run that is going on.
     locks = _held_run_locks() if out is None else (state_lock_path(out),)
     return _entry(kind, folder.name, [folder], of=of, note=note, locks=locks)
 

@@ -1,6 +1,6 @@
 """The whole job on the embedded data set: teacher, plain student, distilled student, ONNX, registry, report.
 
-Everything is written under one folder. A demo that was interrupted goes on; one that is finished is shown again.
+Everything is written to one folder. An interrupted demo is continued; a finished one is shown again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from icdctl import api, data, files, registry
 from icdctl.engine.device import resolve_device
@@ -20,47 +20,55 @@ from icdctl.engine.run import Interrupted
 from icdctl.engine.run_output import RunResult
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.exporting import Export, OnnxClassifier
-from icdctl.reporting.collect import read_history
 from icdctl.reporting.figures import Curve, learning_curves
+from icdctl.reporting.finished_runs import read_history
 
 DATASET = "digits100"
 TEACHER_IMAGES = 4000
 STUDENT_IMAGES = 2000
 GATES = {"teacher": 95.0, "distilled": 92.0, "gain": 15.0}
-"""Top-1 that the teacher and the distilled student must reach, and the points that distillation must add."""
+"""The top-1 that teacher and distilled student must reach, and the points that distillation must add."""
 REPORT_FILE = "report.md"
 CURVES_FILE = "learning_curves.png"
 
 CAVEATS = (
-    f"The teacher saw {TEACHER_IMAGES:,} images, the students {STUDENT_IMAGES:,} of them: part of the gain is the "
-    "teacher's larger training set reaching the student.",
+    f"The teacher saw {TEACHER_IMAGES:,} images, the students {STUDENT_IMAGES:,} of them: part of the gain comes from "
+    "the teacher's larger training set.",
     f"Plain training catches up with more data: on {TEACHER_IMAGES:,} images, for as many epochs, the same student "
-    "reached 97.1, 97.1 and 97.8 without a teacher (seeds 0 to 2). What distillation saves here is data and time.",
-    "The cluster term shows no gain on these images: cd_sdd_dkd less sdd_dkd was -0.68 +- 1.67 points over five paired "
-    "seeds of six epochs. What helps here is SDD.",
-    "One seed, and small synthetic compositions of real digits: this shows that the machinery works, not how methods "
+    "reached 97.1, 97.1 and 97.8 without a teacher (seeds 0 to 2). Here, distillation saves data and time.",
+    "The cluster term shows no gain on these images: cd_sdd_dkd minus sdd_dkd was -0.68 +- 1.67 points over five "
+    "paired seeds of six epochs. The gain here comes from SDD.",
+    "This is one seed, on small synthetic compositions of real digits: it shows that icdctl works, not how the methods "
     "rank.",
 )
 
 Stage = Callable[[str], Observer]
-"""Told the name of a stage, gives whoever watches it."""
+"""A function that takes the name of a stage and returns the observer of its progress."""
+
+
+class _CommonOptions(TypedDict):
+    dataset: str
+    seed: int
+    device: str
 
 
 @dataclass(frozen=True)
-class Member:
+class DemoModel:
     """One trained model of the demo."""
 
     role: str
+    """`teacher`, `plain` or `distilled`."""
     run: RunResult
     export: Export
     agreement: float
-    """With the teacher, in percent."""
+    """Percent of the test images that it and the teacher put into the same class."""
     latency_ms: float
-    """Of its ONNX file, one image, one thread."""
+    """Time of its ONNX file for one image on one thread."""
     artifact: str
+    """`NAME@vN` in the demo's registry."""
 
-    def as_json(self) -> dict[str, Any]:
-        """A plain value."""
+    def as_json(self) -> dict[str, object]:
+        """A value that `json` can write."""
         return {
             "role": self.role,
             "model": self.run.config.student,
@@ -85,20 +93,20 @@ class Member:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found."""
+    """The outcome of the demo."""
 
     out: Path
-    members: tuple[Member, ...]
+    models: tuple[DemoModel, ...]
 
     @property
     def gain(self) -> float:
         """Points of top-1 that distillation adds to the plain student."""
-        _, plain, distilled = self.members
+        _, plain, distilled = self.models
         return distilled.run.top1 - plain.run.top1
 
     def failures(self) -> list[str]:
-        """The gates that are not reached, a sentence each."""
-        teacher, _, distilled = self.members
+        """The gates that are not reached, described in one phrase each."""
+        teacher, _, distilled = self.models
         reached = {"teacher": teacher.run.top1, "distilled": distilled.run.top1, "gain": self.gain}
         return [
             f"{name} is {value:.2f}, expected at least {GATES[name]:.0f}"
@@ -106,28 +114,28 @@ class DemoResult:
             if value < GATES[name]
         ]
 
-    def as_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
+    def as_json(self) -> dict[str, object]:
+        """The value that `--json` prints."""
         return {
             "out": str(self.out),
             "gain": self.gain,
-            "members": [member.as_json() for member in self.members],
+            "members": [model.as_json() for model in self.models],
             "caveats": list(CAVEATS),
         }
 
 
 def run_demo(out: Path, *, seed: int, device: str, restart: bool, stage: Stage) -> DemoResult:
-    """Do the whole job.
+    """Run the demo.
 
     Args:
-        out: the only folder that is written to.
-        seed: of all three runs.
-        device: as `--device`.
-        restart: throw an earlier demo away.
-        stage: gives an observer for each part.
+        out: the only folder that the demo writes to.
+        seed: seed of all three runs.
+        device: a device as `--device` takes it.
+        restart: delete an earlier demo in this folder first.
+        stage: returns an observer for each part.
 
     Raises:
-        IcdctlError: with a message and a hint; gates are the caller's to judge.
+        IcdctlError: a part failed. Gates that are not reached raise nothing; see `DemoResult.failures`.
     """
     resolve_device(device)
     _check_seed(seed)
@@ -164,40 +172,42 @@ def run_demo(out: Path, *, seed: int, device: str, restart: bool, stage: Stage) 
         shutil.rmtree(out / "registry", ignore_errors=True)
         observer = stage("ONNX, verification, registry")
         observer.begin("exporting", len(runs))
-        members = []
+        models = []
         for role, run in runs.items():
-            members.append(_deliver(role, run, out, teacher.out))
+            models.append(_deliver(role, run, out, teacher.out))
             observer.advance(1)
-        result = DemoResult(out, tuple(members))
+        result = DemoResult(out, tuple(models))
         _report(result)
     return result
 
 
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**31:
-        raise UsageError(f"seed {seed} is not in 0 to 2^31 - 1", hint="e.g. `--seed 1`")
+        raise UsageError(f"seed {seed} is not between 0 and 2^31 - 1", hint="e.g. `--seed 1`")
 
 
 @contextmanager
 def _named_as_demo(out: Path) -> Iterator[None]:
-    """An interrupted part is continued by the demo, not by itself."""
+    """Change the hint of an interrupted part: the user continues the demo, not the part."""
     try:
         yield
     except Interrupted as interrupt:
-        again = Interrupted(interrupt.message, hint=f"go on with `icdctl demo --out {out}`")
+        again = Interrupted(interrupt.message, hint=f"continue with `icdctl demo --out {out}`")
         again.exit_code = interrupt.exit_code
         raise again from interrupt
 
 
-def _common(seed: int, device: str) -> dict[str, Any]:
+def _common(seed: int, device: str) -> _CommonOptions:
     return {"dataset": DATASET, "seed": seed, "device": device}
 
 
 def _prepare(out: Path, *, restart: bool) -> None:
-    """An empty folder, or an earlier demo's."""
+    """Make the folder; refuse one that holds anything but an earlier demo."""
     marker = out / ".icdctl-demo"
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not marker.is_file():
-        raise ArtifactError(f"`{out}` holds something that is no demo", hint="choose another folder with `--out`")
+        raise ArtifactError(
+            f"`{out}` is not empty and holds no earlier demo", hint="choose another folder with `--out`"
+        )
     if restart and marker.is_file():
         shutil.rmtree(out)
     files.write_text(marker, "made by `icdctl demo`, which may replace this folder with --restart\n")
@@ -205,7 +215,7 @@ def _prepare(out: Path, *, restart: bool) -> None:
 
 @contextmanager
 def _state_under(out: Path) -> Iterator[None]:
-    """Checkpoints and caches, icdctl's and matplotlib's, inside the demo's folder while the block runs."""
+    """Keep checkpoints and caches, including matplotlib's, inside the demo's folder while the block runs."""
     state = str((out / "state").resolve())
     places = {"ICDCTL_HOME": state, "MPLCONFIGDIR": state}
     before = {name: os.environ.get(name) for name in places}
@@ -220,7 +230,7 @@ def _state_under(out: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _deliver(role: str, run: RunResult, out: Path, teacher: Path) -> Member:
+def _deliver(role: str, run: RunResult, out: Path, teacher: Path) -> DemoModel:
     """Export, measure and register one run."""
     exported = api.export(run.out, run.out / "onnx", replace=True)
     compared = api.evaluate(exported.model_file, teacher=teacher, device="cpu")
@@ -228,36 +238,36 @@ def _deliver(role: str, run: RunResult, out: Path, teacher: Path) -> Member:
         raise IcdctlError("the agreement was not measured", hint="run the demo again with `--restart`")
     artifact = registry.add(out / "registry", run.out, export_folder=exported.folder, name=f"{DATASET}/{role}")
     latency = OnnxClassifier(exported.model_file).latency_ms()
-    return Member(role, run, exported, compared.agreement, latency, artifact.reference)
+    return DemoModel(role, run, exported, compared.agreement, latency, artifact.reference)
 
 
 TABLE_COLUMNS = ("model", "top-1", "agrees with teacher", "parameters", "ONNX MB", "ONNX ms/image", "trained in")
 
 
 def table_rows(result: DemoResult) -> list[list[str]]:
-    """A row a model, for the terminal and the report."""
+    """One row of text for each model, for the terminal and the report."""
     return [
         [
-            f"{member.role} ({member.run.config.student}, {member.run.config.method})",
-            f"{member.run.top1:.2f}",
-            f"{member.agreement:.2f}",
-            f"{member.run.metrics['params']:,}",
-            f"{member.export.num_bytes / 1e6:.2f}",
-            f"{member.latency_ms:.2f}",
-            f"{member.run.metrics['seconds']:.0f} s",
+            f"{model.role} ({model.run.config.student}, {model.run.config.method})",
+            f"{model.run.top1:.2f}",
+            f"{model.agreement:.2f}",
+            f"{model.run.metrics['params']:,}",
+            f"{model.export.num_bytes / 1e6:.2f}",
+            f"{model.latency_ms:.2f}",
+            f"{model.run.metrics['seconds']:.0f} s",
         ]
-        for member in result.members
+        for model in result.models
     ]
 
 
 def _report(result: DemoResult) -> None:
-    """The picture and the page."""
+    """Write the figure and the page."""
     curves = [
         Curve(
-            f"{member.role} ({member.run.config.student})",
-            [[row["test_top1"] for row in read_history(member.run.out)]],
+            f"{model.role} ({model.run.config.student})",
+            [[row["test_top1"] for row in read_history(model.run.out)]],
         )
-        for member in result.members
+        for model in result.models
     ]
     known = data.describe(data.request(DATASET))
     picture = learning_curves("learning_curves", curves, title=f"{DATASET}: top-1 by epoch")
@@ -265,9 +275,9 @@ def _report(result: DemoResult) -> None:
     lines = [
         "# icdctl demo",
         "",
-        f"{result.members[-1].run.config.method} adds {result.gain:.1f} points of top-1 to a plain "
-        f"{result.members[-1].run.config.student} (final epoch, seed {result.members[0].run.config.seed}, variant "
-        f"`{result.members[-1].run.config.settings['variant']}`).",
+        f"{result.models[-1].run.config.method} adds {result.gain:.1f} points of top-1 to a plain "
+        f"{result.models[-1].run.config.student} (final epoch, seed {result.models[0].run.config.seed}, variant "
+        f"`{result.models[-1].run.config.settings['variant']}`).",
         "",
         f"| {' | '.join(TABLE_COLUMNS)} |",
         f"|{'---|' * len(TABLE_COLUMNS)}",
@@ -284,14 +294,14 @@ def _report(result: DemoResult) -> None:
         "## Sources",
         "",
         f"- Data, `{DATASET}`: {known.source}. Licence: {known.licence}.",
-        f"- Weights of the teacher: {result.members[-1].run.metrics['teacher_source']}.",
+        f"- Weights of the teacher: {result.models[-1].run.metrics['teacher_source']}.",
         "",
         "## Registered",
         "",
         *(
-            f"- `{member.artifact}`: ONNX verified, largest difference {member.export.report.max_error:.1e}, allowed "
-            f"{member.export.report.tolerance:.1e}"
-            for member in result.members
+            f"- `{model.artifact}`: ONNX verified, largest difference {model.export.report.max_error:.1e}, allowed "
+            f"{model.export.report.tolerance:.1e}"
+            for model in result.models
         ),
         "",
     ]

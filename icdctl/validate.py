@@ -1,4 +1,4 @@
-"""Is a run folder, a configuration, a weights file, an export or a folder of images what it should be?"""
+"""Check whether a run folder, a configuration, a weights file, an export or a folder of images is sound."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -19,37 +18,40 @@ from icdctl.config.sources import from_validation
 from icdctl.data import OnImages, Request, imagefolder
 from icdctl.data.decode import BrokenImage, broken_images_told, decode_in_order
 from icdctl.errors import ArtifactError, IcdctlError
-from icdctl.exporting import Report, verify_file, verify_folder
+from icdctl.exporting import VerificationReport, verify_file, verify_folder
 from icdctl.registry import trained
 
-_AGAIN = "train it again, or go on with `--resume`"
+_AGAIN = "train it again, or continue it with `--resume`"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The outcome of one check."""
 
     what: str
+    """What was checked, e.g. `weights`."""
     sound: bool | None
-    """None where it could not be looked at."""
+    """The result of the check; None if it could not be made."""
     found: str
+    """What was found, in one sentence."""
     hint: str = ""
+    """What to do if it is not sound."""
 
-    def as_json(self) -> dict[str, Any]:
-        """A plain value."""
+    def as_json(self) -> dict[str, object]:
+        """A value that `json` can write."""
         return asdict(self)
 
 
 def inspect(path: Path, *, dataset: str | None = None, on_images: OnImages = lambda done, total: None) -> list[Finding]:
-    """Everything that can be said of what lies at `path`.
+    """Check a file or folder with every check that applies to its kind.
 
     Args:
-        path: of a run folder, a configuration, weights or an export; or `imagefolder:DIR`.
-        dataset: for weights that do not say what they were trained on.
-        on_images: told of the progress, where images are decoded.
+        path: a run folder, a configuration, a weights file, an export folder, an .onnx file, or `imagefolder:DIR`.
+        dataset: the data set of a weights file that does not state it.
+        on_images: receives the progress as (done, total) while images are decoded.
 
     Raises:
-        ArtifactError: nothing lies there, or nothing that icdctl knows.
+        ArtifactError: `path` does not exist, or icdctl does not know this kind of file or folder.
     """
     if str(path).startswith(imagefolder.PREFIX):
         return _image_folder(data.request(str(path)), on_images)
@@ -62,7 +64,7 @@ def inspect(path: Path, *, dataset: str | None = None, on_images: OnImages = lam
             return _run_folder(path)
         raise ArtifactError(
             f"`{path}` is neither a run folder nor an export",
-            hint=f"point at the folder itself; a folder of images goes by `{imagefolder.PREFIX}{path}`",
+            hint=f"name the folder itself; to check a folder of images, write `{imagefolder.PREFIX}{path}`",
         )
     if path.suffix == ".onnx":
         return _export_findings(verify_file(path))
@@ -71,7 +73,7 @@ def inspect(path: Path, *, dataset: str | None = None, on_images: OnImages = lam
     return [_attempt("weights", lambda: _weights(path, dataset))]
 
 
-def _export_findings(report: Report) -> list[Finding]:
+def _export_findings(report: VerificationReport) -> list[Finding]:
     hint = "make it again with `icdctl export`"
     sound = {"pass": True, "fail": False}
     return [Finding(check.name, sound.get(check.status), check.detail, hint) for check in report.checks]
@@ -87,10 +89,10 @@ def _run_folder(folder: Path) -> list[Finding]:
 
 
 def _attempt(what: str, look: Callable[[], str]) -> Finding:
-    """What a look finds, or why it failed."""
+    """The finding of a check that returns what it found, or raises an error if that is not sound."""
     try:
         return Finding(what, True, look())
-    except trained.OwnModuleError as error:
+    except trained.CustomModuleError as error:
         return Finding(what, None, error.message, error.hint)
     except IcdctlError as error:
         return Finding(what, False, error.message, error.hint)
@@ -99,7 +101,7 @@ def _attempt(what: str, look: Callable[[], str]) -> Finding:
 def _config(path: Path) -> str:
     stated = files.read_json(path, what="config", hint=_AGAIN)
     if not isinstance(stated, dict):
-        raise ArtifactError(f"`{path}` holds no JSON object", hint=_AGAIN)
+        raise ArtifactError(f"`{path}` does not hold a JSON object", hint=_AGAIN)
     try:
         config = RunConfig(**stated)
     except ValidationError as error:
@@ -108,13 +110,13 @@ def _config(path: Path) -> str:
 
 
 def _weights(path: Path, dataset: str | None = None) -> str:
-    target = trained.resolve(str(path), dataset=None if dataset is None else data.describe(data.request(dataset)))
-    target.load()
-    return f"{target.model}, {target.num_classes} classes, finite, sha256 {target.sha256[:12]}"
+    found = trained.resolve(str(path), dataset=None if dataset is None else data.describe(data.request(dataset)))
+    found.load()
+    return f"{found.model}, {found.num_classes} classes, finite, sha256 {found.sha256[:12]}"
 
 
 def _image_folder(wanted: Request, on_images: OnImages) -> list[Finding]:
-    """That it can be divided, and all its images decoded."""
+    """Check that the folder can be divided into parts, and that all its images can be decoded."""
     folder = imagefolder.folder_of(wanted.name)
     try:
         classes = imagefolder.class_names(folder)
@@ -122,8 +124,8 @@ def _image_folder(wanted: Request, on_images: OnImages) -> list[Finding]:
             folder, test_split=wanted.test_split or 0.0, val_split=wanted.val_split, seed=wanted.split_seed
         )
     except IcdctlError as error:
-        unseen = Finding("images", None, "not looked at")
-        return [Finding("classes", False, error.message, error.hint), unseen]
+        unchecked = Finding("images", None, "not checked")
+        return [Finding("classes", False, error.message, error.hint), unchecked]
     side = wanted.image_size or imagefolder.DEFAULT_IMAGE_SIZE
     return [
         Finding("classes", True, _counted(division, classes)),
@@ -134,15 +136,15 @@ def _image_folder(wanted: Request, on_images: OnImages) -> list[Finding]:
 def _counted(division: imagefolder.Division, classes: Sequence[str]) -> str:
     counts = torch.bincount(division.train.labels, minlength=len(classes)).tolist()
     fewest = counts.index(min(counts))
-    told = [
+    parts = [
         f"{len(classes)} classes of {counts[fewest]:,} (`{classes[fewest]}`) to {max(counts):,} images for training",
         f"{len(division.test.names):,} images for testing" + ("" if division.has_own_test else ", split off"),
     ]
     if division.val is not None:
-        told.append(f"{len(division.val.names):,} for validation")
+        parts.append(f"{len(division.val.names):,} for validation")
     if division.unlabeled:
-        told.append(f"{len(division.unlabeled):,} without labels")
-    return "; ".join(told)
+        parts.append(f"{len(division.unlabeled):,} without labels")
+    return "; ".join(parts)
 
 
 def _decoded(folder: Path, division: imagefolder.Division, side: int, on_images: OnImages) -> str:
@@ -156,26 +158,26 @@ def _decoded(folder: Path, division: imagefolder.Division, side: int, on_images:
             on_images(number, len(names))
     if broken:
         raise ArtifactError(
-            broken_images_told(broken, len(names), folder=folder), hint="mend them, or train with `--skip-broken`"
+            broken_images_told(broken, len(names), folder=folder), hint="fix them, or train with `--skip-broken`"
         )
-    return f"all {len(names):,} can be decoded"
+    return f"all {len(names):,} images can be decoded"
 
 
 def _history(folder: Path) -> str:
-    """Every epoch once, all finite, and the last one what metrics.json states."""
+    """Check that every epoch appears once, all values are finite, and the last epoch agrees with metrics.json."""
     path = folder / "history.csv"
     metrics = files.read_json(folder / "metrics.json", what="metrics", hint=_AGAIN)
     try:
         with path.open(newline="") as file:
             rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
         epochs = [int(row["epoch"]) for row in rows]
-        # A run with validation images looks at the test images only after its last epoch.
+        # A run with validation images uses the test images only after its last epoch.
         column, key = ("val_top1", "final_val_top1") if "final_val_top1" in metrics else ("test_top1", "final_top1")
         last, stated = rows[-1][column], float(metrics[key])
     except (OSError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ArtifactError(f"`{path}` can't be read: {error}", hint=_AGAIN) from error
     if epochs != list(range(1, len(rows) + 1)) or not rows:
-        raise ArtifactError(f"`{path}` has epochs {epochs}", hint=_AGAIN)
+        raise ArtifactError(f"`{path}` has epochs {epochs}, expected 1 to {len(rows)}", hint=_AGAIN)
     if not all(math.isfinite(value) for row in rows for value in row.values()):
         raise ArtifactError(f"`{path}` holds a value that is not finite", hint=_AGAIN)
     if last != stated:

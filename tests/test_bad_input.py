@@ -511,7 +511,7 @@ def test_a_teacher_of_other_classes(icdctl: CommandLine, finished: Path, tmp_pat
     failure = fails(
         icdctl("distill", "--method", "kd", "--student", "res8", *TINY, "--teacher", path, "--out", tmp_path / "s"), 1
     )
-    assert failure.error == f"teacher `{path}` tells 10 classes apart, `digits100` has 100"
+    assert failure.error == f"teacher `{path}` has 10 classes, `digits100` has 100"
     assert not (tmp_path / "s").exists()
 
     failure = fails(icdctl("eval", finished, "--teacher", path, "--test-images", "20"), 1)
@@ -687,7 +687,7 @@ def test_demo_never_takes_a_folder_that_is_no_demo(icdctl: CommandLine, tmp_path
     for arguments in ([tmp_path], [tmp_path, "--restart"], [tmp_path / "notes.txt", "--restart"]):
         failure = fails(icdctl("demo", "--out", *arguments), 1)
         assert failure == (
-            [f"`{arguments[0]}` holds something that is no demo"],
+            [f"`{arguments[0]}` is not empty and holds no earlier demo"],
             ["choose another folder with `--out`"],
         )
     assert contents(tmp_path) == {"notes.txt": KEEP.encode()}

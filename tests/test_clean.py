@@ -78,7 +78,7 @@ def train(out: str, **changes: Any) -> Path:
 
 def test_nothing_is_kept_before_the_first_run(icdctl: CommandLine, state: Path) -> None:
     code, out, err = icdctl("clean", "--list")
-    assert (code, out, "nothing of that is kept" in err) == (0, "", True)
+    assert (code, out, "holds nothing to delete" in err) == (0, "", True)
     assert cleaned(icdctl) == {"dry_run": False, "freed": [], "bytes": 0, "in_use": []}
     assert not state.exists()
 
@@ -182,7 +182,7 @@ def test_what_a_running_process_uses_is_left(icdctl: CommandLine, photos: Path) 
         in_use = sorted((row["kind"], row["in_use"]) for row in listed(icdctl))
         assert in_use == [("answers", True), ("finished", False), ("images", True), ("images", True), ("resume", True)]
         code, _, err = icdctl("clean")
-        assert (code, err.count("left, for a process uses it")) == (0, 3)
+        assert (code, err.count("kept, because a process uses it")) == (0, 3)
         told = cleaned(icdctl, *every)
         assert [row["kind"] for row in told["freed"]] == ["finished"]
         assert sorted(row["kind"] for row in told["in_use"]) == ["answers", "images", "images", "resume"]
@@ -272,7 +272,7 @@ def test_a_download_that_was_cut_is_shown_as_such(icdctl: CommandLine, state: Pa
         files.write_bytes(home / name, b"123")
     found = listed(icdctl)
     assert [(row["kind"], row["name"], row["bytes"], row["note"]) for row in found] == [
-        ("downloads", "a.pth", 6, "cut; a download goes on"),
+        ("downloads", "a.pth", 6, "interrupted; the next download continues it"),
         ("downloads", "archive.tar", 3, ""),
     ]
     with files.waited_lock(home / ".a.pth.lock"):
@@ -309,8 +309,8 @@ def test_a_state_that_names_no_run_is_kept_while_any_run_goes_on(
     [
         (("clean", "--kind", "image"), "did you mean `images`?"),
         (("clean", "--list", "--kind", "all"), "unknown kind `all`"),
-        (("clean", "--older-than", "soon"), "`--older-than soon` is no age"),
-        (("clean", "--older-than", "-1d"), "is no age"),
+        (("clean", "--older-than", "soon"), "`--older-than soon` is not an age"),
+        (("clean", "--older-than", "-1d"), "is not an age"),
     ],
 )
 def test_what_can_not_be_meant_is_told(icdctl: CommandLine, arguments: tuple[str, ...], message: str) -> None:
@@ -343,7 +343,7 @@ def test_two_do_not_clean_at_once(icdctl: CommandLine, state: Path) -> None:
     train("run")
     with files.locked(state / "locks" / "cache.lock", busy="", hint=""):
         code, _, err = icdctl("clean")
-    assert (code, "another process cleans the caches" in err) == (1, True)
+    assert (code, "another process is cleaning the caches" in err) == (1, True)
     assert kinds_of(icdctl) == ["images", "finished"]
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from icdctl.errors import UsageError
-from icdctl.science import compare
-from icdctl.science.compare import holm, paired_difference, power_of, reproduces, seeds_needed, summarise
+from icdctl.science import compare, power
+from icdctl.science.compare import holm, paired_difference, reproduces, summarise
+from icdctl.science.power import power_of, seeds_needed
 
 SIMULATIONS = 10_000
 ALPHA = 0.05
@@ -94,7 +95,7 @@ def test_no_spread_is_underpowered_whatever_the_difference(values: list[float]) 
         lambda: power_of(3, 1, 0),
         lambda: seeds_needed(0, 0.25),
         lambda: seeds_needed(1e-6, 1),
-        lambda: compare.equivalence_power(5, 0, 1),
+        lambda: power.equivalence_power(5, 0, 1),
     ],
 )
 def test_what_can_not_be_answered_is_refused(call: Callable[[], object]) -> None:
@@ -225,10 +226,10 @@ def test_taking_a_single_run_as_exact_would_break_that_promise() -> None:
 
 
 def test_enough_seeds_reproduce_what_is_the_same_and_refuse_what_is_not() -> None:
-    needed = compare.seeds_to_reproduce(0.5, 0.25)
+    needed = power.seeds_to_reproduce(0.5, 0.25)
     assert needed == 4
     assert rates(shift=0, n=needed, sd=0.25)["reproduced"] == pytest.approx(
-        compare.equivalence_power(needed, 0.5, 0.25), abs=0.015
+        power.equivalence_power(needed, 0.5, 0.25), abs=0.015
     )
     assert rates(shift=2, n=5, sd=0.25, drawn=True)["not reproduced"] > 0.9
 

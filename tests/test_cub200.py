@@ -533,7 +533,7 @@ def checkpoint(model: str = "res32x4", *, num_classes: int = 200, side: int = 22
     return buffer.getvalue()
 
 
-def small_teacher(monkeypatch: pytest.MonkeyPatch, *, top1: float) -> sources.Published:
+def small_teacher(monkeypatch: pytest.MonkeyPatch, *, top1: float) -> sources.PublishedTeacher:
     """A published teacher that classifies 224 x 224 images in milliseconds."""
     known = next(row for row in PUBLISHED if row.name == "cub200/res32x4")
     teacher = known.model_copy(update={"model": "res8", "reference": "resnet8", "top1": top1})
@@ -551,7 +551,7 @@ def test_published_teachers_are_taken_from_a_file_alone(icdctl: CommandLine, tmp
     for way in ((), ("--offline",)):
         code, _, err = icdctl("fetch-teachers", "cub200/res32x4", *way)
         assert code == 1
-        assert f"`cub200/resnet32x4_vanilla/resnet32x4_best.pth` lies on {page}, which no program can download" in err
+        assert f"resnet32x4_vanilla/resnet32x4_best.pth` is on {page}, which programs can't download from" in err
         assert "`icdctl fetch-teachers cub200/res32x4 --from FILE`" in err
         assert "`icdctl train --model res32x4 --dataset cub200 --as-teacher`" in err
     code, _, err = icdctl("fetch-teachers", "cub200/res32x4", "--from", tmp_path / "absent.pth")
@@ -606,7 +606,7 @@ def test_other_teachers_do_not_fit(
     code, out, err = icdctl("fetch-teachers", "cub200/res32x4", "--from", path)
     assert (code, out) == (1, "")
     assert f"weights in `{path}` do not fit `res32x4`: {message}" in err
-    assert "get that again from https://pan.baidu.com/s/" in err
+    assert "download that again from https://pan.baidu.com/s/" in err
     assert "--dataset" not in err
     assert not Path("registry/teachers.lock").exists()
     assert not list(own_state.rglob("*.safetensors"))
@@ -624,16 +624,16 @@ def test_the_accuracy_is_measured_on_the_stand_in(
     place = fetch.place_of(away)
     try:
         with pytest.raises(ArtifactError, match=r"allowed difference 0\.15\); it is not accepted") as caught:
-            fetch.fetch_teacher(away, fetch.Wishes(from_file=path))
+            fetch.fetch_teacher(away, fetch.FetchOptions(from_file=path))
         assert "fetch-teachers cub200/res8 --accept-accuracy" in caught.value.hint
         assert not Path("registry/teachers.lock").exists()
         assert not place.exists()
-        found = fetch.fetch_teacher(away, fetch.Wishes(from_file=path, accept_accuracy=True))
+        found = fetch.fetch_teacher(away, fetch.FetchOptions(from_file=path, accept_accuracy=True))
         assert (found.gate, found.entry.measured_top1, found.data_caveat) == ("accepted", reached, None)
         Path("registry/teachers.lock").unlink()
         place.unlink()
         near = small_teacher(monkeypatch, top1=reached + 0.15)
-        assert fetch.fetch_teacher(near, fetch.Wishes(from_file=path)).gate == "passed"
+        assert fetch.fetch_teacher(near, fetch.FetchOptions(from_file=path)).gate == "passed"
     finally:
         place.unlink(missing_ok=True)
 
@@ -737,8 +737,8 @@ def test_whose_the_teachers_weights_are_goes_with_the_student(
     assert icdctl("fetch-teachers", "cub200/res8", "--from", path, "--accept-accuracy")[0] == 0
     given = ("distill", "--method", "sdd_kd", "--teacher", "res8", "--student", "res8", "--dataset", "cub200")
     code, out, err = icdctl(*given, "--val-split", "0.5", *TINY, "--out", "run")
-    place_target = trained.resolve(str(place))
-    exported_teacher = api._facts(place_target)
+    fetched_model = trained.resolve(str(place))
+    exported_teacher = api._facts(fetched_model)
     place.unlink()
     assert code == 0, err
     source, licence = "SDD, a page that asks for a login", "none stated"
@@ -753,7 +753,7 @@ def test_whose_the_teachers_weights_are_goes_with_the_student(
     assert f"| teacher_source | {source} |" in card
     assert f"| teacher_licence | {licence} |" in card
     assert "| data_licence | none stated; images for non-commercial" in card
-    assert "Images must be brought to 224 x 224, their centre once resized to 256 x 256, by the caller" in card
+    assert "Images must be resized to 256 x 256 and cropped to the central 224 x 224 by the caller" in card
     assert exported.report.passed
 
     artifact = registry.add(registry.default_folder(), Path("run"), export_folder=exported.folder)

@@ -14,7 +14,7 @@ def test_a_folder_that_is_no_demo_is_left_alone(icdctl: CommandLine, tmp_path: P
     for flags in ((), ("--restart",)):
         code, stdout, err = icdctl("demo", "--out", tmp_path, *flags)
         assert (code, stdout) == (1, "")
-        assert "holds something that is no demo" in err
+        assert "is not empty and holds no earlier demo" in err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 

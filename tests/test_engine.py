@@ -441,7 +441,7 @@ def test_a_resolved_configuration_can_be_run_and_changed(teacher: Path, tmp_path
 
 
 def test_a_teacher_of_another_data_set_is_refused(teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="was trained on `digits100`, the run is on `cifar100`"):
+    with pytest.raises(ArtifactError, match="was trained on `digits100`, but this run uses `cifar100`"):
         library.distill(method="kd", teacher=str(teacher), student="res8", dataset="cifar100")
 
 

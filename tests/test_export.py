@@ -76,23 +76,23 @@ def random_images(count: int, size: tuple[int, int] = (32, 32)) -> Tensor:
     return torch.randint(0, 256, (count, *size, 3), dtype=torch.uint8, generator=generator)
 
 
-def torch_logits(target: TrainedModel, images: Tensor) -> Tensor:
+def torch_logits(trained_model: TrainedModel, images: Tensor) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = target.load()(target.preprocessing.normalise(images))
+        logits: Tensor = trained_model.load()(trained_model.preprocessing.normalise(images))
     return logits
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+def trained_model(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
     return make_target(tmp_path_factory.mktemp("weights"), "res8")
 
 
 @pytest.fixture(scope="module")
-def exported(target: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Export:
+def exported(trained_model: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """One real export that many tests read; none writes to it."""
     out = tmp_path_factory.mktemp("exports") / "res8"
     images = random_images(20)
-    labels = torch_logits(target, images).argmax(dim=1)
+    labels = torch_logits(trained_model, images).argmax(dim=1)
     labels[:5] = (labels[:5] + 1) % len(CLASS_NAMES)
     facts = {
         "teacher": "res32x4",
@@ -100,7 +100,7 @@ def exported(target: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> 
         "weights": Path("/home/somebody/runs/student.safetensors"),
         "variant": {"gamma": 8},
     }
-    return export_onnx(target, out, images=images, labels=labels, facts=facts)
+    return export_onnx(trained_model, out, images=images, labels=labels, facts=facts)
 
 
 @pytest.fixture
@@ -120,8 +120,8 @@ def ready_graph(exported: Export, monkeypatch: pytest.MonkeyPatch) -> bytes:
 # What is exported
 
 
-def check_export(target: TrainedModel, out: Path, **options: Any) -> None:
-    done = export_onnx(target, out, **options)
+def check_export(trained_model: TrainedModel, out: Path, **options: Any) -> None:
+    done = export_onnx(trained_model, out, **options)
     assert done.report.passed
     statuses = {check.name: check.status for check in done.report.checks}
     assert statuses == {
@@ -134,16 +134,16 @@ def check_export(target: TrainedModel, out: Path, **options: Any) -> None:
         "finite": "pass",
     }
     assert {path.name for path in out.iterdir()} == EVERY_FILE
-    size = target.preprocessing.size
+    size = trained_model.preprocessing.size
     classifier = OnnxClassifier(done.model_file)
     images = random_images(7, size)
-    expected = torch_logits(target, images)
+    expected = torch_logits(trained_model, images)
     for rows in (1, 7):
         difference = (classifier.logits(images[:rows]) - expected[:rows]).abs().max()
         assert difference <= 2 * (done.report.tolerance or 0)
     operators = {node.op_type for node in onnx.load(done.model_file).graph.node}
     assert not operators & {"Shape", "Range", "Gather", "ScatterND"}, "index arithmetic in the graph"
-    if not target.model.startswith("wrn"):  # normalises before its convolutions
+    if not trained_model.model.startswith("wrn"):  # normalises before its convolutions
         assert "BatchNormalization" not in operators
 
 
@@ -172,20 +172,22 @@ def test_the_variants_for_large_images_are_verified(name: str, tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("opset", graph.OPSETS)
-def test_every_opset_is_verified(opset: int, target: TrainedModel, tmp_path: Path) -> None:
-    check_export(target, tmp_path / "out", opset=opset)
+def test_every_opset_is_verified(opset: int, trained_model: TrainedModel, tmp_path: Path) -> None:
+    check_export(trained_model, tmp_path / "out", opset=opset)
     assert read_onnx(tmp_path / "out" / "model.onnx").opset == opset
 
 
-def test_both_kinds_of_input_give_the_same_logits(exported: Export, target: TrainedModel, tmp_path: Path) -> None:
-    done = export_onnx(target, tmp_path / "float", input_kind="float")
+def test_both_kinds_of_input_give_the_same_logits(
+    exported: Export, trained_model: TrainedModel, tmp_path: Path
+) -> None:
+    done = export_onnx(trained_model, tmp_path / "float", input_kind="float")
 
     images = random_images(16)
     pixels, normalised = OnnxClassifier(exported.model_file), OnnxClassifier(done.model_file)
     torch.testing.assert_close(pixels.logits(images), normalised.logits(images), rtol=0, atol=2e-5)
     (declared,) = onnxruntime.InferenceSession(done.model_file).get_inputs()
     assert (declared.name, declared.type, declared.shape) == ("image", "tensor(float)", ["batch", 3, 32, 32])
-    run_snippet(done.folder, target)
+    run_snippet(done.folder, trained_model)
 
 
 def test_the_interface_is_what_the_contract_says(exported: Export) -> None:
@@ -202,35 +204,43 @@ def test_the_interface_is_what_the_contract_says(exported: Export) -> None:
     assert read_onnx(exported.model_file).description == exported.description
 
 
-def test_the_folder_tells_the_whole_story(exported: Export, target: TrainedModel) -> None:
+def test_the_folder_tells_the_whole_story(exported: Export, trained_model: TrainedModel) -> None:
     facts = json.loads((exported.folder / "model.json").read_text())
     verification = json.loads((exported.folder / "verify.json").read_text())
     card = (exported.folder / "README.md").read_text()
 
     assert {path.name for path in exported.folder.iterdir()} == EVERY_FILE
-    assert facts["weights_sha256"] == target.sha256
+    assert facts["weights_sha256"] == trained_model.sha256
     assert facts["files"]["model.onnx"] == exported.num_bytes
     assert facts["accuracy"] == {"top1": 75.0, "images": 20}
     assert facts["facts"]["weights"] == "student.safetensors"
     assert verification["passed"] is True
     assert verification["agreement"] == 100.0
-    for expected in ("res32x4", "70.5", "75.00 % top-1 on 20 images", target.sha256, "`image`", "[batch, 32, 32, 3]"):
+    for expected in (
+        "res32x4",
+        "70.5",
+        "75.00 % top-1 on 20 images",
+        trained_model.sha256,
+        "`image`",
+        "[batch, 32, 32, 3]",
+    ):
         assert expected in card
     assert json.loads(json.dumps(exported.as_json()))["verification"]["passed"] is True
 
 
-def test_nothing_of_this_machine_is_in_the_folder(exported: Export, target: TrainedModel) -> None:
+def test_nothing_of_this_machine_is_in_the_folder(exported: Export, trained_model: TrainedModel) -> None:
     for path in exported.folder.iterdir():
         content = path.read_bytes()
-        for trace in (str(ROOT), str(target.path.parent), str(Path.home()) + "/", "somebody", ".py", sys.prefix):
+        for trace in (str(ROOT), str(trained_model.path.parent), str(Path.home()) + "/", "somebody", ".py", sys.prefix):
             assert trace.encode() not in content, f"{trace} in {path.name}"
 
 
 def test_equal_weights_give_equal_bytes_in_every_process(
-    exported: Export, target: TrainedModel, tmp_path: Path
+    exported: Export, trained_model: TrainedModel, tmp_path: Path
 ) -> None:
     program = (
-        "import sys; from pathlib import Path; from icdctl import targets; from icdctl.exporting import export_onnx\n"
+        "import sys; from pathlib import Path; from icdctl.exporting import export_onnx\n"
+        "from icdctl.registry import trained\n"
         "done = export_onnx(trained.resolve(sys.argv[1]), Path(sys.argv[2]), facts={'variant': {'gamma': 8}})\n"
         "print(done.sha256)"
     )
@@ -239,14 +249,14 @@ def test_equal_weights_give_equal_bytes_in_every_process(
         folder = tmp_path / seed
         folder.mkdir()
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", program, str(target.path), "out"]
+        command = [sys.executable, "-c", program, str(trained_model.path), "out"]
         runs.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True))
     hashes = [run.communicate(timeout=300)[0].split() for run in runs]  # nothing else may be on stdout
 
     assert hashes == [[exported.sha256]] * 2
 
 
-def run_snippet(folder: Path, target: TrainedModel) -> None:
+def run_snippet(folder: Path, trained_model: TrainedModel) -> None:
     code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     assert len(code) == 1
     pixels = random_images(1)
@@ -262,11 +272,11 @@ def run_snippet(folder: Path, target: TrainedModel) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == CLASS_NAMES[int(torch_logits(target, pixels).argmax())]
+    assert done.stdout.strip() == CLASS_NAMES[int(torch_logits(trained_model, pixels).argmax())]
 
 
-def test_the_snippet_of_the_card_runs_without_torch(copied: Path, target: TrainedModel) -> None:
-    run_snippet(copied, target)
+def test_the_snippet_of_the_card_runs_without_torch(copied: Path, trained_model: TrainedModel) -> None:
+    run_snippet(copied, trained_model)
 
 
 # Running it
@@ -379,22 +389,22 @@ def mutated(content: bytes, mutate: Mutation) -> bytes:
     return bytes(changed)
 
 
-def assert_refused_and_nothing_left(target: TrainedModel, folder: Path, reason: str) -> None:
+def assert_refused_and_nothing_left(trained_model: TrainedModel, folder: Path, reason: str) -> None:
     folder.mkdir(exist_ok=True)
     with pytest.raises(ArtifactError, match="nothing was written") as caught:
-        export_onnx(target, folder / "out")
+        export_onnx(trained_model, folder / "out")
     assert reason in caught.value.message
     assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", GRAPH_MUTATIONS)
 def test_a_damaged_graph_is_refused(
-    name: str, target: TrainedModel, ready_graph: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, trained_model: TrainedModel, ready_graph: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mutate, reason = GRAPH_MUTATIONS[name]
     monkeypatch.setattr(graph, "graph_bytes", lambda *_, **__: mutated(ready_graph, mutate))
 
-    assert_refused_and_nothing_left(target, tmp_path / "exports", f"{reason}: ")
+    assert_refused_and_nothing_left(trained_model, tmp_path / "exports", f"{reason}: ")
 
 
 def train_mode(module: nn.Module) -> None:
@@ -405,7 +415,7 @@ def train_mode(module: nn.Module) -> None:
 
 
 def test_a_module_exported_in_train_mode_is_refused(
-    target: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained_model: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     intact = graph._traced
 
@@ -415,11 +425,11 @@ def test_a_module_exported_in_train_mode_is_refused(
 
     monkeypatch.setattr(graph, "_traced", traced)
 
-    assert_refused_and_nothing_left(target, tmp_path / "exports", "values: ")
+    assert_refused_and_nothing_left(trained_model, tmp_path / "exports", "values: ")
 
 
 def test_batch_norms_folded_with_another_epsilon_are_refused(
-    target: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained_model: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def folded(model: nn.Module) -> nn.Module:
         for part in model.modules():
@@ -429,16 +439,16 @@ def test_batch_norms_folded_with_another_epsilon_are_refused(
 
     monkeypatch.setattr(graph, "fold_batch_norms", folded)
 
-    assert_refused_and_nothing_left(target, tmp_path / "exports", "values: ")
+    assert_refused_and_nothing_left(trained_model, tmp_path / "exports", "values: ")
 
 
 def test_a_failed_export_leaves_the_older_one(
-    target: TrainedModel, copied: Path, ready_graph: bytes, monkeypatch: pytest.MonkeyPatch
+    trained_model: TrainedModel, copied: Path, ready_graph: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "graph_bytes", lambda *_, **__: mutated(ready_graph, no_division_by_255))
 
     with pytest.raises(ArtifactError, match="nothing was written"):
-        export_onnx(target, copied, replace=True)
+        export_onnx(trained_model, copied, replace=True)
     assert verify_folder(copied).passed
     assert list(copied.parent.iterdir()) == [copied]
 
@@ -447,29 +457,29 @@ def test_a_failed_export_leaves_the_older_one(
 
 
 def test_an_existing_folder_is_refused_and_replaced_on_demand(
-    target: TrainedModel, copied: Path, ready_graph: bytes
+    trained_model: TrainedModel, copied: Path, ready_graph: bytes
 ) -> None:
     card = (copied / "README.md").read_text()
     with pytest.raises(ArtifactError, match="exists already"):
-        export_onnx(target, copied)
+        export_onnx(trained_model, copied)
     assert (copied / "README.md").read_text() == card
 
-    export_onnx(target, copied, replace=True, facts={"teacher": "another"})
+    export_onnx(trained_model, copied, replace=True, facts={"teacher": "another"})
     assert "another" in (copied / "README.md").read_text()
     assert verify_folder(copied).passed
     assert list(copied.parent.iterdir()) == [copied]
 
 
-def test_a_folder_that_is_no_export_is_never_replaced(target: TrainedModel, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_export_is_never_replaced(trained_model: TrainedModel, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
 
     with pytest.raises(ArtifactError, match="not an export folder"):
-        export_onnx(target, tmp_path, replace=True)
+        export_onnx(trained_model, tmp_path, replace=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 def test_the_older_export_comes_back_where_the_rename_fails(
-    target: TrainedModel, copied: Path, ready_graph: bytes, monkeypatch: pytest.MonkeyPatch
+    trained_model: TrainedModel, copied: Path, ready_graph: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rename = Path.replace
 
@@ -481,38 +491,38 @@ def test_the_older_export_comes_back_where_the_rename_fails(
     monkeypatch.setattr(Path, "replace", replace)
 
     with pytest.raises(ArtifactError, match="No space left on device"):
-        export_onnx(target, copied, replace=True)
+        export_onnx(trained_model, copied, replace=True)
     assert verify_folder(copied).passed
     assert list(copied.parent.iterdir()) == [copied]
 
 
 def test_a_place_that_cannot_be_written_is_named_before_the_work(
-    target: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained_model: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.delattr(graph, "graph_bytes")
 
     with pytest.raises(ArtifactError, match="can't be written"):
-        export_onnx(target, tmp_path / "file" / "out")
+        export_onnx(trained_model, tmp_path / "file" / "out")
 
 
-def test_wrong_options_are_named(target: TrainedModel, tmp_path: Path) -> None:
+def test_wrong_options_are_named(trained_model: TrainedModel, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="opset 17"):
-        export_onnx(target, out, opset=17)
+        export_onnx(trained_model, out, opset=17)
     with pytest.raises(UsageError, match="3 labels for 2 images"):
-        export_onnx(target, out, images=random_images(2), labels=torch.zeros(3))
+        export_onnx(trained_model, out, images=random_images(2), labels=torch.zeros(3))
     with pytest.raises(UsageError, match=r"\[2, 28, 28, 3\] uint8"):
-        export_onnx(target, out, images=random_images(2, (28, 28)))
+        export_onnx(trained_model, out, images=random_images(2, (28, 28)))
     assert not out.exists()
 
 
 # Looking again
 
 
-def test_a_folder_is_verified_with_and_without_its_weights(exported: Export, target: TrainedModel) -> None:
+def test_a_folder_is_verified_with_and_without_its_weights(exported: Export, trained_model: TrainedModel) -> None:
     alone = verify_folder(exported.folder)
-    against = verify_folder(exported.folder, target, images=random_images(20))
+    against = verify_folder(exported.folder, trained_model, images=random_images(20))
     bare = verify_file(exported.model_file)
 
     assert (alone.passed, against.passed, bare.passed) == (True, True, True)
@@ -621,9 +631,9 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "no graph": (lambda _: onnx.ModelProto(ir_version=10).SerializeToString(), "holds no graph"),
     "web page": (lambda _: b"<!DOCTYPE html><html>404</html>", "is a web page"),
     "git-lfs pointer": (lambda _: b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
-    "external data": (lambda content: mutated(content, external_data), "lie in another file"),
+    "external data": (lambda content: mutated(content, external_data), "are stored in another file"),
     "custom domain": (lambda content: mutated(content, custom_domain), "evil.operators"),
-    "local function": (lambda content: mutated(content, local_function), "operators of its own"),
+    "local function": (lambda content: mutated(content, local_function), "custom operators"),
     "old opset": (lambda content: mutated(content, old_opset), "its opset is 13"),
     "broken graph": (lambda content: mutated(content, broken_graph), "not a valid ONNX graph"),
     "another program's": (lambda content: mutated(content, foreign), "not made by `icdctl export`"),

@@ -302,7 +302,7 @@ def test_bad_teachers_are_refused_and_leave_nothing(
     assert icdctl("fetch-teachers", "wrn40_2", *given)[0] == 0
 
 
-def teacher_of(model: str, **changes: Any) -> sources.Published:
+def teacher_of(model: str, **changes: Any) -> sources.PublishedTeacher:
     """A published teacher that the tests describe; it has no address."""
     known = next(row for row in PUBLISHED if row.name == f"cifar100/{model}")
     return known.model_copy(update={"urls": (), **changes})
@@ -329,12 +329,12 @@ def test_the_gate_lets_the_published_accuracy_through_alone(own_state: Path, tmp
     path.write_bytes(checkpoint("res56"))
     away = teacher_of("res56", top1=reached + 0.16)
     with pytest.raises(ArtifactError, match="it is not accepted") as caught:
-        fetch.fetch_teacher(away, fetch.Wishes(from_file=path))
+        fetch.fetch_teacher(away, fetch.FetchOptions(from_file=path))
     assert "--accept-accuracy" in caught.value.hint
     assert not Path("registry/teachers.lock").exists()
     assert not fetch.place_of(away).exists()
     near = teacher_of("res56", top1=reached + 0.15)
-    found = fetch.fetch_teacher(near, fetch.Wishes(from_file=path, keep_original=True))
+    found = fetch.fetch_teacher(near, fetch.FetchOptions(from_file=path, keep_original=True))
     assert (found.gate, found.entry.measured_top1, found.entry.accuracy_accepted) == ("passed", reached, False)
     assert (found.path.parent / "ckpt_epoch_240.pth").read_bytes() == path.read_bytes()
     assert "other md5" in str(found.data_caveat)
@@ -344,15 +344,15 @@ def test_a_gate_left_open_is_closed_when_the_data_come(own_state: Path, tmp_path
     path = tmp_path / "t.pth"
     path.write_bytes(checkpoint("res56"))
     teacher = teacher_of("res56")
-    assert fetch.fetch_teacher(teacher, fetch.Wishes(from_file=path)).gate == "open"
+    assert fetch.fetch_teacher(teacher, fetch.FetchOptions(from_file=path)).gate == "open"
     assert fetch.find_fetched(teacher) is not None
     put_data(own_state)
     with pytest.raises(ArtifactError, match="it is not accepted"):
-        fetch.fetch_teacher(teacher, fetch.Wishes())
+        fetch.fetch_teacher(teacher, fetch.FetchOptions())
     with pytest.raises(ArtifactError, match="it is not accepted"):
         fetch.find_fetched(teacher)
-    assert fetch.fetch_teacher(teacher, fetch.Wishes(accept_accuracy=True)).gate == "accepted"
-    assert fetch.fetch_teacher(teacher, fetch.Wishes()).gate == "accepted"
+    assert fetch.fetch_teacher(teacher, fetch.FetchOptions(accept_accuracy=True)).gate == "accepted"
+    assert fetch.fetch_teacher(teacher, fetch.FetchOptions()).gate == "accepted"
     assert fetch.find_fetched(teacher) == fetch.place_of(teacher)
 
 

@@ -718,7 +718,7 @@ def test_validate_looks_at_a_folder_before_it_is_trained_on(icdctl: CommandLine,
     assert "--skip-broken" in err
     code, _, err = icdctl("validate", folder)
     assert code == 1
-    assert f"a folder of images goes by `imagefolder:{folder}`" in err
+    assert f"to check a folder of images, write `imagefolder:{folder}`" in err
     assert icdctl("validate", f"imagefolder:{tmp_path / 'nowhere'}")[0] == 1
 
 
@@ -812,17 +812,15 @@ def test_a_teacher_for_other_images_or_classes_is_refused(icdctl: CommandLine, t
         assert "icdctl train --model res8 --dataset imagefolder:DIR" in err
         return err
 
-    assert "reads images of 32 x 32, the run has 48 x 48" in refused(runs.pets, "--image-size", "48")
+    assert "takes images of 32 x 32, but this run has 48 x 48" in refused(runs.pets, "--image-size", "48")
     assert "--image-size 32" in refused(runs.pets, "--image-size", "48")
     other = grow(tmp_path / "other", {"bird": 3, "cow": 3, "dog": 3})
-    assert "its `cat` stands where `imagefolder:other` has `cow`" in refused(other)
-    assert "tells 3 classes apart, `imagefolder:more` has 4" in refused(
-        grow(tmp_path / "more", dict.fromkeys("abcd", 3))
-    )
+    assert "has other classes: `cat` in the place where `imagefolder:other` has `cow`" in refused(other)
+    assert "has 3 classes, `imagefolder:more` has 4" in refused(grow(tmp_path / "more", dict.fromkeys("abcd", 3)))
     given = ("--method", "kd", "--teacher", runs.teacher, "--student", "res8", "--dataset", "digits100")
     code, _, err = icdctl("distill", *given, *ONE)
     assert code == 1
-    assert "was trained on `imagefolder:pets`, the run is on `digits100`" in err
+    assert "was trained on `imagefolder:pets`, but this run uses `digits100`" in err
 
 
 def test_models_for_images_of_other_sizes_are_not_compared(icdctl: CommandLine, tmp_path: Path, runs: Runs) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import icdctl as library
 from icdctl import data, models
 from icdctl.errors import UsageError
-from icdctl.registry.trained import OwnModuleError
+from icdctl.registry.trained import CustomModuleError
 
 SMALL: dict[str, Any] = {"dataset": "digits100", "train_images": 200, "test_images": 100, "epochs": 1, "device": "cpu"}
 
@@ -126,16 +126,16 @@ def test_without_the_module_the_message_says_what_is_missing(
     trained: tuple[Path, Own, float], tmp_path: Path, icdctl: CommandLine
 ) -> None:
     out, _, _ = trained
-    with pytest.raises(OwnModuleError, match="a module of your own"):
+    with pytest.raises(CustomModuleError, match="a custom module"):
         library.export(out, tmp_path / "onnx")
-    with pytest.raises(OwnModuleError):
+    with pytest.raises(CustomModuleError):
         library.distill(method="kd", teacher=str(out), student="res8", **SMALL, out=str(tmp_path / "student"))
     with pytest.raises(UsageError, match="`Own` is a module, expected what holds its weights"):
         library.export(Own())  # type: ignore[arg-type]  # the mistake that is told
     with pytest.raises(UsageError, match="the configuration is a Own"):
         library.train(Own(), **SMALL)  # type: ignore[arg-type]  # likewise
     code, _, err = icdctl("eval", out)
-    assert (code, "holds weights of a module of your own" in err, "model=MODULE" in err) == (2, True, True)
+    assert (code, "holds weights of a custom module" in err, "model=MODULE" in err) == (2, True, True)
     code, told, _ = icdctl("validate", out)
     assert (code, "weights  skipped" in told) == (0, True)
 

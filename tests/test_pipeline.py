@@ -20,7 +20,7 @@ from icdctl.grid import cell_file, expansion, pipeline
 from icdctl.grid.cells import GridCell
 from icdctl.methods import METHODS
 from icdctl.papers.reproduce import grid_cell, name_of
-from icdctl.science import tables
+from icdctl.science import experiments, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS: dict[str, Any] = {
@@ -146,7 +146,7 @@ def test_params_yaml_stands_for_the_papers_cells() -> None:
     made = expansion.expand(content, origin="params.yaml")
     expected: dict[str, GridCell] = {}
     for table in ("icd-cifar100", "icd-cub200", "icd-gamma", "icd-scales", "icd-time"):
-        for cell in tables.select(tables.load(table).cells, family="gamma2"):
+        for cell in experiments.select(tables.load(table).cells, family="gamma2"):
             if cell.why_not(METHODS) is None:
                 expected.setdefault(name_of(cell), grid_cell(cell, {}))
     assert made.keys() == expected.keys()

@@ -122,7 +122,7 @@ def test_a_reference_says_how_many_runs_it_counts_as() -> None:
 def test_a_broken_file_is_an_error_that_names_the_place() -> None:
     with pytest.raises(ArtifactError, match="broken at `rows"):
         published.parse(b'{"made_by": "", "made_from": {"file": "", "sha256": "", "rows": 0}, "rows": [{"id": 0}]}')
-    with pytest.raises(ArtifactError, match="configurations are broken"):
+    with pytest.raises(ArtifactError, match="the paper's configurations is broken"):
         paper.parse(b"{}")
 
 
@@ -165,7 +165,7 @@ def test_both_families_have_what_a_file_states_and_their_own_defaults_else() -> 
     assert settings("mv2", "gamma2") == {"beta": 6, "gamma": 2}
     assert settings("mv2", "gamma8") == {"beta": 6, "gamma": 8}
     assert paper.settings_of("cifar100", "res56", "res20", "dkd", "gamma8") == {"beta": 2}
-    with pytest.raises(UsageError, match="no settings of `crd`"):
+    with pytest.raises(UsageError, match="no settings for `crd`"):
         paper.settings_of("cifar100", "res56", "res20", "crd", "gamma8")
 
 

@@ -21,7 +21,7 @@ from icdctl.methods import METHODS
 from icdctl.papers import catalogue, describe, pipeline
 from icdctl.papers.reproduce import grid_cell, name_of
 from icdctl.science import paper, tables
-from icdctl.science.published import Reference
+from icdctl.science.published import PublishedNumber
 
 ROOT = Path(__file__).resolve().parent.parent
 CD = "cifar100/res32x4-mv2-cd_sdd_dkd-beta2-gamma2"
@@ -485,5 +485,5 @@ def test_what_is_shown_of_a_number_is_what_reproduce_compares_with() -> None:
     for recipe in catalogue.paper_recipes().values():
         for (_, cell), row in zip(recipe.in_tables, describe.paper(recipe)["tables"], strict=True):
             reference = cell.reference
-            assert row["top1"] == (round(reference.top1, 4) if isinstance(reference, Reference) else None)
+            assert row["top1"] == (round(reference.top1, 4) if isinstance(reference, PublishedNumber) else None)
     assert isinstance(catalogue.resolved(catalogue.paper_recipes()[CD.replace("/", "-")].options), RunConfig)

@@ -231,7 +231,7 @@ def test_a_changed_export_is_refused(folder: Path, make_run: MakeRun, make_expor
 def test_an_export_of_another_run_is_refused(folder: Path, make_run: MakeRun, make_export: MakeExport) -> None:
     export = make_export(make_run(1.0))
 
-    with pytest.raises(ArtifactError, match="was made of other weights"):
+    with pytest.raises(ArtifactError, match="was made from other weights"):
         registry.add(folder, make_run(2.0), export_folder=export)
     assert not folder.exists()
 
@@ -265,7 +265,7 @@ def test_a_run_is_one_version(folder: Path, make_run: MakeRun) -> None:
     with pytest.raises(ArtifactError, match="registered already, as `digits100/res8-cd_sdd_dkd@v1`") as caught:
         registry.add(folder, run)
 
-    assert caught.value.hint == "`icdctl registry show digits100/res8-cd_sdd_dkd@v1`"
+    assert caught.value.hint == "`icdctl registry show digits100/res8-cd_sdd_dkd@v1` shows it"
     assert [path.name for path in (folder / "digits100" / "res8-cd_sdd_dkd").iterdir()] == ["v1"]
 
 
@@ -627,7 +627,7 @@ def test_a_teacher_that_is_gone_is_a_note_and_no_damage(folder: Path, make_run: 
     (finding,) = registry.verify(folder, student.reference)
 
     assert finding.sound
-    assert finding.notes == (f"its teacher `{teacher.reference}` is not registered any more, or is another one now",)
+    assert finding.notes == (f"its teacher `{teacher.reference}` is no longer registered, or now has other weights",)
 
 
 # --- verifying ---
@@ -657,7 +657,7 @@ def test_one_flipped_bit_is_found_and_the_file_is_not_handed_out(folder: Path, m
     assert not finding.sound
     assert finding.changed == ("student.safetensors",)
     assert finding.summary == "4 ok; changed: student.safetensors"
-    with pytest.raises(ArtifactError, match="is not what was registered"):
+    with pytest.raises(ArtifactError, match="has changed since it was registered"):
         artifact.file("student.safetensors")
 
 
@@ -669,7 +669,7 @@ def test_absent_is_not_corrupt(folder: Path, make_run: MakeRun) -> None:
 
     assert finding.sound
     assert sorted(finding.absent) == RUN_FILES
-    with pytest.raises(ArtifactError, match="is not here") as caught:
+    with pytest.raises(ArtifactError, match="is not on this machine") as caught:
         artifact.file("student.safetensors")
     assert "`dvc pull`" in caught.value.hint
 
@@ -692,7 +692,7 @@ def test_a_version_that_was_moved_is_found(folder: Path, make_run: MakeRun) -> N
     (finding,) = registry.verify(folder)
 
     assert finding.problems == (
-        "the manifest says `digits100/res8-cd_sdd_dkd@v1`, it lies at `digits100/res8-cd_sdd_dkd@v5`",
+        "the manifest names `digits100/res8-cd_sdd_dkd@v1`, but the folder is that of `digits100/res8-cd_sdd_dkd@v5`",
     )
 
 
@@ -717,7 +717,7 @@ def test_the_card_says_what_a_reader_needs(
     assert f"icdctl eval registry:{artifact.reference}\n" in text
     assert f"icdctl distill --teacher registry:{artifact.reference} " in text
     assert f"- Licence: {artifact.manifest.dataset.licence}" in text
-    assert "no mean, no spread" in text
+    assert "without a mean or a spread" in text
     assert all(record.sha256 in text for record in artifact.manifest.files.values())
 
 
@@ -729,7 +729,7 @@ def test_the_card_of_a_model_without_a_teacher_says_so(folder: Path, make_teache
     text = registry.card(registry.add(folder, run))
 
     assert "trained without a teacher (`ce`)" in text
-    assert "it learnt from the labels alone" in text
+    assert "the model learnt from the labels alone" in text
     assert "- Licence: not known to icdctl" in text
     assert "top-5" not in text
 
@@ -744,7 +744,7 @@ def test_the_card_of_an_export_that_was_not_compared_with_images_says_what_there
 
     text = registry.card(registry.add(folder, run, export_folder=export))
 
-    assert "| ONNX against weights | NOT passed, largest error 2e-06 of 1e-05 allowed |" in text
+    assert "| ONNX compared with the weights | NOT passed, largest error 2e-06, allowed 1e-05 |" in text
 
 
 # --- DVC ---
@@ -776,7 +776,7 @@ def test_in_a_dvc_project_dvc_keeps_the_files(dvc_project: Path, make_run: MakeR
     assert (artifact.folder / "files.dvc").is_file()
 
     shutil.rmtree(artifact.folder / "files")
-    with pytest.raises(ArtifactError, match="is not here") as caught:
+    with pytest.raises(ArtifactError, match="is not on this machine") as caught:
         artifact.file("student.safetensors")
     assert "dvc pull" in caught.value.hint
     assert str(artifact.folder / "files.dvc") in caught.value.hint

@@ -22,11 +22,12 @@ from icdctl.engine.observer import SilentObserver
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.evaluation import Evaluation
 from icdctl.papers.reproduce import grid_cell, name_of
-from icdctl.reporting import Wishes, build_report, figures, numbers, pictures, tables
-from icdctl.reporting.collect import Group, gather
-from icdctl.reporting.drawing import Picture, drawing, finish
-from icdctl.reporting.page import Page, Section, Table, render_markdown, render_page
-from icdctl.reporting.questions import Asked
+from icdctl.reporting import ReportOptions, build_report, drawing, figures, measure, model_maps, pictures, result_tables
+from icdctl.reporting.collect import collect_runs
+from icdctl.reporting.drawing import Picture, finish
+from icdctl.reporting.group_measurements import GroupMeasurements
+from icdctl.reporting.page import Page, PageTable, Section, render_markdown, render_page
+from icdctl.reporting.run_groups import RunGroup
 from icdctl.science import tables as papers
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -230,7 +231,7 @@ def test_models_that_can_not_be_asked_are_told(icdctl: CommandLine, inside: Path
     given = ("report", tmp_path / "runs/dkd", "--out", tmp_path / "out", "--no-latency")
     code, _, err = icdctl(*given)
     assert code == 0, err
-    assert "nothing is compared with the teacher" in err
+    assert "the students are not compared with the teacher" in err
     assert not (tmp_path / "out/figures/digits100-res14-res8-agreement.svg").exists()
     assert (tmp_path / "out/figures/digits100-res14-res8-reliability.svg").exists()
     (tmp_path / "runs/dkd/s1/student.safetensors").write_bytes(b"broken")
@@ -244,9 +245,9 @@ def test_models_that_can_not_be_asked_are_told(icdctl: CommandLine, inside: Path
     [
         (["nowhere"], 1, "holds no finished run"),
         (["runs/unfinished"], 1, "is not finished"),
-        (["runs/old"], 1, "is broken, or of another version"),
+        (["runs/old"], 1, "is broken, or another version made it"),
         (["runs/plain", "--images", "300", "--detail", "res8"], 2, "there is no test image 300"),
-        (["runs/plain", "--images", "x"], 2, "are no numbers of images"),
+        (["runs/plain", "--images", "x"], 2, "is not a list of different numbers of images"),
         (["runs/plain", "--detail", "mv2"], 2, "no pair of models has `mv2`"),
         (["runs/plain", "--table", "icd"], 2, "unknown table"),
         (["runs/plain", "--out", "params.yaml"], 1, "params.yaml"),
@@ -273,12 +274,12 @@ def test_what_can_not_be_reported_is_told(
 def test_runs_of_another_version_in_a_folder_are_left_out(inside: Path, tmp_path: Path) -> None:
     shutil.copytree(inside / "runs/plain", tmp_path / "plain")
     (tmp_path / "plain/s1/config.json").write_text("{}")
-    found = gather([tmp_path])
+    found = collect_runs([tmp_path])
     assert [len(cell.runs) for group in found.groups for cell in group.cells] == [1]
     assert "s1 is left out" in found.notes[0]
     (tmp_path / "plain/s0/config.json").write_text("{}")
-    with pytest.raises(ArtifactError, match="no run of 2 can be read"):
-        gather([tmp_path])
+    with pytest.raises(ArtifactError, match="none of 2 runs can be read"):
+        collect_runs([tmp_path])
 
 
 def test_a_run_that_is_there_twice_counts_once_and_trials_do_not(inside: Path, tmp_path: Path) -> None:
@@ -286,14 +287,14 @@ def test_a_run_that_is_there_twice_counts_once_and_trials_do_not(inside: Path, t
     shutil.copytree(inside / "runs/plain/s1", tmp_path / "runs/sweep/s1")
     shutil.copytree(inside / "runs/dkd/s0", tmp_path / "runs/dkd-search/temperature4/s0")
     (tmp_path / "runs/dkd-search/search.json").write_text("{}")
-    found = gather([tmp_path / "runs"])
+    found = collect_runs([tmp_path / "runs"])
     ((cell,),) = (group.cells for group in found.groups)
     assert [run.config.seed for run in cell.runs] == [0, 1]
     assert found.notes == (f"{tmp_path}/runs/sweep/s1 is left out: the same run as {tmp_path}/runs/plain/s1",)
 
 
 def test_cells_are_compared_with_what_they_build_on(inside: Path) -> None:
-    (group,) = gather([inside / "runs"]).groups
+    (group,) = collect_runs([inside / "runs"]).groups
     assert group.name == "digits100-res14-res8"
     assert [(first.config.method, second.config.method) for first, second in group.comparisons] == [
         ("dkd", "ce"),
@@ -315,57 +316,59 @@ def copied(inside: Path, out: Path, changes: dict[str, dict[str, Any]]) -> Path:
     return out
 
 
-def named(group: Group) -> list[tuple[str, str]]:
+def named(group: RunGroup) -> list[tuple[str, str]]:
     return [(first.label, second.label) for first, second in group.comparisons]
 
 
 def test_only_what_was_trained_alike_is_compared(inside: Path, tmp_path: Path) -> None:
     changes: dict[str, dict[str, Any]] = {"plain": {}, "dkd": {"epochs": 1}, "sdd_dkd": {}, "cd_sdd_dkd": {"lr": 0.5}}
-    (group,) = gather([copied(inside, tmp_path, changes)]).groups
+    (group,) = collect_runs([copied(inside, tmp_path, changes)]).groups
     assert [cell.label for cell in group.cells] == ["ce", "dkd epochs=1", "sdd_dkd", "cd_sdd_dkd lr=0.5"]
     assert group.usual == {"epochs": 2, "lr": 0.1}
     assert named(group) == [("sdd_dkd", "ce")]
-    assert [(cell.label, base.label) for cell, base in group.unmatched] == [
+    assert [(cell.label, base.label) for cell, base in group.uncompared] == [
         ("dkd epochs=1", "ce"),
         ("cd_sdd_dkd lr=0.5", "sdd_dkd"),
     ]
-    table, told = tables.comparisons(Asked(group))
+    table, told = result_tables.comparisons(GroupMeasurements(group))
     assert table is not None
     assert [row[0] for row in table.rows] == ["sdd_dkd - ce"]
-    assert "dkd epochs=1 is compared with nothing that it builds on: ce was trained with other `epochs`." in told
+    assert (
+        "dkd epochs=1 is not compared with ce, which it builds on: they were trained with different `epochs`." in told
+    )
     # With one seed nothing is tested, and nothing is said of tests.
     assert not any("Holm" in note for note in table.notes)
 
 
 def test_what_else_differs_is_told(inside: Path, tmp_path: Path) -> None:
     changes: dict[str, dict[str, Any]] = {"dkd": {"settings": {"beta": 8.0}}, "sdd_dkd": {}}
-    (group,) = gather([copied(inside, tmp_path, changes)]).groups
+    (group,) = collect_runs([copied(inside, tmp_path, changes)]).groups
     assert named(group) == [("sdd_dkd", "dkd")]
-    assert tables.comparisons(Asked(group))[1] == ["sdd_dkd and dkd also differ in beta (2, 8)."]
+    assert result_tables.comparisons(GroupMeasurements(group))[1] == ["sdd_dkd and dkd also differ in beta (2, 8)."]
 
 
 def test_the_training_that_most_methods_share_is_drawn(inside: Path, tmp_path: Path) -> None:
     copied(inside, tmp_path, {"plain": {}, "dkd": {}, "sdd_dkd": {}})
     copied(inside, tmp_path / "short", {"dkd": {"max_steps": 1}})
-    (group,) = gather([tmp_path]).groups
+    (group,) = collect_runs([tmp_path]).groups
     assert [cell.label for cell in group.cells] == ["ce", "dkd", "dkd max_steps=1", "sdd_dkd"]
     assert [cell.label for cell in group.drawn] == ["ce", "dkd", "sdd_dkd"]
 
 
 def test_teachers_of_one_model_are_told_apart(inside: Path, tmp_path: Path) -> None:
     other = {"teacher_sha256": "f" * 64, "teacher_weights": None}
-    first, second = gather([copied(inside, tmp_path, {"plain": {}, "dkd": {}, "sdd_dkd": other})]).groups
+    first, second = collect_runs([copied(inside, tmp_path, {"plain": {}, "dkd": {}, "sdd_dkd": other})]).groups
     assert [cell.label for cell in first.cells] == ["ce", "dkd"]
     assert second.title == "res14 ffffff to res8 on digits100"
     assert first.teacher_label == f"res14 {(first.teacher_sha256 or '')[:6]}"
-    (picture,) = pictures.pareto([Asked(first), Asked(second)])
+    (picture,) = pictures.pareto([GroupMeasurements(first), GroupMeasurements(second)])
     assert picture.alternative.count("res8, ce ") == 1
-    assert f"res8, dkd, of {first.teacher_label} " in picture.alternative
-    assert "res8, sdd_dkd, of res14 ffffff " in picture.alternative
+    assert f"res8, dkd, from {first.teacher_label} " in picture.alternative
+    assert "res8, sdd_dkd, from res14 ffffff " in picture.alternative
 
 
 def test_test_images_of_one_name_are_told_apart(inside: Path, tmp_path: Path) -> None:
-    groups = gather([copied(inside, tmp_path, {"dkd": {}, "sdd_dkd": {"test_images": 200}})]).groups
+    groups = collect_runs([copied(inside, tmp_path, {"dkd": {}, "sdd_dkd": {"test_images": 200}})]).groups
     assert {group.images for group in groups} == {"digits100 (test images 1)", "digits100 (test images 2)"}
     assert len({group.title for group in groups}) == 2
 
@@ -374,7 +377,7 @@ def test_runs_that_watch_held_out_images_have_curves_of_their_own(inside: Path, 
     copied(inside, tmp_path, {"plain": {}, "dkd": {"val_split": 0.1}})
     path = tmp_path / "dkd/history.csv"
     path.write_text(path.read_text().replace("test_top1", "val_top1"))
-    (group,) = gather([tmp_path]).groups
+    (group,) = collect_runs([tmp_path]).groups
     on_test, held_out = pictures.curves(group)
     assert "ce " in on_test.alternative
     assert "dkd" not in on_test.alternative
@@ -385,11 +388,11 @@ def test_runs_that_watch_held_out_images_have_curves_of_their_own(inside: Path, 
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("metrics.json", '"final_top1": ', '"final_top1": NaN, "was": ', "`final_top1` is no number"),
-        ("metrics.json", '"seconds": ', '"seconds": "long", "was": ', "`seconds` is no number"),
+        ("metrics.json", '"final_top1": ', '"final_top1": NaN, "was": ', "`final_top1` is not a number"),
+        ("metrics.json", '"seconds": ', '"seconds": "long", "was": ', "`seconds` is not a number"),
         ("metrics.json", '"best_top1": ', '"was": ', "best_top1"),
         ("history.csv", "test_top1", "top1", "has no accuracy"),
-        ("environment.json", '"versions": {', '"versions": [], "was": {', "holds something else"),
+        ("environment.json", '"versions": {', '"versions": [], "was": {', "does not have the expected format"),
     ],
 )
 def test_a_run_with_broken_numbers_is_told(
@@ -399,7 +402,7 @@ def test_a_run_with_broken_numbers_is_told(
     assert path.read_text().count(old) == 1
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ArtifactError, match=message):
-        gather([tmp_path / "dkd"])
+        collect_runs([tmp_path / "dkd"])
 
 
 @pytest.mark.parametrize("name", ["index.html", "report.json", "summary.md"])
@@ -408,7 +411,7 @@ def test_files_of_others_are_left_alone(icdctl: CommandLine, inside: Path, tmp_p
     (tmp_path / "figures/mine.png").write_text("mine")
     (tmp_path / name).write_text('{"figures": 3}')
     code, _, err = icdctl("report", inside / "runs/plain", "--out", tmp_path, "--no-latency")
-    assert (code, "is of no report that icdctl wrote" in err) == (1, True)
+    assert (code, "is not part of a report that icdctl wrote" in err) == (1, True)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["figures", name])
     assert (tmp_path / "figures/mine.png").read_text() == "mine"
 
@@ -491,9 +494,9 @@ def test_a_teacher_of_several_students_is_asked_once(
     api.distill(student="shuv2", out=str(tmp_path / "shuv2"), **options)
     listener = Listener()
     paths = [inside / "runs/dkd", inside / "runs/sdd_dkd", tmp_path / "shuv2"]
-    build_report(paths, tmp_path / "out", Wishes(latency=False, device="cpu"), observer=listener)
+    build_report(paths, tmp_path / "out", ReportOptions(latency=False, device="cpu"), observer=listener)
     # Once for its own numbers, and once for its logits, which both groups and all figures then share.
-    assert listener.heard.count("asking res14") == 2
+    assert listener.heard.count("evaluating res14") == 2
 
 
 def test_what_is_registered_is_told(
@@ -507,7 +510,7 @@ def test_what_is_registered_is_told(
     assert code == 0, err
     summary = (tmp_path / "out/summary.md").read_text()
     assert "registry: digits100/res14-ce@v1 |" in summary
-    assert "| registry: digits100/res8-dkd@v1 | res8, dkd, seed 0, of res14 |" in summary
+    assert "| registry: digits100/res8-dkd@v1 | res8, dkd, seed 0, from res14 |" in summary
 
 
 def test_lineage_of_plain_runs_has_no_teacher(icdctl: CommandLine, inside: Path, tmp_path: Path) -> None:
@@ -532,19 +535,19 @@ def test_reliability_by_hand() -> None:
 
 def test_correlation_and_gram_by_hand() -> None:
     logits = torch.tensor([[1.0, 2.0, 5.0], [2.0, 4.0, 5.0], [3.0, 0.0, 5.0]])
-    matrix = numbers.correlation(logits)
+    matrix = measure.correlation(logits)
     assert matrix[0, 1] == pytest.approx(-0.5)  # (-1 x 0 + 0 x 2 + 1 x -2) / (sqrt 2 x sqrt 8)
     assert matrix[0, 0] == pytest.approx(1.0)
     assert matrix[2].tolist() == [0.0, 0.0, 0.0]  # never changes
-    cells = torch.zeros(2, 4, 4)
-    cells[0, :2], cells[1, 2:] = 3.0, 4.0  # the upper half is of one class, the lower of the other
-    assert numbers.gram_of(cells, 2) == pytest.approx(np.kron(np.eye(2), np.ones((2, 2))))
-    assert numbers.gram_of(cells, 4).shape == (16, 16)
+    regions = torch.zeros(2, 4, 4)
+    regions[0, :2], regions[1, 2:] = 3.0, 4.0  # the upper half is of one class, the lower of the other
+    assert measure.gram_of(regions, 2) == pytest.approx(np.kron(np.eye(2), np.ones((2, 2))))
+    assert measure.gram_of(regions, 4).shape == (16, 16)
 
 
 def test_as_many_styles_as_points() -> None:
     labels = [*(f"cell {number}" for number in range(100)), "a (teacher)", "b (teacher)"]
-    styles = [style for _, *style in figures._styled(labels)]
+    styles = [style for _, *style in drawing.styled(labels)]
     assert len({tuple(style) for style in styles}) == len(labels)
 
 
@@ -552,7 +555,7 @@ def test_labels_of_any_length_and_kind_leave_figures_whole() -> None:
     names = {0: "_hidden", 1: "$x^2$ <b>猫</b> & a class with a name that nobody reads to its end"}
     placed = {"m " * 40: np.arange(12.0).reshape(6, 2)}
     labels = np.arange(6) % 2
-    made = figures.feature_maps("f", placed, labels, names, perplexity=5 / 3)
+    made = model_maps.feature_maps("f", placed, labels, names, perplexity=5 / 3)
     assert "_hidden" in made.svg
     assert "$x^2$ &lt;b&gt;猫&lt;/b&gt; &amp; a" in made.svg
     assert "its end" not in made.svg
@@ -574,10 +577,10 @@ def test_the_frontier_is_what_nothing_cheaper_beats() -> None:
 
 def test_few_and_equal_features_still_make_a_map() -> None:
     features = torch.ones(6, 4)
-    placed = numbers.feature_map(features)
+    placed = measure.feature_map(features)
     assert placed.shape == (6, 2)
     assert np.isfinite(placed).all()
-    made = figures.feature_maps(
+    made = model_maps.feature_maps(
         "f", {"m": placed}, np.arange(6), {number: f"c{number}" for number in range(6)}, perplexity=2
     )
     assert "not defined" in made.alternative
@@ -585,19 +588,19 @@ def test_few_and_equal_features_still_make_a_map() -> None:
 
 def test_chosen_images_are_the_same_every_time() -> None:
     labels = torch.arange(200) % 20
-    first, second = (numbers.choose_images(labels, num_shown=4) for _ in range(2))
+    first, second = (measure.choose_images(labels, num_shown=4) for _ in range(2))
     assert first.shown.tolist() == second.shown.tolist()
     assert len({int(labels[number]) for number in first.shown}) == 4
     assert {int(labels[number]) for number in first.mapped} == set(first.classes)
     with pytest.raises(UsageError, match="no test image -1"):
-        numbers.choose_images(labels, num_shown=4, shown=[-1])
+        measure.choose_images(labels, num_shown=4, shown=[-1])
 
 
 def test_a_figure_is_the_same_whatever_the_users_style(tmp_path: Path) -> None:
     import matplotlib
 
     def draw() -> Picture:
-        with drawing(2, 2) as figure:
+        with drawing.drawing(2, 2) as figure:
             figure.add_subplot().plot([1, 2], [3, 4], label="$x$ 猫 <b>")
             return finish(figure, "f", title="t", caption="c", alternative="a")
 
@@ -612,11 +615,11 @@ def test_a_figure_is_the_same_whatever_the_users_style(tmp_path: Path) -> None:
 
 
 def test_tables_align_numbers_and_escape_text() -> None:
-    table = Table("t", ("a", "b", "c"), (("x|y", "1,000", ""), ("<i>", "-2.5 ± 0.1", "< 0.001")))
+    table = PageTable("t", ("a", "b", "c"), (("x|y", "1,000", ""), ("<i>", "-2.5 ± 0.1", "< 0.001")))
     assert table.kinds == ["", "number", "number"]
-    assert Table("t", ("a", "sha256", "c"), (("x", "ab12", "word " * 20),)).kinds == ["", "hash", "long"]
-    assert Table("t", ("a", "b"), ()).kinds == ["", ""]
-    less = Table("t", ("a", "b", "c"), (("1", "", "x"), ("", "", "y")), ("n",)).without_empty_columns()
+    assert PageTable("t", ("a", "sha256", "c"), (("x", "ab12", "word " * 20),)).kinds == ["", "hash", "long"]
+    assert PageTable("t", ("a", "b"), ()).kinds == ["", ""]
+    less = PageTable("t", ("a", "b", "c"), (("1", "", "x"), ("", "", "y")), ("n",)).without_empty_columns()
     assert (less.headers, less.rows, less.notes) == (("a", "c"), (("1", "x"), ("", "y")), ("n",))
     made = Page("p", ["a `b` <c>"], [Section("s", "S", tables=[table])], ["left `one"])
     html = render_page(made)

@@ -13,7 +13,9 @@ from icdctl.config.run import RunConfig
 from icdctl.errors import UsageError
 from icdctl.methods import METHODS
 from icdctl.science import published, tables
-from icdctl.science.tables import LOSSES, TABLES, Table, select
+from icdctl.science.baseline_tables import CIFAR100_PAIRS, CUB200_PAIRS
+from icdctl.science.experiments import LOSSES, PaperTable, select
+from icdctl.science.tables import TABLES
 
 NAMES = (
     "icd-cifar100",
@@ -85,9 +87,7 @@ def test_claims_are_about_cells_of_the_table(name: str) -> None:
         table.cell("cifar100/none")
 
 
-@pytest.mark.parametrize(
-    ("name", "pairs"), [("icd-cifar100", tables.CIFAR100_PAIRS), ("icd-cub200", tables.CUB200_PAIRS)]
-)
+@pytest.mark.parametrize(("name", "pairs"), [("icd-cifar100", CIFAR100_PAIRS), ("icd-cub200", CUB200_PAIRS)])
 @pytest.mark.parametrize("family", ["gamma2", "gamma8"])
 def test_each_family_has_three_methods_of_each_kind_for_each_pair(
     name: str, pairs: tuple[tuple[str, str], ...], family: str
@@ -165,7 +165,7 @@ def test_every_number_of_the_papers_tables_is_in_a_cell() -> None:
     assert [row.source for row in left_out if row.family is not None] == ["iCD:eval_cub.sh:80"]
 
 
-def published_differences(table: Table, comparison: str, family: str) -> list[float]:
+def published_differences(table: PaperTable, comparison: str, family: str) -> list[float]:
     return [
         claim.claimed
         for claim in table.claims

@@ -11,7 +11,7 @@ import pytest
 
 from icdctl.errors import UsageError
 from icdctl.methods import METHODS
-from icdctl.science import tables, verdicts
+from icdctl.science import experiments, tables, verdict_formats
 from icdctl.science.verdicts import Judgement, Result, judge
 
 ABOVE_FINAL = 0.32
@@ -73,13 +73,13 @@ def test_a_missing_best_epoch_is_said() -> None:
     only_final = {seed: Result(result.final) for seed, result in results(65.7).items()}
     row = judge(GAMMA, {gamma_key(1): only_final}, methods=METHODS).cells[0]
     assert row.compared == "final"
-    assert "our final epoch against a published number of the best one" in row.reason
+    assert "our final epoch is compared with a published number from the best epoch" in row.reason
 
 
 def test_an_underpowered_cell_says_how_many_seeds_would_do() -> None:
     row = judge(GAMMA, {gamma_key(1): results(65.7, seeds=3, sd=0.6)}, methods=METHODS).cells[0]
     assert row.status == "underpowered"
-    assert "seeds find a mean that is the published number in 4 cases of 5" in row.reason
+    assert "seeds confirm a mean equal to the published number in 4 cases of 5" in row.reason
 
 
 def test_final_epochs_are_compared_with_final_epochs() -> None:
@@ -104,7 +104,9 @@ def test_a_key_of_another_table_is_refused() -> None:
         judge(GAMMA, {"cub200/other": results(1)}, methods=METHODS)
 
 
-def shared_noise(table: tables.Table, gain: dict[str, float], *, seeds: int = 5) -> dict[str, dict[int, Result]]:
+def shared_noise(
+    table: experiments.PaperTable, gain: dict[str, float], *, seeds: int = 5
+) -> dict[str, dict[int, Result]]:
     """Results in which a seed moves all methods alike, and each kind of method adds its gain."""
     random = np.random.default_rng(4)
     measured = {}
@@ -159,7 +161,7 @@ def test_nothing_measured_is_a_table_all_the_same() -> None:
     found = judge(tables.load("icd-cub200"), {}, methods=METHODS)
     assert set(found.counts) == {"not measured"}
     assert {row.finding for row in (*found.overall, *found.claims)} == {"not measured"}
-    assert verdicts.to_markdown(verdicts.sheets(found))
+    assert verdict_formats.to_markdown(verdict_formats.sheets(found))
 
 
 def test_times_are_ratios_to_kd() -> None:
@@ -192,38 +194,38 @@ def test_part_of_a_table_can_be_judged() -> None:
 
 
 def test_writers_give_the_same_bytes_and_every_row(judged: Judgement) -> None:
-    found = verdicts.sheets(judged)
+    found = verdict_formats.sheets(judged)
     assert [sheet.title for sheet in found] == [
         "icd-gamma: the weight of the cluster term, 1 to 8, on CUB-200",
         "icd-gamma: claims, for each pair of models",
     ]
-    for write in (verdicts.to_markdown, verdicts.to_latex):
+    for write in (verdict_formats.to_markdown, verdict_formats.to_latex):
         text = write(found)
-        assert text == write(verdicts.sheets(judged))
+        assert text == write(verdict_formats.sheets(judged))
         assert text.count("not reproduced") >= 1
         assert text.endswith("\n")
-    markdown = verdicts.to_markdown(found).splitlines()
+    markdown = verdict_formats.to_markdown(found).splitlines()
     columns = {line.count(" | ") for line in markdown if line.startswith("| ")}
     assert columns == {9, 10}
-    latex = verdicts.to_latex(found)
+    latex = verdict_formats.to_latex(found)
     assert r"cd\_sdd\_kd" in latex
     assert "±" not in latex
     assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") == 2
 
 
 def test_csv_is_for_programs(judged: Judgement) -> None:
-    rows = list(csv.DictReader(io.StringIO(verdicts.cells_csv(judged))))
+    rows = list(csv.DictReader(io.StringIO(verdict_formats.cells_csv(judged))))
     assert len(rows) == 8
     assert rows[0]["verdict"] == "reproduced"
     assert float(rows[0]["published"]) == 65.706
     assert rows[7]["n"] == "0"
     assert rows[7]["final_mean"] == ""
-    claims = list(csv.DictReader(io.StringIO(verdicts.claims_csv(judged))))
+    claims = list(csv.DictReader(io.StringIO(verdict_formats.claims_csv(judged))))
     assert [row["comparison"] for row in claims][:2] == ["gamma 2 - gamma 1", "gamma 3 - gamma 1"]
 
 
 def test_json_has_no_nan(judged: Judgement) -> None:
-    text = json.dumps(verdicts.as_json(judged), allow_nan=False)
+    text = json.dumps(verdict_formats.as_json(judged), allow_nan=False)
     assert json.loads(text)["counts"]["reproduced"] == 1
 
 
@@ -232,7 +234,7 @@ def test_signs_and_zeros_read_well() -> None:
     same = {seed: Result(90.0 + seed, 91.0 + seed) for seed in range(3)}
     found = judge(demo, {cell.key: same for cell in demo.cells}, methods=METHODS)
     assert {row.finding for row in found.claims} == {"not distinguishable"}
-    line = verdicts.sheets(found)[1].rows[0]
+    line = verdict_formats.sheets(found)[1].rows[0]
     assert "0.00 ± 0.00" in line
     assert "-0.00" not in "".join(line)
 

@@ -1,4 +1,4 @@
-"""`icdctl clean`: what is kept to save time, and making room."""
+"""`icdctl clean`."""
 
 from __future__ import annotations
 
@@ -22,24 +22,28 @@ def clean(
         typer.Option(
             "--kind",
             metavar="KIND",
-            help="`images`, `answers`, `numbers`, `downloads`, `remains`; states of runs: `finished` (the result is in "
-            "the run folder too) and `resume` (needed to go on); may be repeated.",
-            show_default=False,
+            help="Kind to delete; may be repeated. Caches: `images` (decoded), `answers` (teacher caches), `numbers` "
+            "(of reports), `downloads`, `remains` (of killed processes). States of runs: `finished` (the result is in "
+            "the run folder, too), `resume` (`--resume` needs them).",
+            show_default="all caches",
         ),
     ] = None,
     older_than: Annotated[
-        str | None, typer.Option(metavar="30d", help="Only what was not of use for so long.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="30d", help="Delete only what was not used for this long: 30d, 12h, 2w.", show_default=False
+        ),
     ] = None,
     listing: Annotated[
-        bool, typer.Option("--list", help="Show all that is kept, states of runs too; delete nothing.")
+        bool, typer.Option("--list", help="List everything that is kept, including states of runs; delete nothing.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; delete nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be deleted; delete nothing.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Delete caches that no process uses: decoded images, answers of teachers, numbers of reports, downloads.
+    """Delete caches that no process uses: decoded images, teacher caches, numbers of reports, downloads.
 
-    All that goes is made again when it is missed. States of runs go where `--kind finished` or `--kind resume` asks for
-    it; after the latter, their training starts anew.
+    Caches are built again when they are needed. States of runs are deleted only with `--kind finished` or `--kind
+    resume`; runs whose state is deleted with the latter must be trained from the start.
 
     Example: icdctl clean --older-than 30d
     """
@@ -69,7 +73,7 @@ def clean(
     said = "would free" if dry_run else "freed"
     console.talk(f"{said} {_size(_total(done.freed))} in {files.state_folder()}")
     for entry in done.in_use:
-        console.talk(f"left, for a process uses it: {entry.kind} {entry.of or entry.name}")
+        console.talk(f"kept, because a process uses it: {entry.kind} {entry.of or entry.name}")
     if done.failed:
         raise combine(done.failed)
 
@@ -83,12 +87,12 @@ def _list(found: Sequence[Entry], *, as_json: bool) -> None:
         console.show_json({"folder": str(files.state_folder()), "entries": rows, "bytes": _total(found)})
         return
     if not found:
-        console.talk(f"nothing of that is kept in {files.state_folder()}")
+        console.talk(f"{files.state_folder()} holds nothing to delete")
         return
     _show(found, [name for name, is_held in held.items() if is_held])
     could = _total(entry for entry in found if entry.kind in cleanup.CACHES and not held[entry.name])
     console.talk(
-        f"{_size(_total(found))} in {files.state_folder()}; `icdctl clean` would free {_size(could)}, and leaves "
+        f"{_size(_total(found))} in {files.state_folder()}; `icdctl clean` would free {_size(could)}; it keeps the "
         "states of runs unless their `--kind` is named"
     )
 
@@ -98,7 +102,7 @@ def _total(entries: Iterable[Entry]) -> int:
 
 
 def _show(entries: Sequence[Entry], in_use: Sequence[str]) -> None:
-    """A row each; the numbers of reports, which are many and small, together."""
+    """Print a table with a row for each entry; the numbers of reports, which are many and small, share a row."""
     rows: list[list[object]] = []
     for entry in entries:
         if entry.kind != "numbers":

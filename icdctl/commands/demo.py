@@ -14,14 +14,16 @@ from icdctl.errors import IcdctlError
 
 def demo(
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The only folder it writes to.", show_default="runs/demo")
+        Path | None, typer.Option(metavar="DIR", help="The only folder that is written to.", show_default="runs/demo")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of all runs.")] = 0,
-    device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto",
-    restart: Annotated[bool, typer.Option("--restart", help="Throw an earlier demo in that folder away.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of all runs.")] = 0,
+    device: Annotated[str, typer.Option(help="Device to train on: `auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto",
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Delete an earlier demo in this folder and start again.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """The whole job in two minutes: teacher, plain and distilled student, ONNX, registry, report.
+    """Run the whole job in two minutes: teacher, plain and distilled student, ONNX, registry, report.
 
     Example: icdctl demo --out /tmp/demo
     """
@@ -41,7 +43,7 @@ def demo(
         console.show_json(result.as_json())
     else:
         console.show_table(TABLE_COLUMNS, table_rows(result))
-        console.show_line(f"\ndistillation adds {result.gain:.1f} points; read this with it:")
+        console.show_line(f"\ndistillation adds {result.gain:.1f} points; when you quote this number, note:")
         for caveat in CAVEATS:
             console.show_line(f"- {caveat}")
         console.show_line(f"\nreport  {folder / REPORT_FILE}\ncurves  {folder / CURVES_FILE}")

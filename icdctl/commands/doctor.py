@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from typing import Any
+from typing import TypedDict
 
 from icdctl import files
 from icdctl.commands import console, options
@@ -14,8 +14,15 @@ from icdctl.errors import IcdctlError
 _LOW_DISK_BYTES = 2 * 10**9
 
 
+class _Check(TypedDict):
+    status: str
+    what: str
+    found: str
+    hint: str
+
+
 def doctor(as_json: options.Json = False) -> None:
-    """Look at the machine: versions, devices, folders, data; exit 1 where something would fail.
+    """Check this machine: versions, devices, folders and data; the exit code is 1 if icdctl would fail here.
 
     Example: icdctl doctor
     """
@@ -33,11 +40,11 @@ def doctor(as_json: options.Json = False) -> None:
         )
 
 
-def _check(status: str, what: str, found: str, hint: str = "") -> dict[str, Any]:
+def _check(status: str, what: str, found: str, hint: str = "") -> _Check:
     return {"status": status, "what": what, "found": found, "hint": hint}
 
 
-def _software() -> list[dict[str, Any]]:
+def _software() -> list[_Check]:
     from icdctl import versions
     from icdctl.engine.environment import PACKAGES
 
@@ -48,7 +55,7 @@ def _software() -> list[dict[str, Any]]:
     ]
 
 
-def _devices() -> list[dict[str, Any]]:
+def _devices() -> list[_Check]:
     import torch
 
     threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
@@ -57,7 +64,7 @@ def _devices() -> list[dict[str, Any]]:
         built = torch.version.cuda or "no CUDA"
         return [
             *found,
-            _check("none", "cuda", f"no device (torch is built for {built}); `--device auto` takes the CPU"),
+            _check("none", "cuda", f"no device (torch is built for {built}); `--device auto` uses the CPU"),
         ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -66,7 +73,7 @@ def _devices() -> list[dict[str, Any]]:
     return found
 
 
-def _folders() -> list[dict[str, Any]]:
+def _folders() -> list[_Check]:
     from icdctl import cleanup
 
     home = files.state_folder()
@@ -80,11 +87,11 @@ def _folders() -> list[dict[str, Any]]:
         kept = f"{cleanup.total_bytes() / 1e9:.1f} GB in caches and states of runs (`icdctl clean --list`)"
         return [*found, _check(status, "state", f"{home}, {free / 1e9:.0f} GB free, {kept}")]
     except OSError as error:
-        hint = "name a folder that you may write to with `ICDCTL_HOME`"
+        hint = "set `ICDCTL_HOME` to a folder that you may write to"
         return [*found, _check("fail", "state", f"`{home}` can't be written: {error.strerror}", hint)]
 
 
-def _data() -> list[dict[str, Any]]:
+def _data() -> list[_Check]:
     from icdctl.data import DATASETS, release
 
     folder = files.data_folder()
@@ -106,5 +113,5 @@ def _data() -> list[dict[str, Any]]:
         elif state == "other":
             found.append(_check("other", name, f"`{place / member}` is not the published file (other md5)"))
         else:
-            found.append(_check("none", name, f"not in `{folder}`; `icdctl fetch-data {name}` brings it"))
+            found.append(_check("none", name, f"not in `{folder}`; fetch it with `icdctl fetch-data {name}`"))
     return found

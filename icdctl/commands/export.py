@@ -12,33 +12,40 @@ from icdctl.errors import UsageError
 
 
 def export(
-    target: Annotated[str, typer.Argument(help="A run folder, a weights file or `registry:NAME`.")],
+    target: Annotated[
+        str, typer.Argument(help="The trained model to export: a run folder, a weights file or `registry:NAME`.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
             "-o",
             metavar="DIR",
-            help="Folder to make.",
-            show_default="onnx in the run folder, or here for `registry:`",
+            help="New folder for the export.",
+            show_default="`onnx` beside the weights; `onnx` in the current folder for `registry:`",
         ),
     ] = None,
     input_kind: Annotated[
         str,
         typer.Option(
             "--input",
-            help="`uint8`: pixels \\[batch, H, W, 3], preprocessing inside; `float`: normalised \\[batch, 3, H, W].",
+            help="Input of the graph. `uint8`: pixels \\[batch, H, W, 3], which the graph normalises; `float`: "
+            "\\[batch, 3, H, W], normalised by the caller.",
         ),
     ] = "uint8",
-    opset: Annotated[int, typer.Option(help="18 to 23.")] = 18,
+    opset: Annotated[int, typer.Option(help="ONNX operator set, 18 to 23; a higher one needs a newer runtime.")] = 18,
     dataset: Annotated[
-        str | None, typer.Option(help="For weights that do not say what they were trained on.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Data set that the model was trained on; needed for weights files that do not state it.",
+            show_default=False,
+        ),
     ] = None,
     data_dir: options.DataDir = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace an export that is there.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an existing export in this folder.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Make an ONNX file that agrees with PyTorch, and prove it with onnxruntime.
+    """Export a trained model to ONNX and verify with onnxruntime that it computes the same as PyTorch.
 
     Example: icdctl export runs/demo/distilled
     """
@@ -60,9 +67,9 @@ def export(
         return
     report = result.report
     agreement = (
-        "no test images here"
+        "not measured: the test images are not on this machine"
         if report.agreement is None
-        else f"{report.agreement:.2f} % same class as PyTorch, on up to 1,000 test images"
+        else f"{report.agreement:.2f} % of up to 1,000 test images get the same class as in PyTorch"
     )
     console.show_line(f"{'file':<11} {result.model_file} ({result.num_bytes / 1e6:.2f} MB, opset {opset})")
     console.show_line(f"{'verified':<11} largest difference {report.max_error:.1e}, allowed {report.tolerance:.1e}")
@@ -72,7 +79,7 @@ def export(
             f"{'top-1':<11} {result.accuracy['top1']:.2f} with onnxruntime on {result.accuracy['images']:,} test images"
         )
     console.show_line(f"{'card':<11} {result.folder / 'README.md'}")
-    console.talk(f"`icdctl predict {result.folder} IMAGE` classifies image files with it")
+    console.talk(f"`icdctl predict {result.folder} IMAGE` classifies image files with this model")
 
 
 def _input_kind(name: str) -> Literal["uint8", "float"]:

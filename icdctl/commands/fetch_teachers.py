@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,24 +13,31 @@ from icdctl.commands import console, options
 from icdctl.errors import IcdctlError, combine
 
 if TYPE_CHECKING:
-    from icdctl.teachers import Fetched, Watcher
+    from icdctl.teachers import FetchedTeacher, FetchProgress
 
 
 def fetch_teachers(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME", help="e.g. `res32x4`, which is `cifar100/res32x4`.", show_default=False),
+        typer.Argument(
+            metavar="NAME",
+            help="Teachers to fetch, e.g. `res32x4`, which means `cifar100/res32x4`; `--list` shows all names.",
+            show_default=False,
+        ),
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All that can be downloaded.")] = False,
-    listing: Annotated[bool, typer.Option("--list", help="Show what there is; fetch nothing.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Fetch every teacher that programs can download.")] = False,
+    listing: Annotated[
+        bool, typer.Option("--list", help="List the published teachers and their state; fetch nothing.")
+    ] = False,
     from_file: options.FromFile = None,
     mirror: options.Mirror = None,
     offline: options.Offline = False,
     keep_original: Annotated[
-        bool, typer.Option("--keep-original", help="Keep the .pth beside the converted file.")
+        bool, typer.Option("--keep-original", help="Keep the original .pth file beside the converted one.")
     ] = False,
     accept_accuracy: Annotated[
-        bool, typer.Option("--accept-accuracy", help="Take it though its top-1 is not the published one.")
+        bool,
+        typer.Option("--accept-accuracy", help="Accept a teacher whose measured top-1 differs from the published one."),
     ] = False,
     data_dir: options.DataDir = None,
     as_json: options.Json = False,
@@ -51,7 +58,7 @@ def fetch_teachers(
     else:
         wanted = list({row.name: row for row in map(teachers.find_published, names or [])}.values())
     options.check_wanted([row.name for row in wanted], from_file, example="icdctl fetch-teachers res32x4")
-    wishes = teachers.Wishes(
+    fetch_options = teachers.FetchOptions(
         from_file=from_file,
         mirrors=download.mirrors_in_order(mirror),
         offline=offline,
@@ -60,24 +67,24 @@ def fetch_teachers(
         data_folder=None if data_dir is None else files.user_path(data_dir),
         device=str(resolve_device("auto")),
     )
-    results: list[Fetched] = []
+    results: list[FetchedTeacher] = []
     problems: list[IcdctlError] = []
     for teacher in wanted:
         try:
-            with _watched(teacher.name) as watcher:
-                results.append(teachers.fetch_teacher(teacher, wishes, watcher))
+            with _watched(teacher.name) as progress:
+                results.append(teachers.fetch_teacher(teacher, fetch_options, progress))
         except IcdctlError as error:
             problems.append(error)
     teachers.clear_cache()
     _report(results, problems, as_json)
 
 
-def _report(results: list[Fetched], problems: list[IcdctlError], as_json: bool) -> None:
+def _report(results: list[FetchedTeacher], problems: list[IcdctlError], as_json: bool) -> None:
     for result in results:
         if result.entry.measured_top1 is None:
             console.talk(
-                f"{result.name}: its accuracy is not checked yet, for the data are not here; after `icdctl fetch-data "
-                f"{result.name.partition('/')[0]}`, run this command again"
+                f"{result.name}: its accuracy is not checked yet, because the test images are not on this machine; run "
+                f"`icdctl fetch-data {result.name.partition('/')[0]}`, then this command again"
             )
         elif result.data_caveat:
             console.talk(f"warning: {result.data_caveat}")
@@ -90,20 +97,20 @@ def _report(results: list[Fetched], problems: list[IcdctlError], as_json: bool) 
         console.show_json({"teachers": [result.as_json() for result in results]})
 
 
-def _about(result: Fetched) -> str:
+def _about(result: FetchedTeacher) -> str:
     entry = result.entry
     measured = "not measured" if entry.measured_top1 is None else f"{entry.measured_top1:.2f}"
-    accepted = ", accepted nevertheless" if entry.accuracy_accepted else ""
+    accepted = ", accepted despite the difference" if entry.accuracy_accepted else ""
     state = "fetched to" if result.new else "already in"
     return f"{state} {result.path} (top-1 {measured}, published {result.published_top1:.2f}{accepted})"
 
 
 @contextmanager
-def _watched(name: str) -> Iterator[Watcher]:
-    from icdctl.teachers import Watcher
+def _watched(name: str) -> Iterator[FetchProgress]:
+    from icdctl.teachers import FetchProgress
 
     with console.amounts() as begin:
-        yield Watcher(
+        yield FetchProgress(
             on_bytes=begin(name, "MB"),
             on_decoded=begin(f"{name}: decoding", "images"),
             on_images=begin(f"{name}: accuracy", "images"),
@@ -113,7 +120,7 @@ def _watched(name: str) -> Iterator[Watcher]:
 def _show_listing(as_json: bool) -> None:
     from icdctl import teachers
 
-    rows: list[dict[str, Any]] = teachers.overview()
+    rows = teachers.overview()
     if as_json:
         console.show_json({"teachers": rows})
         return

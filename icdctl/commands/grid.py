@@ -65,7 +65,7 @@ def plan(
     """
     from icdctl.grid.forecast import forecast_cells, missing_data
     from icdctl.grid.search_status import search_statuses
-    from icdctl.science.compare import power_of, seeds_needed
+    from icdctl.science.power import power_of, seeds_needed
 
     grid = _grid(cells, seeds, sweep, data_dir=data_dir)
     rows = forecast_cells(grid, bench=None if bench is None else _measured(bench))

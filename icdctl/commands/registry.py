@@ -10,20 +10,28 @@ import typer
 from icdctl.commands import console, options
 from icdctl.errors import ArtifactError
 
-app = typer.Typer(help="Register trained models: numbered, hashed, with lineage.", no_args_is_help=True)
+app = typer.Typer(help="Keep finished runs as numbered versions with hashes and lineage.", no_args_is_help=True)
 
 Folder = Annotated[
     Path | None,
-    typer.Option("--registry", metavar="DIR", help="The registry's folder.", show_default="registry in the project"),
+    typer.Option("--registry", metavar="DIR", help="Folder of the registry.", show_default="`registry` in the project"),
 ]
 
 
 @app.command("add")
 def add(
-    run_folder: Annotated[Path, typer.Argument(help="A finished run.")],
-    name: Annotated[str | None, typer.Option(show_default="<dataset>/<student>-<method>")] = None,
+    run_folder: Annotated[Path, typer.Argument(help="Folder of a finished run; its files are copied.")],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the artifact.", show_default="<dataset>/<student>-<method>")
+    ] = None,
     export_folder: Annotated[
-        Path | None, typer.Option("--onnx", metavar="DIR", help="Its export folder.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--onnx",
+            metavar="DIR",
+            help="Folder that `icdctl export` made from this run, to register with it.",
+            show_default=False,
+        ),
     ] = None,
     folder: Folder = None,
     as_json: options.Json = False,
@@ -44,7 +52,7 @@ def add(
 
 @app.command("list")
 def list_(folder: Folder = None, as_json: options.Json = False) -> None:
-    """Show what is registered.
+    """List all registered versions.
 
     Example: icdctl registry list
     """
@@ -55,7 +63,8 @@ def list_(folder: Folder = None, as_json: options.Json = False) -> None:
         console.show_json({"artifacts": found})
     elif found:
         rows = [
-            [item["reference"], item["variant"], item["teacher"] or "", _top1(item["final_top1"])] for item in found
+            [str(item["reference"]), str(item["variant"]), str(item["teacher"] or ""), _top1(item["final_top1"])]
+            for item in found
         ]
         console.show_table(["artifact", "variant", "teacher", "top-1"], rows)
     else:
@@ -68,9 +77,11 @@ def _top1(value: object) -> str:
 
 @app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(help="NAME or NAME@vN.")], folder: Folder = None, as_json: options.Json = False
+    name: Annotated[str, typer.Argument(help="NAME for the newest version of an artifact, NAME@vN for a certain one.")],
+    folder: Folder = None,
+    as_json: options.Json = False,
 ) -> None:
-    """Show one artifact's card and lineage.
+    """Show the card and the lineage of one artifact.
 
     Example: icdctl registry show digits100/res8-cd_sdd_dkd
     """
@@ -90,11 +101,13 @@ def show(
 
 @app.command("verify")
 def verify(
-    name: Annotated[str | None, typer.Argument(help="NAME or NAME@vN; all by default.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="The version to check: NAME or NAME@vN; all versions by default.")
+    ] = None,
     folder: Folder = None,
     as_json: options.Json = False,
 ) -> None:
-    """Compare every registered file with its hash; a file that is elsewhere is absent, not corrupt.
+    """Compare every registered file with its hash; files that are not on this machine count as absent, not broken.
 
     Example: icdctl registry verify
     """
@@ -111,5 +124,5 @@ def verify(
         raise ArtifactError(
             f"{len(broken)} of {len(results)} artifacts are broken: "
             + "; ".join(f"{result.reference}: {result.summary}" for result in broken),
-            hint="restore the files (`dvc checkout`, `dvc pull`), or register the run again",
+            hint="restore the files with `dvc checkout` or `dvc pull`, or register the run again",
         )

@@ -18,38 +18,45 @@ def report(
         list[Path] | None,
         typer.Argument(
             metavar="RUNS",
-            help="Run folders, or folders that hold some; by default the cells of params.yaml, else `runs`.",
-            show_default=False,
+            help="Run folders, or folders that hold run folders.",
+            show_default="the finished cells of params.yaml, else `runs`",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to.")] = Path("report"),
     table: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TABLE", help="A paper's table, judged on what is trained; may be repeated.", show_default=False
+            metavar="TABLE",
+            help="Include a paper's table, judged on your own runs; may be repeated. `icdctl reproduce --list` shows "
+            "all tables.",
+            show_default=False,
         ),
     ] = None,
     detail: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="Pairs of models with this in their name get all figures; may be repeated.",
-            show_default="the first three",
+            help="Draw all figures for the pairs of models with this text in their name; may be repeated.",
+            show_default="the first three pairs",
         ),
     ] = None,
     images: Annotated[
         str | None,
         typer.Option(
-            metavar="3,14,15", help="Test images whose patches are compared.", show_default="four by a fixed seed"
+            metavar="3,14,15",
+            help="Numbers of the test images whose patches are compared in a figure.",
+            show_default="four chosen by a fixed seed",
         ),
     ] = None,
-    title: Annotated[str, typer.Option(help="Above the page.")] = "icdctl report",
-    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time one image in ONNX Runtime.")] = True,
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "icdctl report",
+    latency: Annotated[
+        bool, typer.Option("--latency/--no-latency", help="Measure the time of one image in ONNX Runtime.")
+    ] = True,
     data_dir: options.DataDir = None,
-    device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device to measure on: `auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Write a page on finished runs: results, figures, lineage; it needs no network and no other file.
+    """Write a self-contained page on finished runs: results, figures and lineage.
 
     Example: icdctl report runs/demo
     """
@@ -59,7 +66,7 @@ def report(
     root = files.project_root()
     judgements = [reproduce.judged(name) for name in dict.fromkeys(table or [])]
     paths = list(runs or []) or _default_runs(root)
-    wishes = reporting.Wishes(
+    report_options = reporting.ReportOptions(
         title=title,
         detailed=detail or (),
         images=None if images is None else _numbers(images),
@@ -68,7 +75,7 @@ def report(
         data_dir=data_dir,
     )
     with observed() as observer:
-        written = reporting.build_report(paths, out, wishes, judgements=judgements, observer=observer)
+        written = reporting.build_report(paths, out, report_options, judgements=judgements, observer=observer)
     for note in written.notes:
         console.talk(f"note: {note}")
     if as_json:
@@ -79,7 +86,7 @@ def report(
 
 
 def _default_runs(root: Path) -> list[Path]:
-    """The finished runs of the project's grid; else whatever lies in `runs`."""
+    """The finished runs of the project's grid; if there are none, the folder `runs`."""
     from icdctl.api import planning
     from icdctl.grid.cells import PARAMS_FILE, read_grid, read_params
     from icdctl.grid.expansion import has_cells
@@ -96,5 +103,7 @@ def _default_runs(root: Path) -> list[Path]:
 def _numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
-        raise UsageError(f"`--images {text}` are no numbers of images, each once", hint="e.g. `--images 3,14,15`")
+        raise UsageError(
+            f"`--images {text}` is not a list of different numbers of images", hint="e.g. `--images 3,14,15`"
+        )
     return [int(part) for part in parts]

@@ -105,14 +105,14 @@ def _report(result: Rerun, as_json: bool) -> None:
     Raises:
         IcdctlError: some runs failed.
     """
-    from icdctl.science import verdicts
+    from icdctl.science import verdict_formats
 
     failed = result.training is not None and result.training.failed
     if as_json and not failed:
         paths = [str(path) for path in result.files]
-        console.show_json({**verdicts.as_json(result.judgement), "files": paths})
+        console.show_json({**verdict_formats.as_json(result.judgement), "files": paths})
     elif not as_json:
-        for sheet in verdicts.sheets(result.judgement):
+        for sheet in verdict_formats.sheets(result.judgement):
             console.show_line(f"{sheet.title}\n")
             console.show_table(sheet.headers, sheet.rows)
             console.show_line("\n".join(["", *sheet.notes, ""]))

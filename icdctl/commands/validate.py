@@ -16,15 +16,20 @@ def validate(
     path: Annotated[
         Path,
         typer.Argument(
-            help="A run folder, a config.json, a weights file, an export folder, an .onnx file or `imagefolder:DIR`."
+            help="What to check: a run folder, a config.json, a weights file, an export folder, an .onnx file or "
+            "`imagefolder:DIR`."
         ),
     ],
     dataset: Annotated[
-        str | None, typer.Option(help="For weights that do not say what they were trained on.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Data set that the model was trained on; needed for weights files that do not state it.",
+            show_default=False,
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Say whether something is sound: whole, finite, and in agreement with itself.
+    """Check whether a run, a file or a folder of images is sound: complete, finite and consistent.
 
     Example: icdctl validate runs/demo/distilled
     """

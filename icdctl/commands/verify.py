@@ -12,17 +12,26 @@ from icdctl.errors import ArtifactError
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="An export folder or an .onnx file.")],
+    path: Annotated[Path, typer.Argument(help="The export folder or .onnx file to check.")],
     against: Annotated[
         str | None,
-        typer.Option(help="Run folder, weights file or `registry:NAME` to compare values with.", show_default=False),
+        typer.Option(
+            help="Trained model to compare the graph with: a run folder, a weights file or `registry:NAME`.",
+            show_default=False,
+        ),
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Of `--against` weights that do not say it.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Data set that the `--against` model was trained on; needed for weights files that do not state it.",
+            show_default=False,
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check an export: a folder by its hashes and recorded values, a file or `--against` by values.
+    """Check an exported model: the hashes of its files, its format, and its values.
+
+    The values of a folder are compared with the logits recorded at export; `--against` compares with the weights.
 
     Example: icdctl verify runs/demo/distilled/onnx --against runs/demo/distilled
     """
@@ -31,8 +40,8 @@ def verify(
     from icdctl.registry import trained
 
     known = None if dataset is None else data.describe(data.request(dataset))
-    target = None if against is None else trained.resolve(against, dataset=known)
-    report = verify_folder(path, target) if path.is_dir() else verify_file(path, target)
+    model = None if against is None else trained.resolve(against, dataset=known)
+    report = verify_folder(path, model) if path.is_dir() else verify_file(path, model)
     if as_json and report.passed:
         console.show_json(report.as_json())
     elif not as_json:

@@ -1,12 +1,12 @@
-"""Export to ONNX: a graph that takes pixels, verified against the weights it came from, in a folder that says so.
+"""Export to ONNX: a graph that takes pixels and was verified against its weights, in a folder that documents this.
 
-`export_onnx` makes the folder, `verify_folder` and `verify_file` look at one later, `OnnxClassifier` runs it.
+`export_onnx` writes the folder, `verify_folder` and `verify_file` check it later, and `OnnxClassifier` runs the graph.
 """
 
+from icdctl.exporting.checks import Check, VerificationReport
 from icdctl.exporting.description import InputKind, ModelDescription
 from icdctl.exporting.package import Export, export_onnx, onnx_bytes
 from icdctl.exporting.reading import OnnxFile, read_onnx
-from icdctl.exporting.report import Check, Report
 from icdctl.exporting.session import OnnxClassifier
 from icdctl.exporting.verify import verify_file, verify_folder
 
@@ -17,7 +17,7 @@ __all__ = [
     "ModelDescription",
     "OnnxClassifier",
     "OnnxFile",
-    "Report",
+    "VerificationReport",
     "export_onnx",
     "onnx_bytes",
     "read_onnx",

@@ -1,33 +1,32 @@
-"""The model card: what a person who finds the folder needs to use the graph, and to judge it."""
+"""The model card: what a user who finds the folder needs to know to run the graph and to judge it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
+from icdctl.exporting.checks import VerificationReport
 from icdctl.exporting.description import INPUT_NAME, OUTPUT_NAME, ModelDescription
 from icdctl.exporting.manifest import MODEL_FILE
-from icdctl.exporting.report import Report
 
 
 def card(
     description: ModelDescription,
-    report: Report,
+    report: VerificationReport,
     *,
     opset: int,
     num_bytes: int,
-    accuracy: Mapping[str, Any] | None,
-    facts: Mapping[str, Any],
+    accuracy: Mapping[str, object] | None,
+    facts: Mapping[str, object],
 ) -> str:
-    """Markdown.
+    """The model card as Markdown.
 
     Args:
-        description: what the graph says of itself.
-        report: its verification.
-        opset: of the graph.
-        num_bytes: size of the graph.
-        accuracy: `top1` in percent and the number of `images`, where it was measured.
-        facts: what the caller knows of the model's origin; nested mappings become dotted keys.
+        description: the description in the graph's metadata.
+        report: the outcome of its verification.
+        opset: ONNX operator set of the graph.
+        num_bytes: size of the graph's file.
+        accuracy: `top1` in percent and the number of `images`; None if it was not measured.
+        facts: JSON values about the origin of the model; nested mappings become dotted keys.
     """
     height, width = description.preprocessing.size
     title = f"# {_text(description.model)} for {_text(description.dataset)}"
@@ -52,9 +51,9 @@ def card(
 
 
 def snippet(description: ModelDescription) -> str:
-    """A program that prints the class of `image.png`, without torch and without icdctl.
+    """The source of a program that prints the class of `image.png`; it needs neither torch nor icdctl.
 
-    It resizes as icdctl does when it tests a model on image files.
+    It resizes images as icdctl does when it tests a model on image files.
     """
     height, width = description.preprocessing.size
     resized_height, resized_width = description.preprocessing.resize or (height, width)
@@ -97,18 +96,18 @@ def _interface(description: ModelDescription) -> str:
         "## Input and output\n\n"
         "| name | type | shape | meaning |\n|---|---|---|---|\n"
         f"| `{INPUT_NAME}` | {dtype} | [{shape}] | {meaning} |\n"
-        f"| `{OUTPUT_NAME}` | float32 | [batch, {description.num_classes}] | one score a class, before softmax |\n\n"
-        "`batch` is any number. The class names are in the metadata of the graph, as JSON under `names`."
+        f"| `{OUTPUT_NAME}` | float32 | [batch, {description.num_classes}] | one score per class, before softmax |\n\n"
+        "`batch` may be any number. The metadata of the graph hold the class names, as JSON under `names`."
     )
 
 
-def _verification(description: ModelDescription, report: Report) -> str:
+def _verification(description: ModelDescription, report: VerificationReport) -> str:
     rows = "\n".join(f"| {check.name} | {check.status} | {_text(check.detail)} |" for check in report.checks)
     return (
         "## Verification\n\n"
-        f"Made from weights with sha256 `{description.weights_sha256}` and compared with them before this folder was "
-        "written; all numbers are in `verify.json`. `icdctl verify .` looks again, `icdctl predict . IMAGE` classifies "
-        "image files.\n\n"
+        f"The graph was made from weights with sha256 `{description.weights_sha256}` and compared with them before "
+        "this folder was written; `verify.json` has all numbers. `icdctl verify .` checks the folder again, and "
+        "`icdctl predict . IMAGE` classifies image files.\n\n"
         f"| check | result | |\n|---|---|---|\n{rows}"
     )
 
@@ -116,19 +115,20 @@ def _verification(description: ModelDescription, report: Report) -> str:
 def _limits(description: ModelDescription) -> str:
     height, width = description.preprocessing.size
     resized = description.preprocessing.resize
-    how = "" if resized is None else f", their centre once resized to {resized[0]} x {resized[1]},"
+    steps = f"be resized to {height} x {width}"
+    if resized is not None:
+        steps = f"be resized to {resized[0]} x {resized[1]} and cropped to the central {height} x {width}"
     return (
         "## Limits\n\n"
-        f"- It knows the {description.num_classes} classes of `{_text(description.dataset)}` and answers with one of "
-        "them whatever the image shows.\n"
-        f"- Images must be brought to {height} x {width}{how} by the caller; how they are resized changes the result "
-        "slightly.\n"
+        f"- The model knows the {description.num_classes} classes of `{_text(description.dataset)}` and answers with "
+        "one of them, whatever the image shows.\n"
+        f"- Images must {steps} by the caller; the method of resizing changes the result slightly.\n"
         "- The scores are not calibrated probabilities.\n"
-        "- Values were compared on a CPU; other runtimes and half precision round differently."
+        "- The values were compared on a CPU; other runtimes and half precision round differently."
     )
 
 
-def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(facts: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in facts.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
@@ -136,8 +136,8 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _text(value: Any) -> str:
-    """One line that can't break out of a table cell or turn into markup."""
+def _text(value: object) -> str:
+    """One line of text that can't end a table cell or turn into markup."""
     if isinstance(value, float):
         value = f"{value:.6g}"
     line = " ".join(str(value).split())

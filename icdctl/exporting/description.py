@@ -1,7 +1,7 @@
-"""What an exported graph says of itself, in the metadata of the .onnx file.
+"""The description that an exported graph carries in the metadata of its .onnx file.
 
-The key `names` is the one that other tools read; the rest starts with `icdctl.`. No time, path or user is among them,
-so that equal weights give equal bytes.
+Other tools read the key `names`; all other keys start with `icdctl.`. They hold no time, path or user, so that equal
+weights give equal bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from icdctl.data import Preprocessing
 
@@ -22,20 +22,20 @@ BATCH_NAME = "batch"
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """Everything that is needed to feed the graph and to name what comes out."""
+    """Everything that a program needs to feed the graph and to name its answers."""
 
     model: str
-    """A name in `MODELS`."""
+    """Name of the architecture in `MODELS`."""
     dataset: str
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
     input_kind: InputKind
-    """"uint8": [batch, H, W, 3] RGB, normalised in the graph. "float": [batch, 3, H, W], normalised already."""
+    """"uint8": [batch, H, W, 3] RGB, normalised by the graph. "float": [batch, 3, H, W], normalised by the caller."""
     weights_sha256: str
-    """Of the file that the weights came from."""
+    """Hash of the file that the weights came from."""
     precision: str = "fp32"
-    variant: Any = None
-    """What distinguishes the run from its recipe, where the caller said so."""
+    variant: object = None
+    """How the run differs from its recipe, a JSON value; None if the caller did not say."""
 
     @property
     def num_classes(self) -> int:
@@ -44,12 +44,12 @@ class ModelDescription:
 
     @property
     def input_shape(self) -> tuple[str | int, ...]:
-        """The declared shape of the one input."""
+        """The declared shape of the only input."""
         height, width = self.preprocessing.size
         return (BATCH_NAME, height, width, 3) if self.input_kind == "uint8" else (BATCH_NAME, 3, height, width)
 
     def metadata(self) -> dict[str, str]:
-        """The entries of `metadata_props`."""
+        """The entries of `metadata_props` in the .onnx file."""
         layout = "NHWC" if self.input_kind == "uint8" else "NCHW"
         values = {
             "names": _json({str(number): name for number, name in enumerate(self.class_names)}),
@@ -71,7 +71,7 @@ class ModelDescription:
         """The inverse of `metadata`.
 
         Raises:
-            KeyError, TypeError, ValueError: an entry is missing or malformed, or two of them contradict each other.
+            KeyError, TypeError, ValueError: an entry is missing or malformed, or two entries contradict each other.
         """
         if values["icdctl.schema"] != SCHEMA:
             raise ValueError(f"schema {values['icdctl.schema']}, this version of icdctl reads {SCHEMA}")
@@ -99,5 +99,5 @@ class ModelDescription:
         )
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -1,4 +1,4 @@
-"""From a PyTorch classifier to the bytes of an ONNX graph: one file, equal bytes for equal weights and versions."""
+"""Turn a PyTorch classifier into the bytes of one ONNX file. Equal weights and versions give equal bytes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -18,13 +19,13 @@ from icdctl.exporting.description import BATCH_NAME, INPUT_NAME, OUTPUT_NAME, In
 from icdctl.models import fold_batch_norms
 
 OPSETS = range(18, 24)
-"""18 is the exporter's own; later ones give the same graph and ask for a newer runtime."""
+"""The supported ONNX operator sets. The exporter uses 18; later ones give the same graph and need a newer runtime."""
 
 
 class Deployed(nn.Module):
     """A classifier that takes pixels: [batch, H, W, 3] uint8 RGB -> logits [batch, K].
 
-    The mean is not folded into the first convolution: its zero padding is meant to be zero after normalisation.
+    The mean can't be folded into the first convolution, because its zero padding must be zero after normalisation.
     """
 
     scale: Tensor
@@ -39,15 +40,15 @@ class Deployed(nn.Module):
         self.register_buffer("offset", (-mean / std).float().reshape(1, 3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
-        """The whole pass."""
-        # Without `contiguous` the strides of the permuted image lead to index arithmetic in the graph.
+        """[batch, H, W, 3] uint8 -> logits [batch, K]."""
+        # Without `contiguous`, the strides of the permuted image add index arithmetic to the graph.
         pixels = image.permute(0, 3, 1, 2).contiguous().to(torch.float32)
         logits: Tensor = self.model(pixels * self.scale + self.offset)
         return logits
 
 
 class Affine(nn.Module):
-    """A batch norm in eval mode: one factor and one offset a channel, computed in float64."""
+    """A batch norm in eval mode: one factor and one offset per channel, computed in float64."""
 
     scale: Tensor
     offset: Tensor
@@ -63,19 +64,19 @@ class Affine(nn.Module):
         self.register_buffer("offset", offset.float().reshape(1, -1, 1, 1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """[batch, C, H, W] -> the same."""
+        """[batch, C, H, W] -> [batch, C, H, W]."""
         return features * self.scale + self.offset
 
 
 def _without_batch_norms(model: nn.Module) -> nn.Module:
-    """A copy in which batch norms are part of the convolution before them, or affine.
+    """A copy of the model whose batch norms are folded into the convolution before them, or replaced by `Affine`.
 
-    The exporter would fold most of them itself, but how, and whether it can write the others, depends on the versions
-    of torch and onnxscript.
+    The exporter folds most batch norms itself, but how it does that, and whether it can write the others, depends on
+    the versions of torch and onnxscript.
     """
     network = fold_batch_norms(model)
     for name, norm in list(network.named_modules()):
-        # Of a module of one's own: a subclass may do more, and a norm without statistics takes those of the batch.
+        # In a custom module, a subclass may do more, and a norm without statistics uses those of the batch.
         if type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats:
             parent, _, child = name.rpartition(".")
             setattr(network.get_submodule(parent), child, Affine(norm))
@@ -83,15 +84,15 @@ def _without_batch_norms(model: nn.Module) -> nn.Module:
 
 
 def graph_bytes(model: nn.Module, description: ModelDescription, *, opset: int = OPSETS.start) -> bytes:
-    """The .onnx file of a classifier, checked for nothing yet.
+    """The content of a classifier's .onnx file; it has not been checked or verified.
 
     Args:
-        model: [B, 3, H, W] normalised -> logits [B, K]; set to eval mode, on the CPU, float32.
-        description: what goes into the metadata; its input kind says what the graph takes.
-        opset: in `OPSETS`.
+        model: [B, 3, H, W] normalised -> logits [B, K]; in eval mode, on the CPU, float32.
+        description: the metadata to write; its input kind decides what the graph takes.
+        opset: ONNX operator set, one of `OPSETS`.
 
     Raises:
-        UsageError: an opset that is not supported.
+        UsageError: the opset is not supported.
         ArtifactError: torch can't export the module.
     """
     if opset not in OPSETS:
@@ -115,14 +116,15 @@ def graph_bytes(model: nn.Module, description: ModelDescription, *, opset: int =
 
 
 def _example(input_kind: InputKind, preprocessing: Preprocessing) -> Tensor:
-    """Two images: with one, older exporters take the batch size for a constant."""
+    """Two images, because older exporters take the batch size 1 for a constant."""
     height, width = preprocessing.size
     if input_kind == "uint8":
         return torch.zeros(2, height, width, 3, dtype=torch.uint8)
     return torch.zeros(2, 3, height, width)
 
 
-def _traced(module: nn.Module, example: Tensor, *, opset: int, name: str) -> Any:
+def _traced(module: nn.Module, example: Tensor, *, opset: int, name: str) -> onnx.ModelProto:
+    # Values of many types, passed by keyword to a function whose arguments depend on the version of torch.
     wanted: dict[str, Any] = {
         "dynamo": True,
         "opset_version": opset,
@@ -134,7 +136,7 @@ def _traced(module: nn.Module, example: Tensor, *, opset: int, name: str) -> Any
         "fallback": False,  # never the old exporter, which writes another graph
         "verbose": False,
     }
-    known = inspect.signature(torch.onnx.export).parameters  # which of them there are depends on the version of torch
+    known = inspect.signature(torch.onnx.export).parameters
     arguments = {key: value for key, value in wanted.items() if key in known}
     try:
         with _silence(), torch.no_grad():
@@ -142,15 +144,16 @@ def _traced(module: nn.Module, example: Tensor, *, opset: int, name: str) -> Any
     except torch.onnx.OnnxExporterError as error:
         raise ArtifactError(
             f"torch {torch.__version__} can't export `{name}`: {type(error.__cause__ or error).__name__}",
-            hint="the model's `forward` must be free of branches on the values of its input",
+            hint="the model's `forward` must not branch on the values of its input",
         ) from error
     assert program is not None
-    return program.model_proto
+    proto: onnx.ModelProto = program.model_proto
+    return proto
 
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """The exporter talks on stdout and stderr, and warns of its own innards."""
+    """Hide what the exporter prints on stdout and stderr, and its warnings about its own code."""
     with (
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
@@ -160,8 +163,8 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _name_batch(graph: Any) -> None:
-    """Call the dynamic dimension by its name: older exporters call it `s0` or the like."""
+def _name_batch(graph: onnx.GraphProto) -> None:
+    """Give the dynamic dimension its name; older exporters call it `s0` or similar."""
     symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dimension in value.type.tensor_type.shape.dim:
@@ -170,7 +173,7 @@ def _name_batch(graph: Any) -> None:
 
 
 def _strip(message: Any) -> None:
-    """Clear notes of the exporter at every level: they hold stack traces with the paths of this machine."""
+    """Clear the exporter's notes at every level, because they hold stack traces with the paths of this machine."""
     for field in ("metadata_props", "doc_string"):
         if field in message.DESCRIPTOR.fields_by_name:
             message.ClearField(field)

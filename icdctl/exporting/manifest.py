@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from icdctl import files
 from icdctl.errors import ArtifactError
@@ -18,7 +17,7 @@ _HINT = "export the model again with `icdctl export`"
 
 
 def write(folder: Path) -> None:
-    """List every file in `folder`."""
+    """Write the manifest of `folder`: each of its files with hash and size."""
     listed = {
         path.name: {"sha256": files.sha256_file(path), "bytes": path.stat().st_size}
         for path in sorted(folder.iterdir())
@@ -27,7 +26,7 @@ def write(folder: Path) -> None:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether icdctl made this folder: its manifest says so, whatever has become of the other files."""
+    """True if icdctl made this folder, judged by its manifest alone; the other files may have changed."""
     try:
         return (folder / MANIFEST_FILE).is_file() and bool(_listed(folder))
     except ArtifactError:
@@ -35,10 +34,10 @@ def is_export(folder: Path) -> bool:
 
 
 def compare(folder: Path) -> dict[str, list[str]]:
-    """Names of the files that are "changed", "missing" or "extra".
+    """The names of files that differ from the manifest, under the keys "changed", "missing" and "extra".
 
     Raises:
-        ArtifactError: there is no manifest, or it is not one.
+        ArtifactError: the manifest is missing or broken.
     """
     listed = _listed(folder)
     present = {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
@@ -46,25 +45,27 @@ def compare(folder: Path) -> dict[str, list[str]]:
     return {"changed": changed, "missing": sorted(set(listed) - present), "extra": sorted(present - set(listed))}
 
 
-def _unchanged(path: Path, entry: Any) -> bool:
+def _unchanged(path: Path, sha256: str) -> bool:
     try:
-        return bool(path.is_file() and files.sha256_file(path) == entry["sha256"])
+        return path.is_file() and files.sha256_file(path) == sha256
     except OSError as error:
         raise ArtifactError(
             f"`{path}` can't be read: {error.strerror or error}", hint="check its permissions"
         ) from error
 
 
-def _listed(folder: Path) -> dict[str, Any]:
+def _listed(folder: Path) -> dict[str, str]:
+    """Name of each listed file -> its sha256."""
     path = folder / MANIFEST_FILE
     value = files.read_json(path, what="export folder's manifest", hint=_HINT)
     broken = ArtifactError(f"`{path}` is not the manifest of an export folder", hint=_HINT)
     if not isinstance(value, dict) or value.get("schema") != _SCHEMA or not isinstance(value.get("files"), dict):
         raise broken
-    listed: dict[str, Any] = value["files"]
-    for name, entry in listed.items():
-        if Path(name).name != name or not isinstance(entry, dict) or "sha256" not in entry:
+    listed = {}
+    for name, entry in value["files"].items():
+        if Path(name).name != name or not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
             raise broken
+        listed[name] = entry["sha256"]
     if MODEL_FILE not in listed:
         raise broken
     return listed

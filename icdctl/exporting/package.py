@@ -1,4 +1,4 @@
-"""The export folder: graph, facts, verification, card and manifest, all of them or nothing."""
+"""Write an export folder: graph, facts, verification, model card and manifest. Either all files appear or none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -19,39 +19,48 @@ from icdctl import files, versions
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting import graph, manifest
 from icdctl.exporting.card import card
+from icdctl.exporting.checks import VerificationReport
 from icdctl.exporting.description import BATCH_NAME, INPUT_NAME, OUTPUT_NAME, InputKind, ModelDescription
-from icdctl.exporting.report import Report
 from icdctl.exporting.session import OnnxClassifier
 from icdctl.exporting.verify import batched, verify_file
 from icdctl.registry.trained import TrainedModel
 
 _BATCH_SIZE = 64
 _VERIFIED_IMAGES = 1000
-"""How many of the given images join the verification at most: its reference runs in float64, which is slow."""
+"""The most images that a verification uses; its reference runs in float64, which is slow."""
 _PACKAGES = ("icdctl", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+
+class Accuracy(TypedDict):
+    """Accuracy of a graph as `model.json` and the model card state it."""
+
+    top1: float
+    """In percent."""
+    images: int
+    """Number of images that it was measured on."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """A finished, verified export."""
+    """A finished and verified export."""
 
     folder: Path
     description: ModelDescription
-    report: Report
+    report: VerificationReport
     sha256: str
-    """Of the graph."""
+    """Hash of the graph's file."""
     num_bytes: int
-    """Of the graph."""
-    accuracy: dict[str, Any] | None = None
-    """`top1` in percent and the number of `images`, where labels were given."""
+    """Size of the graph's file."""
+    accuracy: Accuracy | None = None
+    """Accuracy measured with the graph; None if no labels were given."""
 
     @property
     def model_file(self) -> Path:
-        """The graph."""
+        """Path of the graph's file."""
         return self.folder / manifest.MODEL_FILE
 
-    def as_json(self) -> dict[str, Any]:
-        """A plain value."""
+    def as_json(self) -> dict[str, object]:
+        """A value that `json` can write."""
         return {
             "folder": str(self.folder),
             "file": str(self.model_file),
@@ -66,45 +75,45 @@ class Export:
 
 
 def export_onnx(
-    target: TrainedModel,
+    trained_model: TrainedModel,
     out: Path,
     *,
     input_kind: InputKind = "uint8",
     opset: int = graph.OPSETS.start,
     images: Tensor | None = None,
     labels: Tensor | None = None,
-    facts: Mapping[str, Any] | None = None,
+    facts: Mapping[str, object] | None = None,
     replace: bool = False,
 ) -> Export:
-    """Make a folder with a graph that was verified against the weights, or leave everything as it was.
+    """Write a folder with a graph that was verified against the weights; on failure, everything stays as it was.
 
     Args:
-        target: the weights.
-        out: the folder; it must not exist yet.
+        trained_model: the model to export.
+        out: the folder to write; it must not exist yet, except with `replace`.
         input_kind: "uint8" puts the preprocessing into the graph, "float" leaves it to the caller.
-        opset: 18 to 23.
-        images: [B, H, W, 3] uint8; the first thousand are more inputs to verify with.
-        labels: [B] of the images; the graph's accuracy then goes into the card.
-        facts: what is known of the weights' origin (teacher, method, metrics, licence, ...), as JSON can hold it. It
-            goes into the card and `model.json`; `variant` also into the graph. Of an absolute path the name is kept.
-        replace: an older export at `out` is taken away once the new one is in its place.
+        opset: ONNX operator set, 18 to 23.
+        images: [B, H, W, 3] uint8; the graph is also verified on the first thousand of them.
+        labels: [B], the classes of the images; the model card then states the graph's accuracy.
+        facts: JSON values about the origin of the weights (teacher, method, metrics, licence, ...). They go into the
+            model card and `model.json`; `variant` goes into the graph, too. Absolute paths are cut to their last part.
+        replace: remove an older export at `out` once the new one is in its place.
 
     Raises:
-        UsageError: an opset that is not supported; labels or images that don't fit.
-        ArtifactError: `out` exists or can't be written; the model can't be exported; the graph failed verification.
+        UsageError: the opset is not supported, or labels or images do not fit.
+        ArtifactError: `out` exists or can't be written, the model can't be exported, or the graph failed verification.
     """
     out = Path(os.path.realpath(out))
     _check_free(out, replace=replace)
-    _check_images(target, images, labels)
-    known = _without_folders(dict(facts or {}))
-    description = _description(target, input_kind, variant=known.get("variant"))
+    _check_images(trained_model, images, labels)
+    known = {key: _without_folders(value) for key, value in (facts or {}).items()}
+    description = _description(trained_model, input_kind, variant=known.get("variant"))
     with _folder_beside(out) as folder:
-        content = graph.graph_bytes(target.load(), description, opset=opset)
+        content = graph.graph_bytes(trained_model.load(), description, opset=opset)
         model_file = folder / manifest.MODEL_FILE
         files.write_bytes(model_file, content)
-        report = verify_file(model_file, target, images=None if images is None else images[:_VERIFIED_IMAGES])
+        report = verify_file(model_file, trained_model, images=None if images is None else images[:_VERIFIED_IMAGES])
         if not report.passed:
-            raise _failed(target, report)
+            raise _failed(trained_model, report)
         accuracy = _accuracy(model_file, images, labels)
         text = card(description, report, opset=opset, num_bytes=len(content), accuracy=accuracy, facts=known)
         files.write_json(folder / manifest.VERIFY_FILE, {**report.as_json(), "reference_logits": report.reference})
@@ -115,23 +124,23 @@ def export_onnx(
     return Export(out, description, report, files.sha256_bytes(content), len(content), accuracy)
 
 
-def onnx_bytes(target: TrainedModel) -> bytes:
-    """The graph that `export_onnx` would make of pixels, not verified: to be timed, not to be deployed.
+def onnx_bytes(trained_model: TrainedModel) -> bytes:
+    """The graph that `export_onnx` would write for uint8 pixels, without verification: for timing, not for deployment.
 
     Raises:
         ArtifactError: the model can't be exported.
     """
-    return graph.graph_bytes(target.load(), _description(target, "uint8"))
+    return graph.graph_bytes(trained_model.load(), _description(trained_model, "uint8"))
 
 
-def _description(target: TrainedModel, input_kind: InputKind, *, variant: Any = None) -> ModelDescription:
+def _description(trained_model: TrainedModel, input_kind: InputKind, *, variant: object = None) -> ModelDescription:
     return ModelDescription(
-        target.model,
-        target.dataset,
-        target.class_names,
-        target.preprocessing,
+        trained_model.model,
+        trained_model.dataset,
+        trained_model.class_names,
+        trained_model.preprocessing,
         input_kind,
-        target.sha256,
+        trained_model.sha256,
         variant=variant,
     )
 
@@ -147,30 +156,30 @@ def _check_free(out: Path, *, replace: bool) -> None:
         )
 
 
-def _check_images(target: TrainedModel, images: Tensor | None, labels: Tensor | None) -> None:
+def _check_images(trained_model: TrainedModel, images: Tensor | None, labels: Tensor | None) -> None:
     if images is not None:
-        expected = (*target.preprocessing.size, 3)
+        expected = (*trained_model.preprocessing.size, 3)
         if images.dim() != 4 or tuple(images.shape[1:]) != expected or images.dtype != torch.uint8:
             found = f"{list(images.shape)} {str(images.dtype).removeprefix('torch.')}"
             raise UsageError(
-                f"the images to verify with are {found}, `{target.model}` takes {['B', *expected]} uint8",
+                f"the images to verify with are {found}, `{trained_model.model}` takes {['B', *expected]} uint8",
                 hint="verify with images of the data set that the model was trained on",
             )
     if labels is not None and (images is None or len(labels) != len(images)):
         raise UsageError(
-            f"{len(labels)} labels for {0 if images is None else len(images)} images", hint="give one label an image"
+            f"{len(labels)} labels for {0 if images is None else len(images)} images", hint="give one label per image"
         )
 
 
-def _failed(target: TrainedModel, report: Report) -> ArtifactError:
+def _failed(trained_model: TrainedModel, report: VerificationReport) -> ArtifactError:
     reasons = "; ".join(f"{check.name}: {check.detail}" for check in report.failures)
     return ArtifactError(
-        f"the exported graph is not `{target.model}` of these weights, nothing was written: {reasons}",
-        hint="try another version of torch or onnxruntime, and report the failing model and versions",
+        f"the exported graph differs from `{trained_model.model}` with these weights; nothing was written: {reasons}",
+        hint="try another version of torch or onnxruntime, and report the model and the versions that fail",
     )
 
 
-def _accuracy(model_file: Path, images: Tensor | None, labels: Tensor | None) -> dict[str, Any] | None:
+def _accuracy(model_file: Path, images: Tensor | None, labels: Tensor | None) -> Accuracy | None:
     if images is None or labels is None or len(labels) == 0:
         return None
     classifier = OnnxClassifier(model_file)
@@ -179,10 +188,10 @@ def _accuracy(model_file: Path, images: Tensor | None, labels: Tensor | None) ->
 
 
 def _write_facts(
-    folder: Path, description: ModelDescription, *, opset: int, accuracy: dict[str, Any] | None, facts: dict[str, Any]
+    folder: Path, description: ModelDescription, *, opset: int, accuracy: Accuracy | None, facts: Mapping[str, object]
 ) -> None:
-    own = description.metadata()
-    own.update({"names": json.loads(own["names"]), "icdctl.preprocess": json.loads(own["icdctl.preprocess"])})
+    own: dict[str, object] = dict(description.metadata())
+    own |= {key: json.loads(str(own[key])) for key in ("names", "icdctl.preprocess")}
     value = {
         **{key.removeprefix("icdctl."): entry for key, entry in own.items() if key != "icdctl.variant"},
         "num_classes": description.num_classes,
@@ -204,8 +213,8 @@ def _write_facts(
     files.write_json(folder / manifest.FACTS_FILE, value)
 
 
-def _without_folders(value: Any) -> Any:
-    """The same value, with absolute paths cut to their last part: they name machines and people."""
+def _without_folders(value: object) -> object:
+    """The same value with absolute paths cut to their last part, because folders name machines and users."""
     if isinstance(value, Mapping):
         return {str(key): _without_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -221,7 +230,7 @@ def _without_folders(value: Any) -> Any:
 
 @contextmanager
 def _folder_beside(out: Path) -> Iterator[Path]:
-    """A temporary folder on the same disk as `out`; gone afterwards unless it was moved."""
+    """A temporary folder on the same disk as `out`; it is deleted afterwards unless it was moved."""
     files.make_folder(out.parent)
     try:
         folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
@@ -235,7 +244,7 @@ def _folder_beside(out: Path) -> Iterator[Path]:
 
 
 def _move(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`. What is at `out` steps aside, and is removed once the new one is in its place."""
+    """Rename `folder` to `out`. An older `out` is first renamed, then deleted once the new one is in its place."""
     try:
         if not out.exists():
             folder.replace(out)

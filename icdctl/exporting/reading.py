@@ -1,4 +1,4 @@
-"""Reading an .onnx file that anyone may have made: refused before a runtime sees it, unless it is plain and whole."""
+"""Read an .onnx file from any source. A file that is broken, or that needs other files or code, is refused first."""
 
 from __future__ import annotations
 
@@ -15,32 +15,31 @@ from icdctl.exporting.description import ModelDescription
 from icdctl.exporting.graph import OPSETS
 from icdctl.files import read_foreign, sha256_bytes
 
-_AGAIN_HINT = "make it again with `icdctl export`, or copy it again from where it was made"
+_AGAIN_HINT = "make it again with `icdctl export`, or copy it again from its source"
 _FOREIGN_HINT = "icdctl reads the files of `icdctl export`: one file, standard operators, opset 18 to 23"
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """The content of a file that passed every check which needs no run."""
+    """The content of a file that passed every check that does not run the graph."""
 
     path: Path
     content: bytes
-    proto: Any
-    """onnx.ModelProto."""
+    proto: onnx.ModelProto
     description: ModelDescription
     opset: int
 
     @property
     def sha256(self) -> str:
-        """Of the content."""
+        """Hash of the content."""
         return sha256_bytes(self.content)
 
 
 def read_onnx(path: Path | str) -> OnnxFile:
-    """The graph in a file, refused where it is broken, reaches outside itself, or does not say what it is.
+    """Read a graph from a file; refuse it if it is broken, needs other files, or has no description.
 
     Raises:
-        ArtifactError: the reason, and what to do.
+        ArtifactError: the file is missing or refused; the message gives the reason.
     """
     path = Path(path)
     content = read_foreign(path, what="ONNX file", example="model.onnx", again=_AGAIN_HINT)
@@ -59,20 +58,20 @@ def read_onnx(path: Path | str) -> OnnxFile:
     return OnnxFile(path, content, proto, _description(path, proto), opset)
 
 
-def _check_plain(path: Path, proto: Any) -> int:
-    """Nothing outside the file, nothing that a plain runtime does not know. Returns the opset."""
+def _check_plain(path: Path, proto: onnx.ModelProto) -> int:
+    """Refuse a graph that needs other files, or operators that a plain runtime does not have. Returns the opset."""
     for message in _messages(proto):
         if isinstance(message, onnx.TensorProto) and (
             message.external_data or message.data_location == onnx.TensorProto.EXTERNAL
         ):
-            raise _refused(path, f"the values of `{message.name}` lie in another file")
+            raise _refused(path, f"the values of `{message.name}` are stored in another file")
         if isinstance(message, onnx.NodeProto) and message.domain not in ("", "ai.onnx"):
             raise _refused(
-                path, f"it needs the operator `{message.op_type}` of `{message.domain}`, which is no standard"
+                path, f"it needs the operator `{message.op_type}` of `{message.domain}`, which is not a standard one"
             )
     domains = [entry.domain for entry in proto.opset_import if entry.domain not in ("", "ai.onnx")]
     if domains or proto.functions:
-        raise _refused(path, f"it brings or needs operators of its own ({', '.join(domains) or 'local functions'})")
+        raise _refused(path, f"it defines or needs custom operators ({', '.join(domains) or 'local functions'})")
     if len(proto.opset_import) != 1 or proto.opset_import[0].version not in OPSETS:
         versions = ", ".join(str(entry.version) for entry in proto.opset_import) or "none"
         raise _refused(path, f"its opset is {versions}, expected {OPSETS.start} to {OPSETS.stop - 1}")
@@ -80,7 +79,7 @@ def _check_plain(path: Path, proto: Any) -> int:
 
 
 def _messages(message: Any) -> Iterator[Any]:
-    """A protobuf message and all that it contains, whatever the depth."""
+    """A protobuf message and all messages inside it, at any depth."""
     yield message
     for field, value in message.ListFields():
         if field.message_type is not None:
@@ -88,18 +87,18 @@ def _messages(message: Any) -> Iterator[Any]:
                 yield from _messages(part)
 
 
-def _description(path: Path, proto: Any) -> ModelDescription:
+def _description(path: Path, proto: onnx.ModelProto) -> ModelDescription:
     values = {entry.key: entry.value for entry in proto.metadata_props}
     if "icdctl.schema" not in values:
         raise ArtifactError(
-            f"`{path}` was not made by `icdctl export`: its metadata do not say how images become its input",
-            hint="export the weights again with `icdctl export`; graphs of other programs can't be evaluated",
+            f"`{path}` was not made by `icdctl export`: its metadata do not say how to prepare images for it",
+            hint="export the weights with `icdctl export`; graphs from other programs can't be evaluated",
         )
     try:
         return ModelDescription.from_metadata(values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
-            f"the metadata of `{path}` are not those of `icdctl export`: {error}", hint=_AGAIN_HINT
+            f"the metadata of `{path}` do not have the format of `icdctl export`: {error}", hint=_AGAIN_HINT
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""An exported file as a classifier: from pixels to logits through ONNX Runtime on the CPU.
+"""Run an exported file as a classifier: pixels in, logits out, with ONNX Runtime on the CPU.
 
 Shapes: B images, K classes.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from icdctl.data import Preprocessing
@@ -19,17 +20,20 @@ from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting.description import INPUT_NAME, OUTPUT_NAME, InputKind, ModelDescription
 from icdctl.exporting.reading import OnnxFile, read_onnx
 
+Input = NDArray[np.uint8] | NDArray[np.float32]
+"""A batch as the runtime takes it: pixels, or normalised values."""
+
 _WARM_UP_RUNS = 10
 _SILENT = 4
 
 
 class OnnxClassifier:
-    """What an .onnx file of `icdctl export` computes.
+    """An .onnx file of `icdctl export`, ready to run.
 
     Args:
-        path: the file, or one that has been read.
-        threads: of the runtime; torch's own number otherwise.
-        optimise: let the runtime rewrite the graph as it usually does. Without that it runs what is written.
+        path: path of the file, or a file that has been read.
+        threads: CPU threads that the runtime uses; None for as many as torch uses.
+        optimise: let the runtime rewrite the graph, as it usually does; False runs the graph as it is written.
 
     Raises:
         ArtifactError: the file is missing, broken, refused, or was made by another program.
@@ -41,37 +45,39 @@ class OnnxClassifier:
 
     @property
     def description(self) -> ModelDescription:
-        """All that the file says of itself."""
+        """The description in the file's metadata."""
         return self.file.description
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What the columns of the logits stand for."""
+        """Names of the classes, in the order of the logits' columns."""
         return self.description.class_names
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How pixels become what the network reads."""
+        """How pixels become the network's input."""
         return self.description.preprocessing
 
     @property
     def input_kind(self) -> InputKind:
-        """Whether the graph normalises ("uint8") or its caller does ("float")."""
+        """The kind of input: "uint8" if the graph normalises pixels, "float" if its caller does."""
         return self.description.input_kind
 
     def logits(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 RGB -> logits [B, K] float32, on the CPU.
 
         Raises:
-            UsageError: the images are of another size or kind than the graph was made for.
+            UsageError: the size or type of the images is not what the graph takes.
             ArtifactError: the runtime can't run the graph.
         """
         self._check(images)
         return self._run(self._session, self._input(images))
 
     def latency_ms(self, *, batch_size: int = 1, repeats: int = 50, threads: int = 1) -> float:
-        """Median wall-clock time of one call of the runtime in milliseconds, after a warm-up; normalising is left out
-        where the graph does not do it."""
+        """Median wall-clock time of one call of the runtime in milliseconds, after a warm-up.
+
+        Normalisation is not included if the graph takes normalised images.
+        """
         height, width = self.preprocessing.size
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (batch_size, height, width, 3), dtype=torch.uint8, generator=generator)
@@ -92,25 +98,26 @@ class OnnxClassifier:
                 hint="resize the images to the size that the model was trained on, or choose its data set",
             )
 
-    def _input(self, images: Tensor) -> Any:
+    def _input(self, images: Tensor) -> Input:
         images = images.cpu()
         if self.input_kind == "float":
             images = self.preprocessing.normalise(images)
-        return images.contiguous().numpy()
+        pixels: Input = images.contiguous().numpy()
+        return pixels
 
-    def _run(self, session: Any, feed: Any) -> Tensor:
+    def _run(self, session: onnxruntime.InferenceSession, feed: Input) -> Tensor:
         try:
             (logits,) = session.run([OUTPUT_NAME], {INPUT_NAME: feed})
-        except Exception as error:  # the runtime's exceptions share no base but this one
+        except Exception as error:  # the runtime's exceptions have no other common base
             raise _not_run(self.file.path, error) from error
         return torch.from_numpy(logits)
 
 
-def _session(file: OnnxFile, threads: int, *, optimise: bool = True) -> Any:
+def _session(file: OnnxFile, threads: int, *, optimise: bool = True) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = _SILENT  # what goes wrong is raised
+    options.log_severity_level = _SILENT  # failures raise exceptions anyway
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
@@ -123,5 +130,5 @@ def _not_run(path: Path, error: Exception) -> ArtifactError:
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ArtifactError(
         f"ONNX Runtime {onnxruntime.__version__} can't run `{path}`: {first_line}",
-        hint="make the file again with `icdctl export`; a file of a newer opset needs a newer onnxruntime",
+        hint="make the file again with `icdctl export`; a file with a newer opset needs a newer onnxruntime",
     )

@@ -18,7 +18,7 @@ from icdctl.grid.cells import PARAMS_FILE, Grid, GridRun, read_params
 from icdctl.grid.status import run_status
 from icdctl.grid.training import same_command_goes_on
 from icdctl.run_files import WEIGHTS_FILE
-from icdctl.teachers import Wishes, fetch_teacher, find_published
+from icdctl.teachers import FetchOptions, fetch_teacher, find_published
 
 TEACHERS, RESULTS = "teachers", "results"
 _PIPELINE_KEYS = ("source", "after", "model")
@@ -54,7 +54,7 @@ def make_teacher(root: Path, key: str, *, observer: Observer | None = None) -> P
     out = root / TEACHERS / key
     if entry["source"] == "fetch":
         published = find_published(f"{entry['dataset']}/{entry['model']}")
-        fetched = fetch_teacher(published, Wishes(data_folder=root / "data"))
+        fetched = fetch_teacher(published, FetchOptions(data_folder=root / "data"))
         files.make_folder(out)
         shutil.copyfile(fetched.path, out / WEIGHTS_FILE)
     elif entry["source"] == "train":

@@ -20,8 +20,8 @@ from icdctl.errors import UsageError, unknown_name
 from icdctl.methods import METHODS
 from icdctl.papers.reproduce import folder_name, grid_cell, name_of
 from icdctl.science import paper, tables
-from icdctl.science.paper import FAMILIES, Config, Correction
-from icdctl.science.tables import SCALES, Cell
+from icdctl.science.experiments import SCALES, Cell
+from icdctl.science.paper import FAMILIES, Correction, PaperConfig
 
 LISTING = "icdctl recipes list"
 
@@ -34,7 +34,7 @@ class PaperRecipe:
     """With the families of all its tables."""
     in_tables: tuple[tuple[str, Cell], ...]
     """Each table that it stands in, and its form there; none for a file of the reference that no table has."""
-    configs: tuple[Config, ...]
+    configs: tuple[PaperConfig, ...]
     """The reference's files of it."""
 
     @property
@@ -178,7 +178,7 @@ def _recipe(cell: Cell, in_tables: tuple[tuple[str, Cell], ...]) -> PaperRecipe:
     return PaperRecipe(cell, in_tables, tuple(config for config in paper.load().configs if _is_of(config, cell)))
 
 
-def _is_of(config: Config, cell: Cell) -> bool:
+def _is_of(config: PaperConfig, cell: Cell) -> bool:
     """Whether a file of the reference is about a cell; one whose method does not exist is by its folder."""
     same_method = config.method == cell.method or (config.settings is None and config.group == cell.method)
     same_models = config.student == cell.student and cell.teacher in (None, config.teacher)

@@ -9,7 +9,7 @@ from icdctl.config.recipes import RECIPES, Recipe
 from icdctl.config.run import RunConfig
 from icdctl.papers.catalogue import PaperRecipe, resolved
 from icdctl.papers.reproduce import name_of
-from icdctl.science.tables import Cell
+from icdctl.science.experiments import Cell
 
 _NUMBERS = tuple(field.name for field in dataclasses.fields(Recipe) if field.name in RunConfig.model_fields)
 """Fields of a recipe that a run has too."""

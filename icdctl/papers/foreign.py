@@ -26,8 +26,8 @@ from icdctl.models.external import CUSTOM_MODEL
 from icdctl.papers.catalogue import resolved
 from icdctl.papers.reproduce import name_of
 from icdctl.science import paper
+from icdctl.science.experiments import SCALES, Cell
 from icdctl.science.paper import FAMILIES
-from icdctl.science.tables import SCALES, Cell
 
 _LARGEST_BYTES = 256 * 1024
 _LONGEST_SHOWN = 60

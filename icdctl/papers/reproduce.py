@@ -16,13 +16,13 @@ from icdctl.grid.pipeline import OWN_TEACHERS
 from icdctl.grid.status import RunStatus, run_statuses, set_aside, state_of
 from icdctl.grid.training import same_command_goes_on
 from icdctl.methods import METHODS
-from icdctl.science import tables, verdicts
+from icdctl.science import experiments, tables, verdict_formats, verdicts
+from icdctl.science.experiments import Cell, PaperTable
 from icdctl.science.paper import FAMILIES
-from icdctl.science.tables import Cell, Table
 from icdctl.science.verdicts import Compared, Judgement, Result
 
 
-def select(table: Table, *, texts: Sequence[str], family: str | None) -> tuple[Cell, ...]:
+def select(table: PaperTable, *, texts: Sequence[str], family: str | None) -> tuple[Cell, ...]:
     """Some cells of a table.
 
     Args:
@@ -35,7 +35,7 @@ def select(table: Table, *, texts: Sequence[str], family: str | None) -> tuple[C
     """
     if family is not None and family not in FAMILIES:
         raise UsageError(f"unknown family `{family}`", hint=f"choose {' or '.join(f'`{name}`' for name in FAMILIES)}")
-    found = tables.select(table.cells, family=family)
+    found = experiments.select(table.cells, family=family)
     chosen = tuple(cell for cell in found if not texts or any(text in cell.key for text in texts))
     if not chosen:
         raise UsageError(
@@ -153,7 +153,7 @@ def _is_stale(folder: Path, given: Mapping[str, object]) -> bool:
 
 
 def judge(
-    table: Table, cells: Sequence[Cell], runs: Sequence[RunStatus], *, margin: float | None, epoch: Compared
+    table: PaperTable, cells: Sequence[Cell], runs: Sequence[RunStatus], *, margin: float | None, epoch: Compared
 ) -> Judgement:
     """Verdicts on the table by the runs that are done; stale runs have no part in them.
 
@@ -191,7 +191,7 @@ def judged(name: str) -> Judgement:
     return judge(table, cells, run_statuses(grid.runs, planning.Planner()), margin=None, epoch="as published")
 
 
-def _result(table: Table, run: GridRun) -> Result:
+def _result(table: PaperTable, run: GridRun) -> Result:
     metrics = run.metrics()
     try:
         if table.metric == "seconds_per_step":
@@ -211,14 +211,14 @@ def write(judgement: Judgement, folder: Path) -> list[Path]:
     Raises:
         ArtifactError: the folder can't be written to.
     """
-    found = verdicts.sheets(judgement)
+    found = verdict_formats.sheets(judgement)
     texts = {
-        "table.md": verdicts.to_markdown(found),
-        "table.tex": verdicts.to_latex(found),
-        "cells.csv": verdicts.cells_csv(judgement),
-        "claims.csv": verdicts.claims_csv(judgement),
+        "table.md": verdict_formats.to_markdown(found),
+        "table.tex": verdict_formats.to_latex(found),
+        "cells.csv": verdict_formats.cells_csv(judgement),
+        "claims.csv": verdict_formats.claims_csv(judgement),
     }
     for name, text in texts.items():
         files.write_text(folder / name, text)
-    files.write_json(folder / "table.json", verdicts.as_json(judgement))
+    files.write_json(folder / "table.json", verdict_formats.as_json(judgement))
     return [folder / name for name in (*texts, "table.json")]

@@ -1,19 +1,19 @@
-"""Registered artifacts: numbered, hashed and described copies of finished runs.
+"""The artifact registry: numbered, hashed and described copies of finished runs.
 
-A version appears whole or not at all (it is built in `.new-*` beside its place and renamed), and nothing changes it
-afterwards. Its folder is described in `icdctl.registry.artifact`.
+A version appears as a whole or not at all (it is built in `.new-*` beside its place and then renamed), and nothing
+changes it afterwards. `icdctl.registry.artifact` describes its folder.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from icdctl import files
 from icdctl.errors import ArtifactError
 from icdctl.registry.add import add
-from icdctl.registry.artifact import FILES_FOLDER, Artifact, Manifest, card
+from icdctl.registry.artifact import FILES_FOLDER, Artifact, Manifest
+from icdctl.registry.artifact_card import card
 from icdctl.registry.find import (
     artifact_at,
     find,
@@ -28,7 +28,7 @@ from icdctl.registry.find import (
 __all__ = [
     "Artifact",
     "Manifest",
-    "Verification",
+    "VerifiedArtifact",
     "add",
     "card",
     "default_folder",
@@ -41,44 +41,44 @@ __all__ = [
 
 
 def default_folder() -> Path:
-    """The project's registry."""
+    """The folder of the project's registry."""
     return files.project_root() / "registry"
 
 
 @dataclass(frozen=True)
-class Verification:
-    """What became of a registered version."""
+class VerifiedArtifact:
+    """The outcome of comparing a registered version with its manifest."""
 
     reference: str
-    """`NAME@vN`, from where it lies."""
+    """`NAME@vN`, derived from the version's folder."""
     folder: Path
     ok: tuple[str, ...] = ()
-    """Files as they were registered."""
+    """Files that are as they were registered."""
     changed: tuple[str, ...] = ()
-    """Files with another content."""
+    """Files whose content has changed."""
     absent: tuple[str, ...] = ()
-    """Files that are not here; `dvc pull` may bring them."""
+    """Files that are not on this machine; `dvc pull` may fetch them."""
     extra: tuple[str, ...] = ()
     """Files that were not registered."""
     problems: tuple[str, ...] = ()
-    """What is wrong with the manifest."""
+    """Faults of the manifest."""
     notes: tuple[str, ...] = ()
-    """What is good to know and no damage, e.g. that its teacher is not registered any more."""
+    """Remarks about something that is not damage, e.g. that the teacher is no longer registered."""
 
     @property
     def sound(self) -> bool:
-        """Nothing contradicts the manifest; files may be absent."""
+        """True if nothing contradicts the manifest; files may be absent."""
         return not (self.changed or self.extra or self.problems)
 
     @property
     def summary(self) -> str:
-        """All of it on one line, for a person."""
+        """The outcome on one line, for the terminal."""
         found = {"changed": self.changed, "absent": self.absent, "not registered": self.extra}
         parts = [f"{len(self.ok)} ok", *(f"{what}: {', '.join(names)}" for what, names in found.items() if names)]
         return "; ".join([*parts, *self.problems, *self.notes])
 
-    def as_json(self) -> dict[str, Any]:
-        """A line of `icdctl registry verify --json`."""
+    def as_json(self) -> dict[str, object]:
+        """An entry of `icdctl registry verify --json`."""
         return {
             "reference": self.reference,
             "folder": str(self.folder),
@@ -92,15 +92,16 @@ class Verification:
         }
 
 
-def verify(folder: Path, reference: str | None = None) -> list[Verification]:
+def verify(folder: Path, reference: str | None = None) -> list[VerifiedArtifact]:
     """Compare versions with their manifests, by hash.
 
     Args:
         folder: the registry.
-        reference: as `find` takes it; all versions otherwise.
+        reference: the version to verify, as `find` takes it; None for all versions.
 
     Raises:
-        UsageError, ArtifactError: as `find`. A broken manifest is a finding when all are verified.
+        UsageError, ArtifactError: the version is not found, as in `find`. When all versions are verified, a broken
+            manifest is a problem in the result instead.
     """
     if reference is not None:
         return [_verified(folder, find(folder, reference))]
@@ -111,22 +112,24 @@ def verify(folder: Path, reference: str | None = None) -> list[Verification]:
                 findings.append(_verified(folder, artifact_at(folder, name, version)))
             except ArtifactError as error:
                 place = folder / name / f"v{version}"
-                findings.append(Verification(f"{name}@v{version}", place, problems=(error.message,)))
+                findings.append(VerifiedArtifact(f"{name}@v{version}", place, problems=(error.message,)))
     return findings
 
 
-def _verified(folder: Path, artifact: Artifact) -> Verification:
+def _verified(folder: Path, artifact: Artifact) -> VerifiedArtifact:
     blobs = artifact.folder / FILES_FOLDER
     here = {str(path.relative_to(blobs).as_posix()) for path in blobs.rglob("*") if path.is_file()}
     registered = artifact.manifest.files
     hashes = {name: files.sha256_file(blobs / name) for name in sorted(here & registered.keys())}
     said = f"{artifact.manifest.name}@v{artifact.manifest.version}"
-    problems = [] if said == artifact.reference else [f"the manifest says `{said}`, it lies at `{artifact.reference}`"]
+    problems = []
+    if said != artifact.reference:
+        problems.append(f"the manifest names `{said}`, but the folder is that of `{artifact.reference}`")
     notes = []
     teacher = artifact.manifest.teacher
     if teacher is not None and teacher.artifact is not None and teacher_of(folder, artifact) is None:
-        notes.append(f"its teacher `{teacher.artifact}` is not registered any more, or is another one now")
-    return Verification(
+        notes.append(f"its teacher `{teacher.artifact}` is no longer registered, or now has other weights")
+    return VerifiedArtifact(
         artifact.reference,
         artifact.folder,
         ok=tuple(name for name, sha256 in hashes.items() if sha256 == registered[name].sha256),

@@ -1,4 +1,4 @@
-"""Registering a finished run: check, copy, hash, describe, and give it the next number."""
+"""Register a finished run: check it, copy it, hash the copy, describe it, and give it the next version number."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from icdctl.registry.artifact import (
     Manifest,
     OnnxRecord,
     TeacherRecord,
-    card,
     first_problem,
 )
+from icdctl.registry.artifact_card import card
 from icdctl.registry.find import check_name, list_artifacts, newest, taken_numbers, versions_of
 from icdctl.run_files import WEIGHTS_FILE, check_as_written
 
@@ -49,7 +49,7 @@ _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 
 
 class _Config(BaseModel):
-    """What the registry reads of a run's `config.json`."""
+    """The part of a run's `config.json` that the registry reads."""
 
     method: str
     dataset: str
@@ -63,7 +63,7 @@ class _Config(BaseModel):
 
 
 class _Metrics(BaseModel):
-    """What the registry reads of a run's `metrics.json`; the rest is kept as it is."""
+    """The part of a run's `metrics.json` that the registry reads; the manifest keeps the whole file."""
 
     final_top1: float
     epochs: int
@@ -78,20 +78,20 @@ class _Git(GitRecord):
 
 
 class _Environment(BaseModel):
-    """What the registry reads of a run's `environment.json`."""
+    """The part of a run's `environment.json` that the registry reads."""
 
     versions: dict[str, str | None]
     git: _Git | None = None
 
 
 class _Verdict(OnnxRecord):
-    """What the registry reads of an export's `verify.json`."""
+    """The part of an export's `verify.json` that the registry reads."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class _Facts(BaseModel):
-    """What the registry reads of an export's `model.json`."""
+    """The part of an export's `model.json` that the registry reads."""
 
     weights_sha256: str
 
@@ -100,7 +100,7 @@ _FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-
 
 
 class _ExportManifest(BaseModel):
-    """What the registry reads of an export's `manifest.json`."""
+    """The part of an export's `manifest.json` that the registry reads."""
 
     files: dict[_FileName, FileRecord]
 
@@ -117,20 +117,21 @@ class _Run:
 class _Export:
     onnx: OnnxRecord
     sha256: dict[str, str]
-    """By file name, all but the list itself."""
+    """File name -> hash, for all files except the export's manifest itself."""
 
 
 def add(folder: Path, run_folder: Path, *, export_folder: Path | None = None, name: str | None = None) -> Artifact:
-    """Register a finished run under the next version of its name.
+    """Register a finished run as the next version of its name.
 
     Args:
         folder: the registry.
-        run_folder: what `icdctl train` or `icdctl distill` left; it is copied.
-        export_folder: what `icdctl export` made of it, registered along with it.
-        name: `<dataset>/<student>-<method>` of the run otherwise; without a `/` it goes below the run's data set.
+        run_folder: the folder that `icdctl train` or `icdctl distill` wrote; its files are copied.
+        export_folder: the folder that `icdctl export` made from this run; it is registered with the run.
+        name: the artifact's name, by default the run's `<dataset>/<student>-<method>`. A name without a `/` is put
+            below the run's data set.
 
     Raises:
-        UsageError: `name` can't be a name.
+        UsageError: `name` is not a valid name.
         ArtifactError: the run is unfinished, broken or already registered, or the registry can't be written.
     """
     run = _read_run(run_folder)
@@ -157,12 +158,12 @@ def add(folder: Path, run_folder: Path, *, export_folder: Path | None = None, na
 
 
 def _read_run(run_folder: Path) -> _Run:
-    """The documents of a run, checked, before anything is written."""
+    """Read and check the JSON files of a run, before anything is written."""
     config_path = run_folder / "config.json"
     if not config_path.is_file():
         raise ArtifactError(
             f"`{run_folder}` is not a run folder: it has no `config.json`",
-            hint="point at a folder that `icdctl train` or `icdctl distill` made",
+            hint="name a folder that `icdctl train` or `icdctl distill` wrote",
         )
     hint = f"finish the run with `--resume --out {run_folder}`, or train it again"
     missing = [name for name in RUN_FILES if not (run_folder / name).is_file()]
@@ -177,7 +178,7 @@ def _read_run(run_folder: Path) -> _Run:
 
 
 def _read_export(export_folder: Path, run_folder: Path) -> _Export:
-    """The documents of an export, and that it is of this run's weights."""
+    """Read the JSON files of an export, and check that it was made from this run's weights."""
     hint = f"export it again: `icdctl export {run_folder} --out {export_folder}`"
     missing = [name for name in EXPORT_FILES if not (export_folder / name).is_file()]
     if missing:
@@ -188,7 +189,7 @@ def _read_export(export_folder: Path, run_folder: Path) -> _Export:
     weights = files.sha256_file(run_folder / WEIGHTS_FILE)
     if facts.weights_sha256 != weights:
         raise ArtifactError(
-            f"`{export_folder}` was made of other weights: sha256 {facts.weights_sha256[:12]}…, the run has "
+            f"`{export_folder}` was made from other weights: sha256 {facts.weights_sha256[:12]}…, the run has "
             f"{weights[:12]}…",
             hint=hint,
         )
@@ -199,7 +200,7 @@ Document = TypeVar("Document", bound=BaseModel)
 
 
 def _read(path: Path, kind: type[Document], hint: str) -> tuple[Document, dict[str, JsonValue]]:
-    """A JSON object, as `kind` and whole."""
+    """A JSON file, parsed as `kind` and as a plain value."""
     value = files.read_json(path, what="file", hint=hint)
     try:
         json.dumps(value, allow_nan=False)
@@ -211,7 +212,7 @@ def _read(path: Path, kind: type[Document], hint: str) -> tuple[Document, dict[s
 
 
 def _check_weights(path: Path, hint: str) -> None:
-    """A safetensors file states its own length, so one that was cut off is known without reading it."""
+    """Open the file: safetensors states its own length, so a truncated file is detected without reading it all."""
     try:
         with safe_open(path, framework="numpy"):
             pass
@@ -227,14 +228,14 @@ def _name_of(config: _Config, given: str | None) -> str:
 
 
 def _slug(text: str) -> str:
-    """`text` in the letters of names; of `imagefolder:DIR` the last part of DIR is kept."""
+    """`text` in the characters that names may have; `imagefolder:DIR` is cut to the last part of DIR."""
     kind, _, rest = text.partition(":")
     words = f"{kind}-{PurePath(rest).name}" if rest else kind
     return re.sub(r"\.{2,}", ".", re.sub(r"[^a-z0-9._-]+", "-", words.lower())).strip("-._")
 
 
 def _remove_stale(home: Path) -> None:
-    """What an add that was killed has left; a younger one may still be at work."""
+    """Remove what a killed `add` left behind; a recent folder is kept, because its `add` may still be running."""
     for path in home.glob(f"{_NEW}*"):
         try:
             stale = time.time() - path.stat().st_mtime > _STALE_SECONDS
@@ -245,7 +246,7 @@ def _remove_stale(home: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> FileRecord:
-    """Copy a file; the hash is the copy's."""
+    """Copy a file and record hash and size of the copy."""
     files.make_folder(target.parent)
     try:
         shutil.copyfile(source, target)
@@ -253,13 +254,13 @@ def _copy(source: Path, target: Path) -> FileRecord:
         if source.is_file() and os.access(source, os.R_OK):
             raise files.not_writable(target, error) from error
         raise ArtifactError(
-            f"`{source}` can't be read: {error.strerror or error}", hint="nothing was registered; look at that file"
+            f"`{source}` can't be read: {error.strerror or error}; nothing was registered", hint="check its permissions"
         ) from error
     return FileRecord(sha256=files.sha256_file(target), bytes=target.stat().st_size)
 
 
 def _copy_export(export_folder: Path, export: _Export, target: Path) -> dict[str, FileRecord]:
-    """Copy the files that an export lists, and the list."""
+    """Copy the files that an export's manifest lists, and the manifest."""
     records = {}
     for name in (*sorted(export.sha256), "manifest.json"):
         row = f"onnx/{name}"
@@ -272,7 +273,7 @@ def _copy_export(export_folder: Path, export: _Export, target: Path) -> dict[str
 
 
 def _manifest(folder: Path, name: str, run: _Run, records: dict[str, FileRecord], onnx: OnnxRecord | None) -> Manifest:
-    from icdctl.data import public_name, row_of  # here, not above: it takes torch along
+    from icdctl.data import public_name, row_of  # not at the head, because it imports torch
 
     config = run.config
     row = row_of(config.dataset)
@@ -282,7 +283,7 @@ def _manifest(folder: Path, name: str, run: _Run, records: dict[str, FileRecord]
         return Manifest(
             schema=SCHEMA,
             name=name,
-            version=1,  # until `_publish` knows
+            version=1,  # `_publish` sets the final number
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z",
             files=records,
             dataset=DatasetRecord(
@@ -307,7 +308,8 @@ def _manifest(folder: Path, name: str, run: _Run, records: dict[str, FileRecord]
         )
     except ValidationError as error:
         raise ArtifactError(
-            f"the run says what can't be: {first_problem(error)}", hint="it was edited or another program wrote it"
+            f"the run has an impossible value: {first_problem(error)}",
+            hint="its files were edited, or written by another program; train it again",
         ) from error
 
 
@@ -329,7 +331,11 @@ def _teacher_record(folder: Path, run: _Run) -> TeacherRecord | None:
 
 
 def _publish(folder: Path, building: Path, draft: Manifest) -> Artifact:
-    """Give what was built the next number. Whoever else takes that number first is looked at before trying again."""
+    """Rename the built folder to the next version number.
+
+    If another process takes that number first, its version is checked for being the same run, and the next number is
+    tried.
+    """
     home = building.parent
     while True:
         _refuse_twin(versions_of(folder, draft.name), draft)
@@ -348,7 +354,7 @@ def _publish(folder: Path, building: Path, draft: Manifest) -> Artifact:
 
 
 def _refuse_twin(registered: Iterable[Artifact], draft: Manifest) -> None:
-    """One run is one version, unless an export comes along that was not registered with it before."""
+    """Refuse a run that is registered already, unless it now comes with an export that is not registered yet."""
     keys = [WEIGHTS_FILE, "metrics.json", "config.json"]
     if draft.onnx:
         keys.append("onnx/model.onnx")
@@ -356,17 +362,17 @@ def _refuse_twin(registered: Iterable[Artifact], draft: Manifest) -> None:
         if all(artifact.manifest.files.get(key) == draft.files[key] for key in keys):
             raise ArtifactError(
                 f"this run is registered already, as `{artifact.reference}`",
-                hint=f"`icdctl registry show {artifact.reference}`",
+                hint=f"`icdctl registry show {artifact.reference}` shows it",
             )
 
 
 def _track(folder: Path, artifact: Artifact) -> None:
-    """Hand the blobs of the project's own registry to DVC, where the project uses it."""
+    """Add the blobs to DVC, if this is the project's own registry and the project uses DVC."""
     root = files.project_root()
     if not (root / ".dvc").is_dir() or folder.resolve() != (root / "registry").resolve():
         return
     target = PurePath("registry") / artifact.name / artifact.folder.name / FILES_FOLDER
-    # No `-q`: with it, dvc fails without a word.
+    # Without `-q`, because with it dvc fails without a message.
     result = subprocess.run(
         [sys.executable, "-m", "dvc", "--wait-for-lock", "add", str(target)],
         cwd=root,
@@ -377,8 +383,8 @@ def _track(folder: Path, artifact: Artifact) -> None:
         check=False,
     )
     if result.returncode != 0:
-        reason = (result.stderr.strip() or result.stdout.strip() or "it did not say why").splitlines()[0]
+        reason = (result.stderr.strip() or result.stdout.strip() or "it printed no reason").splitlines()[0]
         raise ArtifactError(
             f"`dvc add {target}` failed ({result.returncode}): {reason}; nothing was registered",
-            hint="`dvc doctor` and `dvc status` tell more; then register the run again",
+            hint="look at `dvc doctor` and `dvc status`, then register the run again",
         )

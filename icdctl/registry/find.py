@@ -1,4 +1,4 @@
-"""Finding registered artifacts by where they lie; a folder is read only where it is asked for."""
+"""Find registered artifacts by their folders; only the manifests of the versions in question are read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REFERENCE = re.compile(r"(?P<name>[^@]+)(?:@v(?P<version>[1-9][0-9]*))?")
 
 
 def list_artifacts(folder: Path) -> list[Artifact]:
-    """All versions of all names, by name and version; none where there is no registry.
+    """All versions of all names, sorted by name and version; empty if there is no registry.
 
     Raises:
         ArtifactError: a manifest is broken; the message names the file.
@@ -29,11 +29,11 @@ def find(folder: Path, reference: str) -> Artifact:
 
     Args:
         folder: the registry.
-        reference: `NAME@vN`, or `NAME` for its newest version. The data set may be left out where one alone has
-            such a name.
+        reference: `NAME@vN`, or `NAME` for its newest version. The data set may be left out if only one data set has
+            an artifact with this name.
 
     Raises:
-        UsageError: that is no reference.
+        UsageError: `reference` does not have this form.
         ArtifactError: there is no such artifact, or its manifest is broken.
     """
     match = _REFERENCE.fullmatch(reference.removeprefix("registry:"))
@@ -51,7 +51,7 @@ def find(folder: Path, reference: str) -> Artifact:
 
 
 def find_teacher(folder: Path, *, model: str, dataset: str) -> Artifact | None:
-    """The newest `model` that was trained on the labels of `dataset` alone, if one is registered.
+    """The newest registered `model` that was trained on `dataset` without a teacher; None if there is none.
 
     Raises:
         ArtifactError: a manifest is broken.
@@ -62,9 +62,9 @@ def find_teacher(folder: Path, *, model: str, dataset: str) -> Artifact | None:
 
 
 def lineage(folder: Path, artifact: Artifact) -> list[str]:
-    """Who learnt from whom: the artifact, its teacher, the teacher's teacher, as far as they are known.
+    """The lineage of an artifact: itself, its teacher, the teacher's teacher, as far as they are known.
 
-    Registered ones are `NAME@vN`; one that is not registered ends the list with its model and hash.
+    Registered models are listed as `NAME@vN`; a teacher that is not registered ends the list with its model and hash.
     """
     line: list[str] = []
     current: Artifact | None = artifact
@@ -81,7 +81,7 @@ def lineage(folder: Path, artifact: Artifact) -> list[str]:
 
 
 def teacher_of(folder: Path, artifact: Artifact) -> Artifact | None:
-    """The registered teacher, where it is still the one that it was."""
+    """The registered teacher of an artifact; None if it is not registered or now has other weights."""
     teacher = artifact.manifest.teacher
     if teacher is None or teacher.artifact is None:
         return None
@@ -93,7 +93,7 @@ def teacher_of(folder: Path, artifact: Artifact) -> Artifact | None:
 
 
 def newest(artifacts: Iterable[Artifact]) -> Artifact | None:
-    """The one that was registered last."""
+    """The artifact that was registered last; None if there is none."""
     return max(artifacts, key=lambda artifact: (artifact.manifest.created, artifact.version), default=None)
 
 
@@ -106,11 +106,13 @@ def _whole_name(folder: Path, typed: str) -> str:
         return same_end[0]
     if same_end:
         raise ArtifactError(
-            f"`{typed}` is the name of {len(same_end)} artifacts: `{'`, `'.join(same_end)}`", hint="write it whole"
+            f"`{typed}` is the name of {len(same_end)} artifacts: `{'`, `'.join(same_end)}`",
+            hint="write the whole name, with its data set",
         )
     if not known:
         raise ArtifactError(
-            f"no artifact `{typed}`: nothing is registered in `{folder}`", hint="`icdctl registry add RUN_FOLDER`"
+            f"no artifact `{typed}`: nothing is registered in `{folder}`",
+            hint="register a run with `icdctl registry add RUN_FOLDER`",
         )
     spellings = known if "/" in typed else [name.partition("/")[2] for name in known]
     nearest = difflib.get_close_matches(typed, spellings, n=1, cutoff=0.5)
@@ -119,7 +121,7 @@ def _whole_name(folder: Path, typed: str) -> str:
 
 
 def names(folder: Path) -> list[str]:
-    """Names with a version, sorted."""
+    """The names that have at least one version, sorted."""
     found = (f"{home.parent.name}/{home.name}" for dataset in _folders(folder) for home in _folders(dataset))
     return sorted(name for name in found if _NAME.fullmatch(name) and version_numbers(folder, name))
 
@@ -129,15 +131,16 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def taken_numbers(home: Path) -> list[int]:
-    """Numbers of everything that is called like a version."""
+    """The numbers of all entries that are named like a version."""
     matches = (_VERSION_FOLDER.fullmatch(path.name) for path in home.iterdir())
     return [int(match[1]) for match in matches if match]
 
 
 def version_numbers(folder: Path, name: str) -> list[int]:
-    """Numbers of the versions of a name, ascending.
+    """The version numbers of a name, ascending.
 
-    When git goes back to before a version, its blobs stay behind, since git does not know them: they are no version.
+    When git checks out a commit from before a version, the version's blobs stay behind, because git does not track
+    them. Such a folder with blobs alone does not count as a version.
     """
     home = folder / name
     kept = (MANIFEST_FILE, CARD_FILE, DVC_FILE)
@@ -150,7 +153,7 @@ def versions_of(folder: Path, name: str) -> list[Artifact]:
 
 
 def artifact_at(folder: Path, name: str, version: int) -> Artifact:
-    """The version that lies there.
+    """The artifact with this name and version.
 
     Raises:
         ArtifactError: its manifest is absent or broken.
@@ -160,10 +163,10 @@ def artifact_at(folder: Path, name: str, version: int) -> Artifact:
 
 
 def check_name(name: str) -> None:
-    """Refuse what can't be a name, or could lead out of the registry.
+    """Refuse a text that is not a valid name, or that could lead out of the registry.
 
     Raises:
-        UsageError: it is refused; the hint has an example.
+        UsageError: the name is refused; the hint has an example.
     """
     if not _NAME.fullmatch(name) or ".." in name:
         raise UsageError(

@@ -1,8 +1,9 @@
-"""What a person may point at: a run folder, a weights file, a registered artifact. One answer: a `TrainedModel`."""
+"""Find a trained model by the name that a user typed: a run folder, a weights file or a registered artifact."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,23 +21,23 @@ from icdctl.run_files import WEIGHTS_FILE
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained classifier on disk, and what is known of it."""
+    """A trained classifier on disk, with everything that is needed to use it."""
 
     path: Path
-    """The weights file."""
+    """Path of the weights file."""
     sha256: str
-    """Of the weights file."""
+    """Hash of the weights file."""
     model: str
-    """A name in `MODELS`; the name of the class for a module of one's own."""
+    """Name of the architecture in `MODELS`; for a custom module, the name of its class."""
     dataset: str
-    """What it was trained on, or is taken to have been."""
+    """The data set that it was trained on, according to the weights file or else to the user."""
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
     origin: str
-    """What was pointed at, as a person would write it."""
+    """The name that the user typed."""
     weights: Weights
     module: nn.Module | None = None
-    """What the weights belong to where no name says it; it is left as it is."""
+    """The custom module that the weights belong to, which is never changed; None for a model of `MODELS`."""
 
     @property
     def num_classes(self) -> int:
@@ -45,16 +46,16 @@ class TrainedModel:
 
     @property
     def source(self) -> str:
-        """Where the weights come from."""
+        """Where the weights come from: what their publisher states, or that icdctl trained them."""
         return str(self._published("source") or self._published("url") or f"trained with icdctl on `{self.dataset}`")
 
     @property
     def licence(self) -> str | None:
-        """What the publisher of the weights says on their use; None where nobody published them."""
+        """Terms of use that the publisher of the weights states; None if they were not published."""
         stated = self._published("licence")
         return None if stated is None else str(stated)
 
-    def _published(self, key: str) -> Any:
+    def _published(self, key: str) -> object:
         origin = self.weights.metadata.get("origin") if self.weights.metadata else {"source": "a file without a record"}
         return origin.get(key) if isinstance(origin, dict) else None
 
@@ -62,8 +63,8 @@ class TrainedModel:
         """The model in eval mode on the CPU, float32.
 
         Raises:
-            ArtifactError: the file has changed since it was looked at, or does not fit.
-            UsageError: a module of one's own takes other images, or tells other classes apart.
+            ArtifactError: the weights file has changed since it was found, or does not fit the model.
+            UsageError: a custom module does not take these images, or has another number of classes.
         """
         size = self.preprocessing.size
         if self.module is None:
@@ -74,13 +75,14 @@ class TrainedModel:
         loaded = models.load_weights(without_adapter(model), self.path)
         if loaded.sha256 != self.sha256:
             raise ArtifactError(
-                f"`{self.path}` was replaced while it was being read", hint="run the command again when it is at rest"
+                f"`{self.path}` changed while it was being read",
+                hint="wait until the program that writes it has finished, then run the command again",
             )
         return model.eval()
 
 
-class OwnModuleError(UsageError):
-    """Weights of a module of one's own, and nobody handed it over."""
+class CustomModuleError(UsageError):
+    """The weights belong to a custom module, and the caller did not pass that module."""
 
 
 def resolve(
@@ -90,19 +92,19 @@ def resolve(
     registry_folder: Path | None = None,
     module: nn.Module | None = None,
 ) -> TrainedModel:
-    """What `target` points at.
+    """Find the trained model that `target` names.
 
     Args:
         target: a run folder, a weights file (.safetensors, or a .pth of CRD, mdistiller or iCD), or
             `registry:NAME[@vN]`.
-        dataset: what a file that does not say so was trained on; its normalisation and class names are then taken.
-        registry_folder: where `registry:` names are looked up; the project's registry otherwise.
-        module: what the weights belong to, where that is no model of `MODELS`.
+        dataset: the data set for a weights file that does not state it; gives normalisation and class names.
+        registry_folder: the registry that `registry:` names are looked up in; None for the project's.
+        module: the custom module that the weights belong to; None for a model of `MODELS`.
 
     Raises:
-        OwnModuleError: they belong to such a module, and none was given.
-        UsageError: the file does not say what it was trained on, and `dataset` was not given.
-        ArtifactError: nothing is there, or it is broken.
+        CustomModuleError: the weights belong to a custom module, and `module` was not given.
+        UsageError: the file does not state its data set, and `dataset` was not given.
+        ArtifactError: nothing is found, or the files are broken.
     """
     if module is not None and not isinstance(module, nn.Module):
         raise UsageError(
@@ -119,10 +121,10 @@ def resolve(
             unfinished = (path / "config.json").is_file()
             raise ArtifactError(
                 f"`{path}` holds no `{WEIGHTS_FILE}`" + (": its run is not finished" if unfinished else ""),
-                hint=f"finish it with `--resume --out {path}`" if unfinished else "point at a finished run folder",
+                hint=f"finish it with `--resume --out {path}`" if unfinished else "name a finished run folder",
             )
         found = _from_file(weights_file, origin=target, dataset=dataset, module=module)
-        as_it_is = f"restore it, or point at `{found.path}` itself to use it as it is now"
+        as_it_is = f"restore it, or name `{found.path}` itself to use it as it is now"
         run_files.check_as_written(path, found.sha256, hint=as_it_is)
         return found
     return _from_file(path, origin=target, dataset=dataset, module=module)
@@ -136,7 +138,7 @@ def _from_file(path: Path, *, origin: str, dataset: DatasetInfo | None, module: 
     if dataset is None:
         raise UsageError(
             f"`{path}` does not say which data set it was trained on",
-            hint="pass it with `--dataset`, e.g. `--dataset cifar100` for the CRD and mdistiller teachers",
+            hint="add `--dataset NAME`, e.g. `--dataset cifar100` for the teachers of CRD and mdistiller",
         )
     known = (dataset.name, dataset.class_names, dataset.preprocessing)
     if module is not None:
@@ -144,20 +146,20 @@ def _from_file(path: Path, *, origin: str, dataset: DatasetInfo | None, module: 
     model, num_classes = identify(path, weights.tensors, dataset=dataset)
     if num_classes != dataset.num_classes:
         raise ArtifactError(
-            f"weights in `{path}` tell {num_classes} classes apart, `{dataset.name}` has {dataset.num_classes}",
-            hint="pass the data set that they were trained on with `--dataset`",
+            f"weights in `{path}` have {num_classes} classes, `{dataset.name}` has {dataset.num_classes}",
+            hint="name the data set that they were trained on with `--dataset`",
         )
     return TrainedModel(path, weights.sha256, model, *known, origin, weights)
 
 
 def _from_metadata(
-    path: Path, origin: str, weights: Weights, said: dict[str, Any], module: nn.Module | None
+    path: Path, origin: str, weights: Weights, said: Mapping[str, Any], module: nn.Module | None
 ) -> TrainedModel:
     if said.get("model") == CUSTOM_MODEL and module is None:
-        raise OwnModuleError(
-            f"`{path}` holds weights of a module of your own, which icdctl can't build",
-            hint="in Python, `icdctl.evaluate` and `icdctl.export` take it as `model=MODULE`; as a teacher or student, "
-            "load the weights into the module and pass that",
+        raise CustomModuleError(
+            f"`{path}` holds weights of a custom module, which icdctl can't build",
+            hint="in Python, pass the module to `icdctl.evaluate` or `icdctl.export` as `model=MODULE`; to use it as a "
+            "teacher or student, load the weights into the module and pass the module",
         )
     try:
         class_names = tuple(str(name) for name in said["class_names"])
@@ -168,20 +170,20 @@ def _from_metadata(
             raise ValueError(f"{len(class_names)} class names")
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise ArtifactError(
-            f"`{path}` does not say what it is as icdctl's files do: {error}",
-            hint="it was written by another program or version; train or convert it again",
+            f"the metadata of `{path}` do not have icdctl's format: {error}",
+            hint="another program or version wrote this file; train or convert the model again",
         ) from error
     return TrainedModel(path, weights.sha256, model, dataset, class_names, preprocessing, origin, weights, module)
 
 
 def identify(path: Path, tensors: dict[str, Tensor], *, dataset: DatasetInfo) -> tuple[str, int]:
-    """Which model has exactly these keys and shapes, and its number of classes.
+    """The name of the model that has exactly these keys and shapes, and its number of classes.
 
     Raises:
-        ArtifactError: none of them has.
+        ArtifactError: no model has them.
     """
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
-    # The head is the one matrix among them: every other weight is a convolution's or a batch norm's.
+    # The head is the only matrix: all other weights belong to convolutions or batch norms.
     heads = [shape for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2]
     if len(heads) == 1 and heads[0][0] >= 2:
         num_classes = heads[0][0]
@@ -192,6 +194,6 @@ def identify(path: Path, tensors: dict[str, Tensor], *, dataset: DatasetInfo) ->
                 return name, num_classes
     raise ArtifactError(
         f"weights in `{path}` fit none of the {len(models.MODELS)} models for `{dataset.name}`",
-        hint="`icdctl list models` shows them; the layout must be that of CRD, mdistiller or icdctl. A module of your "
-        "own goes in through the library: `icdctl.distill(teacher=MODULE, ...)`",
+        hint="`icdctl list models` shows the models; keys and shapes must be those of CRD, mdistiller or icdctl. A "
+        "custom module can be used through the library: `icdctl.distill(teacher=MODULE, ...)`",
     )

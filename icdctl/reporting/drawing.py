@@ -1,28 +1,40 @@
-"""How all figures look, and from a figure to bytes: SVG and PNG that are the same for the same figure.
+"""The style of all figures, and their conversion to SVG and PNG: the same figure always gives the same bytes.
 
-SVG keeps text as text. On the page its ink follows the reader's light or dark scheme; the files are dark on light.
+SVG keeps text as text. On the page, its colours follow the reader's light or dark mode; the files are dark on light.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK, RULE = "#1f2328", "#d1d5da"
-"""Text and axes; grid lines. The page replaces both by its own."""
+"""Colours of text and axes, and of grid lines. The page replaces both by its own."""
 COLOURS = ("#0077bb", "#ee7733", "#009988", "#cc3311", "#33bbee", "#ee3377", "#8a8d00", "#7b5bd6", "#a06c3c", "#5f7f95")
-"""Of cells, readable on light and on dark; as many as there are methods. After P. Tol's vibrant scheme."""
+"""Colours of cells, readable on light and on dark. After P. Tol's vibrant scheme."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
-"""Beside colours, for those who can't tell these apart."""
+"""Markers of cells, for readers who can't distinguish the colours."""
+
+TEACHER = "(teacher)"
+"""Suffix of a teacher's label; teachers are drawn in the colour of the ink in every figure."""
+TEACHER_MARKERS = ("*", "p", "H", "8")
+"""Markers of teachers."""
+PANEL = 2.35
+"""Side of a square panel, in inches."""
+LINE = 0.2
+"""Height of a line of a legend, in inches."""
+TITLE_LENGTH = 30
+"""Characters that fit into the title of a panel."""
 
 _STYLE: Any = {
     "axes.axisbelow": True,
@@ -56,27 +68,27 @@ _STYLE: Any = {
 }
 _PNG_DPI = 160
 _WIDE = 7.5
-"""Inches."""
+"""Width in inches above which a figure gets a row of its own on the page."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with all that a page says of it."""
+    """A finished figure with its texts."""
 
     name: str
-    """Of its files, without an ending."""
+    """Name of its files, without suffix."""
     title: str
     caption: str
-    """What is shown, and how it was made."""
+    """What the figure shows, and how it was made."""
     alternative: str
-    """The same in words and numbers, for those who don't see it."""
+    """Its content in words and numbers, for readers who can't see it."""
     svg: str
     png: bytes
     is_wide: bool = False
-    """Wants a row of its own."""
+    """True if it needs a row of its own on the page."""
 
     def inline(self) -> str:
-        """The SVG as a part of a page: names of its own, and the page's ink."""
+        """The SVG as part of a page: with unique ids, and with the page's colours."""
         text = self.svg[self.svg.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         text = re.sub(r'\bid="', f'id="{self.name}-', text)
@@ -87,12 +99,12 @@ class Picture:
 
 @contextmanager
 def drawing(width: float, height: float) -> Iterator[Figure]:
-    """A figure of that size in inches, in the style of all of them, to be drawn and finished within the block."""
+    """A figure with this size in inches and the common style, to be drawn and finished within the block."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # The user's own matplotlibrc must not change what is written.
+    # The user's own matplotlibrc must not change the figures.
     with warnings.catch_warnings(), matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -103,7 +115,7 @@ def drawing(width: float, height: float) -> Iterator[Figure]:
 
 
 def finish(figure: Figure, name: str, *, title: str, caption: str, alternative: str) -> Picture:
-    """A drawn figure as bytes; inside its `drawing` block."""
+    """Convert a drawn figure to SVG and PNG; call it inside the figure's `drawing` block."""
     import matplotlib
 
     svg, png = io.StringIO(), io.BytesIO()
@@ -115,7 +127,7 @@ def finish(figure: Figure, name: str, *, title: str, caption: str, alternative: 
 
 
 def plain(axes: Axes) -> None:
-    """No frame, ticks or grid: for pictures."""
+    """Remove ticks and grid from axes that show a picture."""
     axes.grid(False)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -125,10 +137,42 @@ def plain(axes: Axes) -> None:
 
 
 def panels(figure: Figure, number: int, *, columns: int) -> list[Axes]:
-    """Equal axes in rows of so many, the rest left empty."""
+    """Equal axes in rows of `columns`; unused places stay empty."""
     rows = -(-number // columns)
     grid = figure.subplots(rows, columns, squeeze=False)
     flat = list(grid.flat)
     for axes in flat[number:]:
         axes.set_visible(False)
     return flat[:number]
+
+
+def brief(text: str, length: int) -> str:
+    """The text, cut if it is longer than `length` characters."""
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+class Labelled(Protocol):
+    """Anything with a label that a figure can show."""
+
+    @property
+    def label(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=str | Labelled)
+
+
+def styled(items: Sequence[Item]) -> list[tuple[Item, str, str]]:
+    """Each label, or item with a label, with the colour and marker of its position; teachers have their own style."""
+    # When all colours are used, they are used again with the next marker.
+    styles = (
+        (colour, MARKERS[(place + turn) % len(MARKERS)])
+        for turn in itertools.count()
+        for place, colour in enumerate(COLOURS)
+    )
+    teachers = itertools.cycle(TEACHER_MARKERS)
+    found = []
+    for item in items:
+        label = item if isinstance(item, str) else item.label
+        colour, marker = (INK, next(teachers)) if label.endswith(TEACHER) else next(styles)
+        found.append((item, colour, marker))
+    return found

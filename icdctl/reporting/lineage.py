@@ -1,4 +1,4 @@
-"""What was made from what: the lineage of a report's runs."""
+"""The lineage of a report's runs: which data, teachers, students and ONNX files were made from which."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ from dataclasses import replace
 
 from icdctl import data, files, registry
 from icdctl.errors import IcdctlError
-from icdctl.reporting import figures
-from icdctl.reporting.collect import Group, Run
-from icdctl.reporting.figures import Node
-from icdctl.reporting.page import Section, Table
-from icdctl.reporting.questions import Asked
+from icdctl.reporting import lineage_figure
+from icdctl.reporting.finished_runs import FinishedRun
+from icdctl.reporting.group_measurements import GroupMeasurements
+from icdctl.reporting.lineage_figure import Node
+from icdctl.reporting.page import PageTable, Section
+from icdctl.reporting.run_groups import RunGroup
 
 _SHORT_HASH = 10
 _COLUMNS = ("data", "teacher", "students", "delivered")
 
 
-def origins(asked: Sequence[Asked], teachers: Mapping[str, Run], notes: list[str]) -> Section:
-    """What was made from what, with hashes, sources and licences.
+def lineage_section(
+    measured: Sequence[GroupMeasurements], teachers: Mapping[str, FinishedRun], notes: list[str]
+) -> Section:
+    """The section on lineage, with hashes, sources and licences.
 
     Args:
-        asked: the groups.
-        teachers: hash of weights -> the teacher's own run, where that is known.
-        notes: gets what could not be read.
+        measured: the measurements of all groups.
+        teachers: hash of a teacher's weights -> the run that trained it, if that is known.
+        notes: receives a sentence for everything that could not be read.
     """
     registered = _registered(notes)
     nodes: dict[str, Node] = {}
     lines: dict[tuple[str, ...], None] = {}
-    for each in asked:
+    for each in measured:
         group = each.group
         data_key = f"data {group.images}"
         nodes[data_key] = Node(data_key, (group.images, _short_hash(each.data_sha256)), 0)
@@ -43,18 +46,17 @@ def origins(asked: Sequence[Asked], teachers: Mapping[str, Run], notes: list[str
                 None
             )
         for cell in group.cells:
-            key = f"students {cell.runs[0].folder}"  # the same plain ones stand beside each teacher's
+            key = f"students {cell.runs[0].folder}"  # by folder, because the same plain students are in several groups
             if cell in group.drawn:
                 count = f"{len(cell.runs)} seeds" if len(cell.runs) > 1 else _short_hash(cell.runs[0].sha256)
                 parent = data_key if cell.config.teacher is None else teacher_key
                 nodes[key] = Node(key, (f"{group.student}, {cell.label}", count), 2, (parent,))
             for run in cell.runs:
                 delivered = _delivered(run, registered)
-                versions = run.environment.get("versions", {})
-                made = f"icdctl {versions.get('icdctl', '?')}, torch {versions.get('torch', '?')}"
+                made = f"icdctl {run.versions.get('icdctl', '?')}, torch {run.versions.get('torch', '?')}"
                 name = f"{group.student}, {cell.label}, seed {run.config.seed}"
                 if cell.config.teacher is not None:
-                    name += f", of {group.teacher_label}"
+                    name += f", from {group.teacher_label}"
                 lines[("student", name, run.sha256, made)] = None
                 for place, (what, sha256) in enumerate(delivered):
                     lines[(what, name, sha256, "")] = None
@@ -65,27 +67,27 @@ def origins(asked: Sequence[Asked], teachers: Mapping[str, Run], notes: list[str
     headers = [_COLUMNS[column] for column in used]
     placed = [replace(node, column=used.index(node.column)) for node in nodes.values()]
     ordered = sorted(placed, key=lambda node: node.column)
-    picture = figures.lineage("lineage", ordered, headers)
-    table = Table("All of it", ("kind", "what", "sha256", "source"), tuple(lines), ())
+    picture = lineage_figure.lineage("lineage", ordered, headers)
+    table = PageTable("All files", ("kind", "what", "sha256", "source"), tuple(lines), ())
     return Section("lineage", "Lineage", [], tables=[table], pictures=[picture])
 
 
-def _teacher_origin(group: Group, teachers: Mapping[str, Run], registered: Mapping[str, str]) -> str:
+def _teacher_origin(group: RunGroup, teachers: Mapping[str, FinishedRun], registered: Mapping[str, str]) -> str:
     own = teachers.get(group.teacher_sha256 or "")
     run = next(run for cell in group.cells for run in cell.runs if run.config.teacher is not None)
-    source, licence = run.metrics.get("teacher_source"), run.metrics.get("teacher_licence")
-    told = [str(source)] if source else []
+    source, licence = run.metrics.teacher_source, run.metrics.teacher_licence
+    parts = [source] if source else []
     if licence:
-        told.append(f"licence: {licence}")
+        parts.append(f"licence: {licence}")
     if group.teacher_sha256 is not None and group.teacher_sha256 in registered:
-        told.append(f"registry: {registered[group.teacher_sha256]}")
+        parts.append(f"registry: {registered[group.teacher_sha256]}")
     if own is not None:
-        told.append(f"its own run reached {own.top1:.2f}")
-    return "; ".join(told)
+        parts.append(f"its own run reached top-1 {own.top1:.2f}")
+    return "; ".join(parts)
 
 
 def _registered(notes: list[str]) -> dict[str, str]:
-    """Hash of weights -> the newest artifact that holds them."""
+    """Hash of weights -> reference of the newest artifact with these weights."""
     try:
         found = registry.list_artifacts(registry.default_folder())
     except IcdctlError as error:
@@ -94,8 +96,8 @@ def _registered(notes: list[str]) -> dict[str, str]:
     return {artifact.sha256: artifact.reference for artifact in found}
 
 
-def _delivered(run: Run, registered: Mapping[str, str]) -> list[tuple[str, str]]:
-    """ONNX files and registered copies of a run, each with its hash."""
+def _delivered(run: FinishedRun, registered: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The ONNX file and the registered copy of a run, if they exist, each with its hash."""
     found = []
     onnx = run.folder / "onnx" / "model.onnx"
     if onnx.is_file():

@@ -1,10 +1,9 @@
-"""A page that stands by itself: no file beside it, no network, light or dark as the reader likes, fit to print."""
+"""A self-contained page: it needs no other file and no network, follows light and dark mode, and can be printed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
@@ -14,12 +13,12 @@ from icdctl.versions import versions
 
 TEMPLATE = "page.html.jinja"
 _LONG = 60
-"""Characters: a cell of more takes several lines."""
+"""Characters; longer text in a cell is broken into lines."""
 
 
 @dataclass(frozen=True)
-class Table:
-    """Text in rows and columns."""
+class PageTable:
+    """A table of text on the page."""
 
     title: str
     headers: Sequence[str]
@@ -28,16 +27,16 @@ class Table:
 
     @property
     def kinds(self) -> list[str]:
-        """Of each column: `number` where all its cells begin with one, for alignment and sorting; `hash`; `long` where
-        a cell is, so that it is not squeezed; empty for the rest."""
+        """The kind of each column: `number` if all its cells begin with a number, for alignment and sorting; `hash`;
+        `long` if a cell has long text, so that it gets enough width; empty for all others."""
         columns = zip(*self.rows, strict=True) if self.rows else ((),) * len(self.headers)
         return [_kind(header, column) for header, column in zip(self.headers, columns, strict=True)]
 
-    def without_empty_columns(self) -> Table:
-        """The same, with columns left out that say nothing in any row."""
-        said = [place for place in range(len(self.headers)) if any(row[place] for row in self.rows)]
-        rows = tuple(tuple(row[place] for place in said) for row in self.rows)
-        return Table(self.title, tuple(self.headers[place] for place in said), rows, self.notes)
+    def without_empty_columns(self) -> PageTable:
+        """The same table without the columns that are empty in every row."""
+        filled = [place for place in range(len(self.headers)) if any(row[place] for row in self.rows)]
+        rows = tuple(tuple(row[place] for place in filled) for row in self.rows)
+        return PageTable(self.title, tuple(self.headers[place] for place in filled), rows, self.notes)
 
 
 def _kind(header: str, column: Sequence[str]) -> str:
@@ -64,23 +63,23 @@ class Section:
     anchor: str
     title: str
     paragraphs: Sequence[str] = ()
-    tables: Sequence[Table] = ()
+    tables: Sequence[PageTable] = ()
     pictures: Sequence[Picture] = ()
 
 
 @dataclass(frozen=True)
 class Page:
-    """All of it."""
+    """The content of the page."""
 
     title: str
     about: Sequence[str]
     sections: Sequence[Section]
     notes: Sequence[str] = field(default=())
-    """What is not in it, and why."""
+    """What the page leaves out, and why."""
 
 
 def render_page(page: Page) -> str:
-    """As HTML."""
+    """The page as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("icdctl.reporting", "."),
         autoescape=True,
@@ -89,20 +88,19 @@ def render_page(page: Page) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["marked"] = _marked
-    facts: dict[str, Any] = {"page": page, "version": versions(["icdctl"])["icdctl"]}
-    return environment.get_template(TEMPLATE).render(**facts)
+    return environment.get_template(TEMPLATE).render(page=page, version=versions(["icdctl"])["icdctl"])
 
 
 def _marked(text: str) -> Markup:
-    """Text for HTML, with what stands between backticks as code."""
+    """Text as HTML; the parts between backticks become code."""
     parts = str(escape(text)).split("`")
-    if len(parts) % 2 == 0:  # one is without its partner
+    if len(parts) % 2 == 0:  # a backtick is not closed
         return Markup("`".join(parts))
     return Markup("".join(part if place % 2 == 0 else f"<code>{part}</code>" for place, part in enumerate(parts)))
 
 
 def render_markdown(page: Page) -> str:
-    """The tables alone, for a terminal or a pull request."""
+    """The page as Markdown, with links to the figures, for a terminal or a pull request."""
     lines = [f"# {page.title}", "", *(f"{text}\n" for text in page.about)]
     for section in page.sections:
         lines += [f"## {section.title}", ""]

@@ -1,4 +1,4 @@
-"""Numbers in, statements out: statistics over seeds, published results, the papers' tables.
+"""Numbers in, statements out: statistics over seeds, published results, the papers' tables and verdicts on them.
 
-Knows nothing of training.
+This room knows nothing about training.
 """

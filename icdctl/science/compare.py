@@ -1,30 +1,31 @@
-"""What a few seeds can say: summaries, equivalence with a published number, paired differences, seeds needed.
+"""Statistics over a few seeds: summaries, equivalence with a published number, paired differences.
 
-Pure functions of numbers, all under the usual assumption that the results of seeds are independent and normal. Values
-are in any unit (points of top-1 nearly everywhere); differences and margins are in the same one.
+These are pure functions of numbers. They assume, as is usual, that the results of seeds are independent and normally
+distributed. Values may have any unit (points of top-1 nearly everywhere); differences and margins have the same unit.
 
-Three claims, and what holds each of them at `alpha`:
+There are three verdicts. Each of the first two is wrong with probability `alpha` at most:
 
 - *reproduced*: the mean of the method lies within the margin of the published number. Two one-sided t tests
   (D. J. Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987): both `mean <= number - margin` and `mean >= number + margin`
   are rejected at `alpha`, which is the same as the 1 - 2 alpha interval of the difference lying inside the margin. If
-  the mean is in truth outside, this is said with probability `alpha` at most. The number is taken as it stands: the
-  claim is about that number, not about what its authors would find on average.
+  the true mean is outside, this verdict is given with probability `alpha` at most. The published number is taken as
+  exact: the verdict is about that number, not about what its authors would find on average.
 - *not reproduced*: the authors' mean and ours are further apart than the margin. The published number is itself a
-  draw. With one seed's spread of 0.25 points, a perfect copy of the method has a mean that is 0.5 points from a single
-  published run once in 22 times, and no number of our own seeds mends that. So this verdict needs an interval that has
-  the spread of the published number in it, and it has to lie wholly beyond the margin. It is the two-sided 1 - alpha
-  interval, for there are two sides to be wrong on: if the means are in truth within the margin, this is said with
-  probability `alpha` at most, whatever the spread, and about half of that where the spread is small beside the margin.
-- *underpowered*: neither. It says that these seeds do not decide, not that the two agree by half.
+  random draw. With one seed's spread of 0.25 points, a perfect copy of the method has a mean that is 0.5 points from a
+  single published run once in 22 times, and more seeds of our own do not change that. So this verdict needs an interval
+  that includes the spread of the published number and lies wholly beyond the margin. It is the two-sided 1 - alpha
+  interval, because the error may be on either side: if the true means are within the margin, this verdict is given with
+  probability `alpha` at most, whatever the spread, and with about half of that if the spread is small compared with the
+  margin.
+- *underpowered*: neither. These seeds do not decide the question; it does not mean that the two half agree.
 
-The two intervals are nested, so no data gives both verdicts.
+The second interval contains the first, so no data gives both verdicts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,88 +37,89 @@ from icdctl.errors import UsageError
 Verdict = Literal["reproduced", "not reproduced", "underpowered"]
 
 CONFIDENCE = 0.95
-"""Of the intervals that `summarise` and `paired_difference` give."""
-MOST_SEEDS = 100_000
-"""`seeds_needed` looks no further."""
+"""Confidence level of the intervals that `summarise` and `paired_difference` give."""
 
 _NO_SPREAD = 1e-9
-"""A standard deviation below this share of the values is rounding."""
+"""A standard deviation below this share of the values is a rounding error."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Values over seeds."""
+    """Number, mean, standard deviation and interval of values over seeds."""
 
     n: int
     mean: float
     sd: float | None
     """Standard deviation of one seed, with n - 1; None for n = 1."""
     low: float | None
-    """Of the 95 % t interval of the mean; None for n = 1."""
+    """Lower end of the 95 % t interval of the mean; None for n = 1."""
     high: float | None
+    """Upper end of the same interval; None for n = 1."""
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """How a measured mean stands to a published number. Differences are measured less published."""
+    """The comparison of a measured mean with a published number. Differences are measured minus published."""
 
     verdict: Verdict
     reason: str
     """One sentence with the numbers that decided."""
     basis: str
-    """What the published number is taken for."""
+    """What is assumed about the published number: how many runs it stands for, and their spread."""
     n: int
     difference: float
     margin: float
     alpha: float
     p_lower: float | None = None
-    """Of the one-sided test against `mean <= published - margin`; None where no spread can be estimated, as below."""
+    """p of the one-sided test against `mean <= published - margin`. This and all values below are None if no spread
+    can be estimated."""
     p_upper: float | None = None
-    """Of the one-sided test against `mean >= published + margin`."""
+    """p of the one-sided test against `mean >= published + margin`."""
     p_equivalence: float | None = None
-    """The larger of both: the least alpha at which it is `reproduced`."""
+    """The larger of the two: the smallest alpha that gives `reproduced`."""
     interval: tuple[float, float] | None = None
-    """1 - 2 alpha interval of the difference, the published number taken as exact; decides `reproduced`."""
+    """1 - 2 alpha interval of the difference, with the published number taken as exact; decides `reproduced`."""
     p_outside: float | None = None
-    """The least alpha at which it is `not reproduced`."""
+    """The smallest alpha that gives `not reproduced`."""
     outer_interval: tuple[float, float] | None = None
-    """1 - alpha interval of the difference with the spread of the published number; decides `not reproduced`."""
+    """1 - alpha interval of the difference, including the spread of the published number; decides `not reproduced`."""
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """First less second, seed by seed."""
+    """The first method minus the second, seed by seed."""
 
     n: int
     seeds: tuple[int, ...]
-    """Those that both have, ascending."""
+    """The seeds that both methods have, ascending."""
     left_out: tuple[int, ...]
-    """Those that only one has."""
+    """The seeds that only one method has."""
     mean: float
     sd: float | None
-    """Of the differences, with n - 1; None for n = 1."""
+    """Standard deviation of the differences, with n - 1; None for n = 1."""
     low: float | None
-    """Of the 95 % t interval of the mean difference; None for n = 1."""
+    """Lower end of the 95 % t interval of the mean difference; None for n = 1."""
     high: float | None
+    """Upper end of the same interval; None for n = 1."""
     p: float | None
-    """Two-sided, of the t test against a mean difference of 0. None for n = 1, and where every difference is the same
-    and not 0, for which the test has no answer."""
+    """Two-sided p of the t test against a mean difference of 0. None for n = 1, and if all differences are equal and
+    not 0, because the test is then undefined."""
     effect_size: float | None
-    """Cohen's d_z: mean over sd of the differences; None where there is no sd or it is 0."""
+    """Cohen's d_z: mean divided by sd of the differences; None if there is no sd or it is 0."""
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """n, mean m, sd s with n - 1, and m -+ t(0.975, n - 1) s / sqrt(n).
+    """Number n, mean m, standard deviation s with n - 1, and the interval m -+ t(0.975, n - 1) s / sqrt(n).
 
     Raises:
-        UsageError: no values, or one that is not finite.
+        UsageError: there are no values, or one is not finite.
     """
     array = _checked(values)
     n, mean = len(array), float(array.mean())
     if n == 1:
         return Summary(1, mean, None, None, None)
     sd = float(array.std(ddof=1))
-    half = _quantile(n - 1, (1 + CONFIDENCE) / 2) * sd / math.sqrt(n)
+    half = t_quantile(n - 1, (1 + CONFIDENCE) / 2) * sd / math.sqrt(n)
     return Summary(n, mean, sd, mean - half, mean + half)
 
 
@@ -130,9 +132,9 @@ def reproduces(
     published_runs: int | None = 1,
     published_sd: float | None = None,
 ) -> Reproduction:
-    """Whether measured values and a published number are the same within a margin; the module says what that means.
+    """Decide whether measured values reproduce a published number within a margin; the module explains the verdicts.
 
-    With mean m and sd s of n values, the published number p of k runs, d = m - p and t quantiles:
+    With mean m and sd s of n values, the published number p from k runs, d = m - p and t quantiles:
 
     - `interval` is d -+ t(1 - alpha, n - 1) s / sqrt(n);
     - `outer_interval` is d -+ t(1 - alpha / 2, f) e, where e = s sqrt(1 / n + 1 / k) and f = n - 1 if the sd of the
@@ -140,16 +142,16 @@ def reproduces(
       e = s / sqrt(n) and f = n - 1 if p is exact.
 
     Args:
-        measured: a value a seed.
-        published: the number to compare with, of the same kind (final with final epoch, best with best).
-        margin: the difference that does not matter, above 0.
-        alpha: the probability, at most, of each wrong verdict; below 0.5.
-        published_runs: how many runs the number is the mean of; 1 where its source does not say. None takes it as
-            exact, which only a target that nobody measured is.
-        published_sd: of a single one of these runs, where the source has it.
+        measured: one value per seed.
+        published: the number to compare with, of the same kind (final epoch with final epoch, best with best).
+        margin: the largest difference that counts as equal; above 0.
+        alpha: the largest probability of each wrong verdict; below 0.5.
+        published_runs: how many runs the number is the mean of; 1 if its source does not say. None takes the number as
+            exact, which only a goal that was never measured is.
+        published_sd: standard deviation of a single one of these runs, if the source states it.
 
     Raises:
-        UsageError: a value that is not finite or out of range, or an sd of fewer than two runs.
+        UsageError: a value is not finite or out of range, or an sd is given for fewer than two runs.
     """
     array = _checked(measured)
     _check_test(published, margin, alpha, published_runs, published_sd)
@@ -167,12 +169,12 @@ def reproduces(
     p_lower = _upper_tail(freedom, (difference + margin) / error)
     p_upper = _upper_tail(freedom, (margin - difference) / error)
     p_equivalence = max(p_lower, p_upper)
-    half = _quantile(freedom, 1 - alpha) * error
+    half = t_quantile(freedom, 1 - alpha) * error
     interval = (difference - half, difference + half)
 
     outer_freedom, outer_error = _with_published(summary.n, summary.sd, published_runs, published_sd)
     p_outside = min(1.0, 2 * _upper_tail(outer_freedom, (abs(difference) - margin) / outer_error))
-    half = _quantile(outer_freedom, 1 - alpha / 2) * outer_error
+    half = t_quantile(outer_freedom, 1 - alpha / 2) * outer_error
     outer_interval = (difference - half, difference + half)
 
     if p_equivalence <= alpha:
@@ -205,17 +207,17 @@ def reproduces(
 
 
 def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> PairedDifference:
-    """The paired t test over the seeds that both have: t = mean / (sd / sqrt(n)) with n - 1 degrees of freedom.
+    """The paired t test over the seeds that both methods have: t = mean / (sd / sqrt(n)), n - 1 degrees of freedom.
 
-    Runs of one seed share the order of images, crops and flips, so what these add to the spread is gone from the
-    differences; it also means that the statement holds for the seeds' streams, not for each arm alone.
+    Runs with the same seed share the order of images, crops and flips, so the spread that these cause cancels in the
+    differences. The statement therefore holds for the difference, not for each method alone.
 
     Args:
         first: seed -> value.
         second: seed -> value.
 
     Raises:
-        UsageError: no seed in common, or a value that is not finite.
+        UsageError: the methods have no seed in common, or a value is not finite.
     """
     seeds = tuple(sorted(first.keys() & second.keys()))
     left_out = tuple(sorted(first.keys() ^ second.keys()))
@@ -240,14 +242,16 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted for being a family of m (S. Holm, Scand. J. Statist. 6, 1979), in the order given.
+    """The p values of a family of m tests, adjusted by Holm's method and in the order given.
 
-    In ascending order, the j-th of m becomes the largest of (m - i + 1) p_i over i <= j, at most 1. Rejecting those
-    that are at most alpha keeps the probability of even one false rejection at alpha, however the tests depend on
-    each other.
+    In ascending order, the j-th of m becomes the largest of (m - i + 1) p_i over i <= j, at most 1. Rejecting every
+    test with an adjusted p of at most alpha keeps the probability of even one false rejection at alpha, however the
+    tests depend on each other.
 
     Raises:
-        UsageError: a value that is no probability.
+        UsageError: a value is not between 0 and 1.
+
+    Source: S. Holm, Scand. J. Statist. 6, 1979
     """
     if any(not 0 <= p <= 1 for p in p_values):
         raise UsageError("a p value is not between 0 and 1", hint="pass the p values of the tests, unadjusted")
@@ -257,117 +261,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = highest
     return adjusted
-
-
-def power_of(
-    n: int, delta: float, sd: float, *, alpha: float = 0.05, paired: bool = False, known_sd: bool = False
-) -> float:
-    """The probability that a two-sided test at `alpha` finds a true difference `delta`.
-
-    The noncentral t distribution with noncentrality L = delta / (sd sqrt(2 / n)) and 2 n - 2 degrees of freedom for two
-    arms, delta / (sd / sqrt(n)) and n - 1 for pairs (J. Cohen, Statistical Power Analysis, 1988, chapter 2). Both tails
-    count, so it never falls below alpha.
-
-    Args:
-        n: seeds in each arm; the same as the number of pairs where `paired`. A single one has no power but with
-            `known_sd`.
-        delta: true difference of the means.
-        sd: of one run in either arm; where `paired`, of the differences.
-        alpha: of the test.
-        paired: pairs by seed, rather than two independent arms.
-        known_sd: the z test, as if sd were not estimated. It promises too much for few seeds, and rules of thumb rest
-            on it.
-
-    Raises:
-        UsageError: n below 1, sd or alpha out of range.
-    """
-    if n < 1 or not (sd > 0 and math.isfinite(sd) and math.isfinite(delta)) or not 0 < alpha < 1:
-        raise UsageError(
-            f"the power of n = {n}, delta = {delta:g}, sd = {sd:g}, alpha = {alpha:g} is not defined",
-            hint="n is 1 or above, sd above 0, alpha between 0 and 1",
-        )
-    noncentrality = abs(delta) / (sd * math.sqrt((1 if paired else 2) / n))
-    if known_sd:
-        quantile = float(special.ndtri(1 - alpha / 2))
-        return float(special.ndtr(noncentrality - quantile) + special.ndtr(-noncentrality - quantile))
-    freedom = (n - 1) * (1 if paired else 2)
-    if freedom == 0:
-        return 0.0
-    quantile = _quantile(freedom, 1 - alpha / 2)
-    below = float(special.nctdtr(freedom, noncentrality, quantile))
-    far_side = float(special.nctdtr(freedom, noncentrality, -quantile))
-    return min(1.0, 1 - below + far_side)
-
-
-def seeds_needed(
-    delta: float,
-    sd: float,
-    *,
-    power: float = 0.8,
-    alpha: float = 0.05,
-    paired: bool = False,
-    known_sd: bool = False,
-) -> int:
-    """The least number of seeds (in each arm, or of pairs) that has that power; see `power_of`.
-
-    At sd 0.25 and delta 0.3, two arms of 12 for the t test. The z test, which takes the spread as known, says 11: that
-    is where "11 per arm" comes from, and the t test with 11 has a power of 0.76.
-
-    Raises:
-        UsageError: delta is 0, more than `MOST_SEEDS` would be needed, or as `power_of`.
-    """
-    if delta == 0 or not 0 < power < 1:
-        raise UsageError("no number of seeds finds a difference of 0", hint="state the difference that matters")
-    return _least(lambda n: power_of(n, delta, sd, alpha=alpha, paired=paired, known_sd=known_sd) >= power)
-
-
-def equivalence_power(n: int, margin: float, sd: float, *, difference: float = 0.0, alpha: float = 0.05) -> float:
-    """The probability that n seeds are found equivalent to a number that their true mean is `difference` away from.
-
-    P(|d| <= margin - t(1 - alpha, n - 1) s / sqrt(n)), with d normal around `difference` and s^2 (n - 1) / sd^2
-    chi-squared, averaged over 2,000 quantiles of s; right to 0.001.
-
-    Raises:
-        UsageError: sd or margin is not above 0, or alpha not between 0 and 0.5.
-    """
-    if not (sd > 0 and margin > 0 and 0 < alpha < 0.5):
-        raise UsageError(
-            f"the power of margin = {margin:g}, sd = {sd:g}, alpha = {alpha:g} is not defined",
-            hint="margin and sd are above 0, alpha between 0 and 0.5",
-        )
-    if n < 2:
-        return 0.0
-    shares = (np.arange(2000) + 0.5) / 2000
-    spread = sd * np.sqrt(special.chdtri(n - 1, shares) / (n - 1))
-    room = margin - _quantile(n - 1, 1 - alpha) * spread / math.sqrt(n)
-    error = sd / math.sqrt(n)
-    inside = special.ndtr((room - difference) / error) - special.ndtr((-room - difference) / error)
-    return float(np.where(room > 0, inside, 0.0).mean())
-
-
-def seeds_to_reproduce(margin: float, sd: float, *, power: float = 0.8, alpha: float = 0.05) -> int:
-    """The least number of seeds that calls a method `reproduced` with that power if its mean is the published number.
-
-    Raises:
-        UsageError: more than `MOST_SEEDS` would be needed, or as `equivalence_power`.
-    """
-    return _least(lambda n: equivalence_power(n, margin, sd, alpha=alpha) >= power)
-
-
-def _least(is_enough: Callable[[int], bool]) -> int:
-    """The least n that is enough, where more never is too many."""
-    high = 1
-    while not is_enough(high):
-        high *= 2
-        if high > MOST_SEEDS:
-            raise UsageError(
-                f"more than {MOST_SEEDS:,} seeds would be needed", hint="ask for a larger difference or less power"
-            )
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_enough(middle) else (middle, high)
-    return high
 
 
 def _checked(values: Sequence[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -392,7 +285,7 @@ def _check_test(published: float, margin: float, alpha: float, runs: int | None,
 
 
 def _with_published(n: int, sd: float, runs: int | None, published_sd: float | None) -> tuple[float, float]:
-    """Degrees of freedom and standard error of the difference, the spread of the published number in it."""
+    """Degrees of freedom and standard error of the difference, including the spread of the published number."""
     ours = sd**2 / n
     if runs is None:
         return n - 1, math.sqrt(ours)
@@ -409,16 +302,16 @@ def _basis(runs: int | None, sd: float | None) -> str:
     if sd is not None:
         return f"mean of {runs} runs, sd {sd:g}"
     if runs > 1:
-        return f"mean of {runs} runs without a spread; that of ours is taken for theirs"
-    return "a single value without a spread; that of our seeds is taken for its own"
+        return f"mean of {runs} runs without a spread; the spread of our seeds is used for it"
+    return "a single value without a spread; the spread of our seeds is used for it"
 
 
 def _is_constant(values: np.ndarray[tuple[int], np.dtype[np.float64]], sd: float) -> bool:
     return sd <= _NO_SPREAD * max(1.0, float(np.abs(values).max()))
 
 
-def _quantile(freedom: float, probability: float) -> float:
-    """Of Student's t."""
+def t_quantile(freedom: float, probability: float) -> float:
+    """Quantile of Student's t."""
     return float(special.stdtrit(freedom, probability))
 
 

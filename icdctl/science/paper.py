@@ -1,62 +1,58 @@
-"""The reference's training configurations in our names, and what was corrected in them: `paper.json`.
+"""The training configurations of the reference code under icdctl's names, and their corrections: `paper.json`.
 
-docs/make_paper.py makes the file from a transcript of the reference's files and says of every fault what is done. What
-all configurations share (240 epochs, batches of 64, weight decay, decay of the rate) is in the recipes `cifar100` and
-`cub200`; here is what differs between them.
+docs/make_paper.py writes this file from a transcript of the reference's files and explains how it corrects each fault.
+The recipes `cifar100` and `cub200` hold what all configurations share (240 epochs, batches of 64, weight decay, decay
+of the learning rate); this file holds what differs between them.
 """
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Mapping
 from functools import cache
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from icdctl.errors import ArtifactError, UsageError
+from icdctl.errors import UsageError
+from icdctl.science.package_file import StrictModel, parse_package_file, read_package_file
 
 FILE = "paper.json"
 FAMILIES = ("gamma2", "gamma8")
-"""Two sets of defaults that the recorded results come from; `Paper.families` has their numbers. What a file states
-itself (beta 6 for some pairs) is the same in both."""
+"""The two sets of defaults that the recorded results were made with; `Paper.families` has their numbers. A value that a
+file states itself (beta 6 for some pairs) is the same in both."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Family(_Frozen):
-    """Defaults of the reference at one time."""
+class Family(StrictModel):
+    """The defaults of the reference code at one point of its history."""
 
     beta: float
     gamma: float
     about: str
 
 
-class Config(_Frozen):
-    """One of the reference's files."""
+class PaperConfig(StrictModel):
+    """One configuration file of the reference code."""
 
     config: str
-    """Its name under configs/."""
+    """Path of the file below configs/."""
     group: str
     dataset: str
     teacher: str
     student: str
     method: str
     scales: tuple[tuple[int, ...], ...]
-    """Those that its scripts call it with; empty where none does."""
+    """Every set of scales that the reference's scripts pass with this file; empty if no script uses it."""
     lr: float
-    """That is used."""
+    """The learning rate that icdctl uses."""
     lr_said: float
+    """The learning rate that the file states."""
     settings: dict[str, dict[str, float]] | None
     """Family -> beta and gamma, as far as the method has them; None for a method that icdctl does not have."""
     runs: bool
-    """Whether the published code can run it, read from the code."""
+    """True if the published code can run this file, judged by reading that code."""
     why_not: str | None
+    """The reason where it can't be run."""
 
 
-class Correction(_Frozen):
-    """A fault of one of these files, and what is used."""
+class Correction(StrictModel):
+    """A fault in one of these files, and the value that replaces it."""
 
     config: str
     key: str
@@ -65,54 +61,47 @@ class Correction(_Frozen):
     why: str
 
 
-class _MadeFrom(_Frozen):
+class _ConfigTranscript(StrictModel):
     file: str
     sha256: str
     configs: int
 
 
-class Paper(_Frozen):
-    """The whole file."""
+class Paper(StrictModel):
+    """The whole of `paper.json`."""
 
     made_by: str
-    made_from: _MadeFrom
+    made_from: _ConfigTranscript
     source: str
     families: dict[str, Family]
-    configs: tuple[Config, ...]
+    configs: tuple[PaperConfig, ...]
     corrections: tuple[Correction, ...]
 
 
 @cache
 def load() -> Paper:
-    """The package's file.
+    """The configurations that icdctl ships.
 
     Raises:
-        ArtifactError: it is broken.
+        ArtifactError: the file in the package is broken.
     """
-    return parse(importlib.resources.files("icdctl.science").joinpath(FILE).read_bytes())
+    return parse(read_package_file(FILE))
 
 
 def parse(content: bytes) -> Paper:
-    """What a file in the format of `paper.json` holds.
+    """The content of a file in the format of `paper.json`.
 
     Raises:
-        ArtifactError: it is not one; the first problem is named.
+        ArtifactError: the content does not have this format; the message names the first problem.
     """
-    try:
-        return Paper.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ArtifactError(
-            f"the paper's configurations are broken at `{place}`: {first['msg']}", hint="install icdctl again"
-        ) from error
+    return parse_package_file(Paper, content, what="list of the paper's configurations")
 
 
 def settings_of(dataset: str, teacher: str, student: str, method: str, family: str) -> Mapping[str, float]:
     """Beta and gamma of the paper for a pair, as far as the method has them.
 
-    Where the reference has no file for a plain method and a pair, the file of the SDD method of the same pair says
-    whether the pair has a beta of its own; otherwise the family's default holds.
+    The reference has no file for some plain methods. The file of the SDD method for the same pair then decides whether
+    the pair has its own beta; without one, the family's default is used.
 
     Raises:
         UsageError: the paper has no settings for this method.
@@ -137,6 +126,6 @@ def settings_of(dataset: str, teacher: str, student: str, method: str, family: s
     if method in ("sdd_dkd", "sdd_nkd"):
         return {"beta": defaults.beta}
     raise UsageError(
-        f"the paper has no settings of `{method}` for {teacher} to {student} on {dataset}",
+        f"the paper has no settings for `{method}` with {teacher} to {student} on {dataset}",
         hint="`icdctl list methods` shows the defaults of a method",
     )

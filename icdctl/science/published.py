@@ -1,79 +1,76 @@
-"""Results that papers, repositories and their users published: `published.json`, row by row, in our names.
+"""Results that papers, repositories and their users published, row by row under icdctl's names: `published.json`.
 
-docs/make_published.py makes the file from a transcript and says what is suspect and why. Top-1 and top-5 are percent.
+docs/make_published.py writes this file from a transcript and explains which rows are suspect. Top-1 and top-5 are in
+percent.
 """
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from icdctl.errors import ArtifactError
+from icdctl.science.package_file import StrictModel, parse_package_file, read_package_file
 
 FILE = "published.json"
 
 Epoch = Literal["best", "final", "unknown"]
-"""Which epoch a number is of; `best` is the best on the test set, and so higher than the final one by chance alone."""
+"""The epoch that a number belongs to; `best` is chosen on the test set, so it is higher than the final epoch by chance
+alone."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Row(_Frozen):
-    """A number, or a statement about numbers, that somebody published."""
+class Row(StrictModel):
+    """A published number, or a published statement about numbers."""
 
     id: int
-    """Its place in the transcript."""
+    """Position in the transcript."""
     kind: Literal["student", "plain", "teacher", "time", "reproduction", "claim", "not found"]
-    """`plain`: trained without a teacher. `time`: seconds, not accuracy. `reproduction`: by others than the authors.
-    `not found`: what was looked for in vain."""
+    """`plain`: trained without a teacher. `time`: seconds, not accuracy. `reproduction`: not by the authors. `not
+    found`: a number that was searched for without success."""
     dataset: str | None = None
     teacher: str | None = None
     student: str | None = None
-    """The model that the number is of, for a teacher too."""
+    """The model that was measured; this field holds it for rows of a teacher, too."""
     method: str | None = None
-    """In our spelling, also where icdctl does not have it."""
+    """The method in icdctl's spelling, even if icdctl does not have it."""
     detail: str = ""
-    """What sets it apart from the method as it is; empty where nothing does."""
+    """How the run deviates from the method; empty if it does not."""
     scales: tuple[int, ...] | None = None
     gamma: float | None = None
     family: Literal["gamma2", "gamma8"] | None = None
-    """Which defaults the run was most likely made with, by its folder; see `paper.FAMILIES`."""
+    """The set of defaults that the run most likely used, inferred from its folder; see `paper.FAMILIES`."""
     top1: float | None = Field(default=None, gt=0, le=100)
     top5: float | None = Field(default=None, gt=0, le=100)
     sd: float | None = Field(default=None, ge=0)
-    """Over runs, where it was stated."""
+    """Standard deviation over runs, if the source states it."""
     best_top1: float | None = None
-    """Mean of the best epochs, where `top1` is of the final one and both are known."""
+    """Mean over the best epochs, if `top1` is from the final epoch and both are known."""
     seconds_per_step: tuple[float, float] | None = None
-    """Least and greatest that was read."""
+    """The lowest and the highest reading."""
     epoch: Epoch | None = None
     runs: int | None = Field(default=None, ge=1)
-    """That the number is the mean of; None where that is not said."""
+    """How many runs the number is the mean of; None if the source does not say."""
     paper: str = ""
     source: str = Field(min_length=1)
-    """File and line of a repository, table of a paper, or address."""
+    """File and line in a repository, table in a paper, or web address."""
     config: str | None = None
-    """The reference's configuration file, where it is named beside the number."""
+    """The reference's configuration file, if the source names it beside the number."""
     heading: str | None = None
-    """That the number stands under."""
+    """The heading that the number stands under in the source."""
     notes: tuple[str, ...] = ()
     text: str = ""
-    """Of a claim, or of what was not found."""
+    """The wording of a claim, or a description of what was not found."""
     repeats: str | None = None
-    """The source that has the same number first; this one adds no evidence."""
+    """The source that published the same number first; this row adds no evidence."""
     suspect: str | None = None
-    """Why it should not be compared with; None where nothing is known against it."""
+    """The reason not to compare with this number; None if there is none."""
 
     @property
     def number(self) -> str:
-        """What kind of number it is, e.g. `one run, best epoch on the test set`."""
+        """The kind of number, e.g. `one run, best epoch on the test set`."""
         if self.kind in ("claim", "not found"):
             return self.kind
         runs = "runs not stated" if self.runs is None else "one run" if self.runs == 1 else f"mean of {self.runs} runs"
@@ -83,29 +80,31 @@ class Row(_Frozen):
         return f"{runs}, {epoch}" + (f", sd {self.sd:g}" if self.sd is not None else "")
 
 
-class _MadeFrom(_Frozen):
+class _RowTranscript(StrictModel):
     file: str
     sha256: str
     rows: int
 
 
-class _File(_Frozen):
+class _PublishedFile(StrictModel):
     made_by: str
-    made_from: _MadeFrom
+    made_from: _RowTranscript
     rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What one cell is compared with: a row, or the mean of several runs that are recorded one by one."""
+class PublishedNumber:
+    """The number that a cell is compared with: one row, or the mean of several runs that are recorded one by one."""
 
     top1: float
+    """Top-1 in percent; in a table of times, a ratio to kd."""
     runs: int
-    """That it counts as; 1 where its source does not say."""
+    """How many runs the number counts as; 1 if its source does not say."""
     sd: float | None
+    """Standard deviation of one run; None if the source does not state it."""
     epoch: Epoch
     number: str
-    """What kind of number it is."""
+    """The kind of number, as `Row.number` describes it."""
     sources: tuple[str, ...]
 
 
@@ -114,25 +113,18 @@ def load_rows() -> tuple[Row, ...]:
     """All rows, in the order of the transcript.
 
     Raises:
-        ArtifactError: the package's file is broken.
+        ArtifactError: the file in the package is broken.
     """
-    return parse(importlib.resources.files("icdctl.science").joinpath(FILE).read_bytes())
+    return parse(read_package_file(FILE))
 
 
 def parse(content: bytes) -> tuple[Row, ...]:
     """The rows of a file in the format of `published.json`.
 
     Raises:
-        ArtifactError: it is not one; the first problem is named.
+        ArtifactError: the content does not have this format; the message names the first problem.
     """
-    try:
-        return _File.model_validate_json(content).rows
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ArtifactError(
-            f"the list of published results is broken at `{place}`: {first['msg']}", hint="install icdctl again"
-        ) from error
+    return parse_package_file(_PublishedFile, content, what="list of published results").rows
 
 
 def find(
@@ -149,7 +141,10 @@ def find(
     gamma: float | None = None,
     detail: str | None = None,
 ) -> tuple[Row, ...]:
-    """The rows that have all of the given values; `paper` and `source` are the beginning of a text, or several."""
+    """The rows that have all of the given values.
+
+    `paper` and `source` match by their beginning; `paper` may be several beginnings, and one match is enough.
+    """
     equal = {
         "dataset": dataset,
         "teacher": teacher,
@@ -171,11 +166,11 @@ def find(
     )
 
 
-def reference(rows: Iterable[Row]) -> Reference | None:
-    """What to compare with, or None where no row is usable: suspect rows and repetitions are left out.
+def reference(rows: Iterable[Row]) -> PublishedNumber | None:
+    """The number to compare with; None if no row is usable. Suspect rows and repetitions are left out.
 
-    Several rows are averaged, and count as that many runs if each is one. Values that stand on one line joined by
-    arrows may be evaluations of the same run, so these count as one.
+    Several rows are averaged, and count as that many runs if each is a single run. Values that stand on one line,
+    joined by arrows, may be evaluations of the same run, so they count as one run.
     """
     usable = [row for row in rows if row.top1 is not None and row.suspect is None]
     first = [row for row in usable if row.repeats is None] or usable[:1]
@@ -183,7 +178,9 @@ def reference(rows: Iterable[Row]) -> Reference | None:
         return None
     if len(first) == 1:
         (row,) = first
-        return Reference(row.top1 or 0.0, row.runs or 1, row.sd, row.epoch or "unknown", row.number, (row.source,))
+        return PublishedNumber(
+            row.top1 or 0.0, row.runs or 1, row.sd, row.epoch or "unknown", row.number, (row.source,)
+        )
     values = [row.top1 or 0.0 for row in first]
     epochs = {row.epoch for row in first}
     epoch = first[0].epoch if len(epochs) == 1 else None
@@ -192,4 +189,4 @@ def reference(rows: Iterable[Row]) -> Reference | None:
     runs = len(values) if separate else 1
     what = f"mean of {len(values)} recorded runs" if separate else f"mean of {len(values)} values on one line"
     number = f"{what}, {first[0].number.partition(', ')[2]}" if epoch else what
-    return Reference(sum(values) / len(values), runs, None, epoch or "unknown", number, sources)
+    return PublishedNumber(sum(values) / len(values), runs, None, epoch or "unknown", number, sources)

@@ -1,4 +1,4 @@
-"""The published teachers, as `teachers.toml` lists them, and what `teachers.lock` recorded of the fetched ones."""
+"""The published teachers that `teachers.toml` lists, and the fetched ones that `teachers.lock` records."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from icdctl.errors import ArtifactError, UsageError, unknown_name
 LOCK_FILE = "teachers.lock"
 FIRST_USE = "first-use"
 _USUAL_DATASET = "cifar100"
-"""Of a teacher that is named without one."""
+"""The data set of a teacher that is named without one."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _known_dataset(name: str) -> str:
     if name not in data.DATASETS:
-        raise ValueError(f"`{name}` is no data set of icdctl")
+        raise ValueError(f"icdctl has no data set `{name}`")
     return name
 
 
 def _known_model(name: str) -> str:
     if name not in models.MODELS:
-        raise ValueError(f"`{name}` is no model of icdctl")
+        raise ValueError(f"icdctl has no model `{name}`")
     return name
 
 
-class _Frozen(BaseModel):
+class _FrozenModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class _Row(_Frozen):
+class _Row(_FrozenModel):
     reference: str
     top1: Annotated[float, Field(gt=0, le=100)]
     sha256: Sha256 | Literal["first-use"]
     page_file: str | None = None
 
 
-class _Collection(_Frozen):
+class _Collection(_FrozenModel):
     source: str
     licence: str
     urls: tuple[str, ...]
@@ -53,36 +53,38 @@ class _Collection(_Frozen):
     teachers: dict[Annotated[str, AfterValidator(_known_model)], _Row]
 
 
-class Published(_Frozen):
-    """A teacher that somebody published."""
+class PublishedTeacher(_FrozenModel):
+    """A trained model that others published, which can be used as a teacher."""
 
     dataset: str
     model: str
-    """A name in `MODELS`."""
+    """Name of the architecture in `MODELS`."""
     reference: str
-    """The same in the publisher's spelling."""
+    """The same model in the publisher's spelling."""
     top1: float
-    """As published, on the test set, in percent."""
+    """Published top-1 on the test set, in percent."""
     sha256: str | None
-    """Of the original file; None where its publisher states none, and the first use decides."""
+    """Hash of the original file; None if its publisher states none, so that the first download decides."""
     urls: tuple[str, ...]
+    """Addresses that programs can download the file from; may be empty."""
     page: str | None = None
-    """Where a person finds it, when no program can download it."""
+    """The web page for downloading the file by hand, if programs can't."""
     page_file: str | None = None
+    """Name of the file on that page."""
     source: str = ""
     licence: str = ""
 
     @property
     def name(self) -> str:
-        """As `fetch-teachers` takes it."""
+        """The full name that `fetch-teachers` takes, e.g. `cifar100/res32x4`."""
         return f"{self.dataset}/{self.model}"
 
     @property
     def short_name(self) -> str:
-        """The same, without the data set where that goes without saying."""
+        """The shortest name that `fetch-teachers` takes: without the data set if that is CIFAR-100."""
         return self.model if self.dataset == _USUAL_DATASET else self.name
 
-    def remote(self, recorded: Recorded | None) -> RemoteFile:
+    def remote(self, recorded: LockEntry | None) -> RemoteFile:
         """The file to download, pinned to the published hash or to the one recorded at its first use."""
         first_use = self.sha256 is None and recorded is not None
         return RemoteFile(
@@ -92,45 +94,46 @@ class Published(_Frozen):
             pinned_by=f"the one that `{lock_path()}` recorded at first use as" if first_use else "the published",
         )
 
-    def pin(self, recorded: Recorded | None) -> str | None:
-        """The only sha256 that is accepted, if there is one yet."""
+    def pin(self, recorded: LockEntry | None) -> str | None:
+        """The only accepted sha256; None if any file is accepted, because this is its first use."""
         return self.sha256 or (None if recorded is None else recorded.sha256)
 
 
-class Recorded(_Frozen):
-    """What is known of a teacher since it was fetched."""
+class LockEntry(_FrozenModel):
+    """What `teachers.lock` records about a fetched teacher."""
 
     sha256: Sha256
-    """Of the original file."""
+    """Hash of the original file."""
     converted_sha256: Sha256
-    """Of the safetensors file made of it."""
+    """Hash of the safetensors file that was made from it."""
     url: str
+    """Address that the original file came from."""
     first_use: str
-    """The day, UTC."""
+    """Date of the first use, in UTC."""
     measured_top1: float | None = None
-    """On the test set that was here, in percent; None while the accuracy gate is open."""
+    """Measured top-1 on the test set, in percent; None if the test set was not on this machine."""
     accuracy_accepted: bool = False
-    """It is further from the published value than the gate allows, and a person took it nevertheless."""
+    """True if the accuracy differs from the published one and the user accepted that."""
 
 
 @cache
-def load_list() -> tuple[Published, ...]:
-    """All published teachers, in the order of the file."""
+def load_list() -> tuple[PublishedTeacher, ...]:
+    """All published teachers, in the order of `teachers.toml`."""
     text = importlib.resources.files("icdctl").joinpath("teachers.toml").read_text(encoding="utf-8")
     return parse_list(text)
 
 
-def parse_list(text: str) -> tuple[Published, ...]:
-    """The teachers of a list in the format of `teachers.toml`.
+def parse_list(text: str) -> tuple[PublishedTeacher, ...]:
+    """The teachers in a text with the format of `teachers.toml`.
 
     Raises:
-        ArtifactError: it is not one; the first problem is named.
+        ArtifactError: the text does not have this format; the message names the first problem.
     """
     try:
         names = Annotated[str, AfterValidator(_known_dataset)]
         collections = TypeAdapter(dict[names, _Collection]).validate_python(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
-        raise ArtifactError(f"the list of teachers is no TOML: {error}", hint="install icdctl again") from error
+        raise ArtifactError(f"the list of teachers is not valid TOML: {error}", hint="install icdctl again") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -138,7 +141,7 @@ def parse_list(text: str) -> tuple[Published, ...]:
             f"the list of teachers is broken at `{place}`: {first['msg']}", hint="install icdctl again"
         ) from error
     return tuple(
-        Published(
+        PublishedTeacher(
             dataset=dataset,
             model=model,
             reference=row.reference,
@@ -155,11 +158,13 @@ def parse_list(text: str) -> tuple[Published, ...]:
     )
 
 
-def find_published(name: str) -> Published:
-    """The teacher that a person names: `res32x4`, `resnet32x4`, `cifar100/res32x4`; a bare name is CIFAR-100's.
+def find_published(name: str) -> PublishedTeacher:
+    """The published teacher with a name like `res32x4`, `resnet32x4` or `cifar100/res32x4`.
+
+    A name without a data set means CIFAR-100.
 
     Raises:
-        UsageError: none is published under that name.
+        UsageError: no teacher is published under that name.
     """
     dataset, slash, model = name.rpartition("/")
     dataset = dataset.lower().replace("-", "").replace("_", "") if slash else _USUAL_DATASET
@@ -174,17 +179,17 @@ def find_published(name: str) -> Published:
     raise UsageError(
         f"no teacher `{wanted}` for `{dataset}` is published",
         hint=f"train one with `icdctl train --model {wanted} --dataset {dataset} --as-teacher`; `icdctl fetch-teachers "
-        "--list` shows those that are",
+        "--list` shows the published ones",
     )
 
 
 def lock_path() -> Path:
-    """The project's record of the teachers that it uses."""
+    """Path of `teachers.lock`, the project's record of the teachers that it uses."""
     return registry.default_folder() / LOCK_FILE
 
 
-def read_lock() -> dict[str, Recorded]:
-    """Name -> what was recorded of it; nothing where nothing was fetched yet.
+def read_lock() -> dict[str, LockEntry]:
+    """Name -> entry of each fetched teacher; empty if none was fetched yet.
 
     Raises:
         ArtifactError: the file is broken.
@@ -192,18 +197,18 @@ def read_lock() -> dict[str, Recorded]:
     path = lock_path()
     if not path.exists():
         return {}
-    hint = "restore it, e.g. with `git checkout`; without it, hashes of first use are not known any more"
+    hint = "restore it, e.g. with `git checkout`; without it, the hashes recorded at first use are lost"
     value = files.read_json(path, what="record of teachers", hint=hint)
     try:
-        return TypeAdapter(dict[str, Recorded]).validate_python(value)
+        return TypeAdapter(dict[str, LockEntry]).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise ArtifactError(f"`{path}` is broken at `{place}`: {first['msg']}", hint=hint) from error
 
 
-def record(name: str, entry: Recorded) -> None:
-    """Write one entry, whatever other processes write at the same time.
+def record(name: str, entry: LockEntry) -> None:
+    """Write one entry; other processes may write theirs at the same time.
 
     Raises:
         ArtifactError: another hash is recorded already, or the file can't be written.
@@ -222,5 +227,5 @@ def record(name: str, entry: Recorded) -> None:
 
 
 def today() -> str:
-    """The day, UTC, as the record has it."""
+    """Today's date in UTC, as `teachers.lock` records it."""
     return datetime.datetime.now(datetime.UTC).date().isoformat()

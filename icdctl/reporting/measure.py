@@ -1,7 +1,7 @@
-"""What the trained models of a report say on the test images.
+"""Measure the trained models of a report on the test images.
 
-Numbers of a run are kept in the state folder by the hashes of what they follow from, so that a report over many runs
-asks each model once.
+The numbers of a run are kept in the state folder under the hash of everything that decides them, so that a report over
+many runs evaluates each model once.
 
 Shapes: N test images, K classes, C channels.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,61 +32,63 @@ from icdctl.models import Classifier
 from icdctl.models.external import CUSTOM_MODEL
 from icdctl.registry import trained
 from icdctl.registry.trained import TrainedModel
-from icdctl.reporting.collect import Group, Run
+from icdctl.reporting.finished_runs import FinishedRun
+from icdctl.reporting.run_groups import RunGroup
 
 Matrix = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """A trained model on the test images of its data set."""
 
     numbers: Evaluation
     agreement: float | None = None
-    """Share of the images that it and its teacher classify alike, in percent."""
+    """Percent of the images that it and its teacher put into the same class."""
     fidelity: float | None = None
     """Mean KL(teacher || student), in nats."""
 
 
 @dataclass(frozen=True)
-class View:
-    """What a model makes of the test images, for figures."""
+class FigureInputs:
+    """Outputs of a model on the test images, for figures."""
 
     logits: Tensor
-    """[N, K]."""
+    """[N, K], for all test images."""
     features: Tensor
-    """[F, C]: what the head reads, of the images chosen for the map of features."""
-    cells: Tensor
-    """[I, K, 4, 4]: logits of the cells, of the images chosen for Gram matrices."""
+    """[F, C], the input of the head, for the images chosen for the map of features."""
+    regions: Tensor
+    """[I, K, 4, 4], the logits of the regions, for the images chosen for Gram matrices."""
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Test images that stand for all, drawn by a fixed seed."""
+class ChosenImages:
+    """Numbers of test images that a fixed seed chose for figures that can't show all."""
 
     mapped: Tensor
-    """[F] int64: for the map of features."""
+    """[F] int64, for the map of features."""
     classes: tuple[int, ...]
-    """Theirs."""
+    """The classes of the mapped images."""
     shown: Tensor
-    """[I] int64: for Gram matrices."""
+    """[I] int64, for Gram matrices."""
 
 
 FEWEST_MAPPED = 5
+"""The fewest images that a map of features is drawn for."""
 _MAPPED_CLASSES, _MAPPED_IMAGES = 10, 30
 _SEED = 0
 
 
-def choose_images(labels: Tensor, *, num_shown: int, shown: Sequence[int] | None = None) -> Chosen:
-    """Images for the figures that can't hold all.
+def choose_images(labels: Tensor, *, num_shown: int, shown: Sequence[int] | None = None) -> ChosenImages:
+    """Choose images for the figures that can't show all.
 
     Args:
-        labels: [N].
-        num_shown: how many have their Gram matrices drawn, each of another class where there are so many.
-        shown: these, in their place.
+        labels: [N], the classes of all test images.
+        num_shown: how many images have their Gram matrices drawn, each of another class if there are enough classes.
+        shown: the numbers of these images; None to choose them.
 
     Raises:
-        UsageError: there is no image of that number.
+        UsageError: `shown` has a number that no image has.
     """
     generator = torch.Generator().manual_seed(_SEED)
     order = torch.randperm(len(labels), generator=generator)
@@ -101,25 +103,25 @@ def choose_images(labels: Tensor, *, num_shown: int, shown: Sequence[int] | None
         shown = list(first.values())[:num_shown]
     wrong = [number for number in shown if not 0 <= number < len(labels)]
     if wrong:
-        raise UsageError(f"there is no test image {wrong[0]}", hint=f"they are 0 to {len(labels) - 1}")
-    return Chosen(torch.cat(mapped), classes, torch.tensor(shown))
+        raise UsageError(f"there is no test image {wrong[0]}", hint=f"their numbers are 0 to {len(labels) - 1}")
+    return ChosenImages(torch.cat(mapped), classes, torch.tensor(shown))
 
 
-def run_target(run: Run) -> TrainedModel:
-    """The weights of a run.
+def student_of(run: FinishedRun) -> TrainedModel:
+    """The trained model of a run.
 
     Raises:
-        ArtifactError, UsageError: they can't be used, or the model is the user's own module.
+        ArtifactError, UsageError: its weights can't be used, or it is a custom module.
     """
     _refuse_custom(run.config.student)
     return trained.resolve(str(run.folder))
 
 
-def teacher_target(group: Group, dataset: Dataset) -> TrainedModel | None:
-    """The teacher of a group, where its weights are still what the students saw; None for a group without.
+def teacher_of(group: RunGroup, dataset: Dataset) -> TrainedModel | None:
+    """The teacher of a group; None for a group without one.
 
     Raises:
-        ArtifactError, UsageError: they are not there.
+        ArtifactError, UsageError: its weights are missing, or are not those that the students learnt from.
     """
     if group.teacher is None:
         return None
@@ -139,17 +141,17 @@ def teacher_target(group: Group, dataset: Dataset) -> TrainedModel | None:
 def _refuse_custom(model: str) -> None:
     if model == CUSTOM_MODEL:
         raise ArtifactError(
-            "the model is a module of one's own, which icdctl can't build", hint="its numbers are those of its run"
+            "the model is a custom module, which icdctl can't build", hint="use the numbers of its run instead"
         )
 
 
-class Examiner:
-    """Asks models of one data set; holds its test images.
+class ModelMeasurer:
+    """Measures models on the test images of one data set.
 
     Args:
-        dataset: whose test images they are asked on.
-        device: that they run on.
-        observer: told of the progress.
+        dataset: the data set.
+        device: the device that models run on.
+        observer: receives the progress.
     """
 
     def __init__(self, dataset: Dataset, device: torch.device, observer: Observer) -> None:
@@ -158,14 +160,14 @@ class Examiner:
         self._data = files.sha256_bytes(pixels + dataset.test_labels.numpy().tobytes())
         self._of_teachers: dict[str, Tensor] = {}
 
-    def measure(self, target: TrainedModel, *, teacher: TrainedModel | None) -> Measured:
-        """Numbers of a model, and how alike it and its teacher are.
+    def measure(self, trained_model: TrainedModel, *, teacher: TrainedModel | None) -> Measurement:
+        """Measure a model, and compare it with its teacher if there is one.
 
         Raises:
-            IcdctlError: it can't be built, or its logits are not finite.
+            IcdctlError: the model can't be built, or its logits are not finite.
         """
         facts = {
-            "weights": target.sha256,
+            "weights": trained_model.sha256,
             "teacher": None if teacher is None else teacher.sha256,
             "data": self._data,
             "device": self._device.type,
@@ -175,78 +177,82 @@ class Examiner:
         held = _held(path)
         try:
             alike = [None if teacher is None else float(held[key]) for key in ("agreement", "fidelity")]
-            return Measured(Evaluation.from_json(held["numbers"]), *alike)
+            return Measurement(Evaluation.from_json(held["numbers"]), *alike)
         except (KeyError, TypeError, ValueError):
-            pass  # never measured, or a broken file
-        logits = self._all_logits(target)
-        found = Measured(evaluation.evaluate_logits(logits, self.dataset.test_labels))
+            pass  # not measured before, or the file is broken
+        logits = self._all_logits(trained_model)
+        found = Measurement(evaluation.evaluate_logits(logits, self.dataset.test_labels))
         if teacher is not None:
             theirs = self._teachers_logits(teacher)
-            found = Measured(found.numbers, evaluation.agreement(logits, theirs), evaluation.fidelity(logits, theirs))
+            found = Measurement(
+                found.numbers, evaluation.agreement(logits, theirs), evaluation.fidelity(logits, theirs)
+            )
         whole = {"numbers": found.numbers.as_json(), "agreement": found.agreement, "fidelity": found.fidelity}
         _keep(path, {**whole, "of": facts})
         return found
 
-    def look(self, target: TrainedModel, chosen: Chosen, *, is_teacher: bool = False) -> View:
-        """What a model makes of all test images, and of the chosen ones in detail.
+    def figure_inputs(
+        self, trained_model: TrainedModel, chosen: ChosenImages, *, is_teacher: bool = False
+    ) -> FigureInputs:
+        """Outputs of a model on all test images, and more outputs on the chosen ones.
 
         Args:
-            target: the model.
-            chosen: the images.
-            is_teacher: it is asked for several groups.
+            trained_model: the model.
+            chosen: the images for the figures that can't show all.
+            is_teacher: keep the logits, because several groups need them.
 
         Raises:
-            IcdctlError: it can't be built.
+            IcdctlError: the model can't be built.
         """
-        model = self._ready(target)
+        model = self._ready(trained_model)
         pooled = self._over(chosen.mapped, lambda images: model.outputs(images).pooled)
 
-        def cells_of(images: Tensor) -> Tensor:
+        def regions_of(images: Tensor) -> Tensor:
             return region_logits(model.outputs(images).feature_map, model.head)
 
-        cells = self._over(chosen.shown, cells_of)
-        logits = self._teachers_logits(target) if is_teacher else self._all_logits(target)
-        return View(logits, pooled, cells)
+        regions = self._over(chosen.shown, regions_of)
+        logits = self._teachers_logits(trained_model) if is_teacher else self._all_logits(trained_model)
+        return FigureInputs(logits, pooled, regions)
 
     def _teachers_logits(self, teacher: TrainedModel) -> Tensor:
-        """Of all test images; kept, for a teacher has many students."""
+        """A teacher's logits on all test images; they are kept, because a teacher has many students."""
         if teacher.sha256 not in self._of_teachers:
             self._of_teachers[teacher.sha256] = self._all_logits(teacher)
         return self._of_teachers[teacher.sha256]
 
-    def _ready(self, target: TrainedModel) -> Classifier:
-        return target.load().to(self._device).to(memory_format=torch.channels_last)
+    def _ready(self, trained_model: TrainedModel) -> Classifier:
+        return trained_model.load().to(self._device).to(memory_format=torch.channels_last)
 
-    def _all_logits(self, target: TrainedModel) -> Tensor:
+    def _all_logits(self, trained_model: TrainedModel) -> Tensor:
         images = self.dataset.test_images
-        predict = evaluation.module_predictor(self._ready(target), self.dataset.preprocessing, self._device)
-        self._observer.begin(f"asking {target.model}", images.shape[0])
+        predict = evaluation.module_predictor(self._ready(trained_model), self.dataset.preprocessing, self._device)
+        self._observer.begin(f"evaluating {trained_model.model}", images.shape[0])
         size = evaluation.batch_size_on(self._device, images)
         return evaluation.predict_all(predict, images, batch_size=size, on_batch=self._observer.advance)
 
-    def _over(self, numbers: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
-        """Some of the test images, in batches, float32 on the CPU."""
+    def _over(self, numbers: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """The results of `compute` for the test images with these numbers, in batches; float32 on the CPU."""
         normalise = self.dataset.preprocessing.normaliser(self._device)
         with torch.inference_mode():
             parts = [
-                ask(normalise(self.dataset.test_images[part].to(self._device))).float().cpu()
+                compute(normalise(self.dataset.test_images[part].to(self._device))).float().cpu()
                 for part in torch.split(numbers, evaluation.BATCH_SIZE)
             ]
         return torch.cat(parts)
 
 
-def latency_ms(target: TrainedModel, cpu: str) -> float:
+def latency_ms(trained_model: TrainedModel, cpu: str) -> float:
     """Median time of one image in ONNX Runtime on one thread of this machine, in milliseconds.
 
-    Measured once for a model and kept in the state folder, so that a report does not change with the machine's mood.
+    It is measured once for a model and kept in the state folder, so that repeated reports do not differ.
 
     Raises:
         IcdctlError: the model can't be exported or run.
     """
     facts = {
-        "model": target.model,
-        "classes": target.num_classes,
-        "size": list(target.preprocessing.size),
+        "model": trained_model.model,
+        "classes": trained_model.num_classes,
+        "size": list(trained_model.preprocessing.size),
         "cpu": cpu,
         "versions": versions.versions(("onnxruntime", "torch")),
     }
@@ -256,19 +262,20 @@ def latency_ms(target: TrainedModel, cpu: str) -> float:
         return float(held["ms"])
     with tempfile.TemporaryDirectory(prefix="icdctl-latency-") as name:
         file = Path(name) / "model.onnx"
-        file.write_bytes(onnx_bytes(target))
+        file.write_bytes(onnx_bytes(trained_model))
         measured = OnnxClassifier(file).latency_ms()
     _keep(path, {"ms": measured, "of": facts})
     return measured
 
 
-def _cache_path(kind: str, facts: dict[str, Any]) -> Path:
+def _cache_path(kind: str, facts: Mapping[str, object]) -> Path:
+    """The file that holds the measurement that these facts decide."""
     key = files.sha256_bytes(json.dumps(facts, sort_keys=True).encode())[:20]
     return files.cache_folder() / kind / f"{key}.json"
 
 
-def _keep(path: Path, value: dict[str, Any]) -> None:
-    """For the next report; one whose state folder can't be written to measures again."""
+def _keep(path: Path, value: Mapping[str, object]) -> None:
+    """Keep a measurement for the next report; if the state folder can't be written to, that report measures again."""
     with contextlib.suppress(ArtifactError):
         files.write_json(path, value)
 
@@ -278,7 +285,7 @@ def _refuse(constant: str) -> float:
 
 
 def _held(path: Path) -> dict[str, Any]:
-    """What was measured before; nothing where it was not, or where the file is broken."""
+    """A measurement that was kept; empty if there is none, or if the file is broken."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError):
@@ -288,9 +295,9 @@ def _held(path: Path) -> dict[str, Any]:
 
 
 def correlation(logits: Tensor) -> Matrix:
-    """How alike classes are to a model: Pearson's correlation of their logits over the images, [N, K] -> [K, K].
+    """How similar classes are to a model: Pearson's correlation of their logits over the images, [N, K] -> [K, K].
 
-    A class whose logit never changes correlates with nothing.
+    A class whose logit never changes has correlation 0 with every class.
     """
     values = logits.double()
     values = values - values.mean(dim=0)
@@ -300,26 +307,26 @@ def correlation(logits: Tensor) -> Matrix:
     return held
 
 
-def gram_of(cells: Tensor, scale: int) -> Matrix:
-    """The Gram matrix of the patches of one scale, from an image's cells: [K, 4, 4] -> [scale^2, scale^2]."""
-    matrix: Matrix = gram_matrix(pool_regions(cells[None].double(), [scale]))[0].numpy()
+def gram_of(regions: Tensor, scale: int) -> Matrix:
+    """The Gram matrix of an image's patches of one scale, from its regions: [K, 4, 4] -> [scale^2, scale^2]."""
+    matrix: Matrix = gram_matrix(pool_regions(regions[None].double(), [scale]))[0].numpy()
     return matrix
 
 
 def perplexity(num_images: int) -> float:
-    """Of a map of so many images: 30, or what few allow."""
+    """The perplexity of a map of this many images: 30, or less for few images."""
     return min(30.0, max(1.0, (num_images - 1) / 3))
 
 
 def feature_map(features: Tensor) -> Matrix:
-    """A map of the plane by t-SNE, from a fixed seed: [F, C] -> [F, 2], of at least `FEWEST_MAPPED` images.
+    """Map features of at least `FEWEST_MAPPED` images to the plane by t-SNE with a fixed seed: [F, C] -> [F, 2].
 
     Source: van der Maaten and Hinton 2008, https://www.jmlr.org/papers/v9/vandermaaten08a.html
     """
     from sklearn.manifold import TSNE
 
     values = features.double()
-    start = "pca" if float(values.std(dim=0).max()) > 0 else "random"  # without any spread there are no components
+    start = "pca" if float(values.std(dim=0).max()) > 0 else "random"  # equal features have no principal components
     placed = TSNE(random_state=_SEED, init=start, perplexity=perplexity(len(values)), n_jobs=1).fit_transform(
         values.numpy()
     )
