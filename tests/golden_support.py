@@ -34,7 +34,9 @@ def read(name: str) -> dict[str, Any]:
     """
     path = FOLDER / name
     if not path.is_file():
-        raise FileNotFoundError(f"golden data are missing: `{path}` does not exist (ICDCTL_GOLDEN names another folder)")
+        raise FileNotFoundError(
+            f"golden data are missing: `{path}` does not exist (ICDCTL_GOLDEN names another folder)"
+        )
     value = json.loads(path.read_text(encoding="utf-8"))
     assert isinstance(value, dict)
     return value

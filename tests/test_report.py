@@ -130,7 +130,9 @@ def test_a_report_has_the_numbers_of_its_runs(icdctl: CommandLine, inside: Path,
     assert "| res14 : res8 | sdd_dkd | 2 |" in summary
     top1 = {row["cell"]: np.array(row["final_top1"]) for row in told["cells"]}
     compared = ("dkd", "ce"), ("sdd_dkd", "dkd"), ("cd_sdd_dkd gamma=2", "sdd_dkd")
-    assert compared_in(summary) == expected_comparisons([(one, other, top1[one] - top1[other]) for one, other in compared])
+    assert compared_in(summary) == expected_comparisons(
+        [(one, other, top1[one] - top1[other]) for one, other in compared]
+    )
 
 
 def compared_in(summary: str) -> list[tuple[str, str, str]]:
