@@ -30,7 +30,7 @@ def fetch_data(
     data_dir: options.DataDir = None,
     as_json: options.Json = False,
 ) -> None:
-    """Download data sets, verify them by size and hashes, and put them in place.
+    """Download data sets, check their sizes and hashes, and unpack them into the data folder.
 
     Example: icdctl fetch-data cifar100
     """
