@@ -1,7 +1,7 @@
-"""What DVC itself takes for the papers' pipeline: a second `dvc repro`, with nothing to do.
+"""Times DVC's own work for the papers' pipeline: a second `dvc repro`, with nothing to do.
 
-The stages, parameters and dependencies are those of dvc.yaml and params.yaml; the commands are replaced by ones that
-write a small file, so that DVC's own work is all there is. Run it as `python benchmarks/pipeline.py`; it needs git.
+The stages, parameters and dependencies are those of dvc.yaml and params.yaml; commands that only write a small file
+replace the real ones. Run it as `python benchmarks/pipeline.py`; it needs git.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REPEATS = 5
 
 
 def standing_in(pipeline: dict[str, Any]) -> dict[str, Any]:
-    """The pipeline with commands that only write what the stages promise."""
+    """The pipeline with commands that only write a small file for each output of a stage."""
     for stage in pipeline["stages"].values():
         what = stage.get("do", stage)
         paths = [next(iter(out)) if isinstance(out, dict) else out for out in what.get("outs", [])]
@@ -36,7 +36,7 @@ def standing_in(pipeline: dict[str, Any]) -> dict[str, Any]:
 
 
 def dvc(folder: Path, *arguments: str) -> float:
-    """Seconds of a command of DVC."""
+    """Run a command of DVC; wall seconds."""
     begun = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "dvc", *arguments], cwd=folder, capture_output=True, text=True, check=False
