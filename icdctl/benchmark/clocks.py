@@ -127,7 +127,7 @@ class PhaseClock:
         self._spent.setdefault(name, []).append(1e3 * (time.process_time() - before))
 
     def clear(self) -> None:
-        """Forget what was timed so far."""
+        """Delete all times so far."""
         self._spent.clear()
         self._events.clear()
 

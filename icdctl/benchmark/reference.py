@@ -151,7 +151,7 @@ class ReferenceCheckout:
         """Import the checkout; return its methods and the packages that were replaced by stand-ins."""
         torch.set_num_threads(request["threads"])
         torch.manual_seed(request["seed"])
-        torch.backends.cudnn.benchmark = True  # as its own script sets it
+        torch.backends.cudnn.benchmark = True  # as the checkout's own script does
         self._cuda = request["device"] == "cuda"
         if not self._cuda:
             for kind in (Tensor, nn.Module):

@@ -89,7 +89,7 @@ def bench(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Time training steps on random images. Nothing is written, no trained model results.
+    """Measure the speed of training steps on random images; nothing is written.
 
     Example: icdctl bench --teacher res32x4 --student mv2 --method cd_sdd_dkd
     """

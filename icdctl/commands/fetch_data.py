@@ -22,7 +22,7 @@ def fetch_data(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Download all data sets.")] = False,
     listing: Annotated[
-        bool, typer.Option("--list", help="Show the data sets and whether they are there; download nothing.")
+        bool, typer.Option("--list", help="Show the data sets and which of them are there; download nothing.")
     ] = False,
     from_file: options.FromFile = None,
     mirror: options.Mirror = None,

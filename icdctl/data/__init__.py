@@ -1,4 +1,4 @@
-"""Data sets: whole uint8 images in memory, and the views of them that training sees.
+"""Data sets: uint8 images in memory, and the cropped and flipped views of them for training.
 
 `DATASETS` is the one table of them. `request` checks what a caller wants, `describe` says what is known without reading
 images, `load` reads them.

@@ -170,5 +170,5 @@ def _blend(
 ) -> None:
     """Paint `colour` through `opacity` [h, w] at (top, left), in place."""
     height, width = opacity.shape
-    patch = canvas[top : top + height, left : left + width]
-    patch += opacity[:, :, None] * (colour - patch)
+    area = canvas[top : top + height, left : left + width]
+    area += opacity[:, :, None] * (colour - area)

@@ -1,4 +1,4 @@
-"""Verified downloads: a file is either absent or whole and checked.
+"""Verified downloads: a file is either absent or complete and checked.
 
 `fetch` tries the mirrors in order. A download keeps a temporary name until its size and hashes are right, then it is
 renamed. Wrong bytes are deleted, and the next mirror is tried.

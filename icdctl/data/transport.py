@@ -177,7 +177,7 @@ def _receive(
     response: requests.Response, url: str, partial: Partial, *, asked_from: int, most_bytes: int, on_bytes: OnBytes
 ) -> None:
     status = response.status_code
-    if status == 416:  # there is nothing from there on: what is here is no part of it
+    if status == 416:  # the file is shorter than what has been received, so that is wrong
         partial.delete()
         raise _Again("it does not know the rest of an earlier download")
     if status in _RETRIED_STATUS:

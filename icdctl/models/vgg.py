@@ -63,11 +63,11 @@ class VGG(Classifier):
             preactivations.append(before)
             stages.append(stage)
             features = F.max_pool2d(stage, 2) if pool else stage
-        preactivations[0] = stages[0]  # the stem has no separate one, in any family
+        preactivations[0] = stages[0]  # the stem has no separate pre-activation, in any family
         return Features(tuple(stages), tuple(preactivations), stages[-1])
 
     def preactivation_norms(self) -> list[str]:
-        """The last layer of each block but the stem."""
+        """The last norm of each block except the stem."""
         blocks = (self.block1, self.block2, self.block3, self.block4)
         return [f"block{number}.{len(block) - 1}" for number, block in enumerate(blocks, 1)]
 
