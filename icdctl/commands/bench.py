@@ -217,7 +217,7 @@ def _show_comparison(result: JsonObject) -> None:
     stand_ins = ", ".join(result["reference"]["stand_ins"]) or "none"
     console.show_line(f"reference   {commit}; stand-ins for packages that are missing: {stand_ins}")
     console.show_line("")
-    columns = ["pair", "method", "reference ms", "icdctl ms", "reference img/s", "icdctl img/s", "ratio", "min..max"]
+    columns = ["pair", "method", "reference ms", "ms of icdctl", "reference img/s", "icdctl img/s", "ratio", "min..max"]
     first = next(iter(result["pairs"].values()))["variants"]
     others = list(first)[1:]
     columns += [f"{what}, {name}" for name in others for what in ("ms", "ratio")]
