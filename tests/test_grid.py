@@ -529,7 +529,7 @@ def test_data_of_another_folder_are_for_cells_that_name_none(icdctl: CommandLine
     write_params({"a": plain, "b": {**plain, "data_dir": str(tmp_path / "own")}, "c": PLAIN}, train=QUICK_ANY)
     code, out, err = icdctl("grid", "plan", "--json")
     assert (code, list(json.loads(out)["missing_data"])) == (0, ["cifar100"])
-    assert "`icdctl fetch-data cifar100` downloads it" in icdctl("grid", "plan")[2]
+    assert "`icdctl fetch-data cifar100` brings it" in icdctl("grid", "plan")[2]
     code, _, err = icdctl("grid", "run")
     assert (code, "`a/s0` and 1 more: CIFAR-100 is missing" in err) == (1, True), err
     given = ("--data-dir", str(tmp_path / "shared"))
