@@ -1,8 +1,8 @@
-"""Whole runs as they are, on random images shaped like CIFAR-100's: a pair of models, or many students at once.
+"""Times whole runs on random images in the shape of CIFAR-100: one student, or many students at once.
 
-An epoch is 782 steps, the evaluation of 10,000 images and a checkpoint. The first one, which has the captures in it, is
-told by itself; the median of the others, times 240, is the extrapolation. `python benchmarks/gpu_runs.py --pairs
-res32x4:mv2 --epochs 4`; `--device cpu --images 256` tries it out without a GPU.
+An epoch is 782 steps, the evaluation of 10,000 images and a checkpoint. The output has the seconds of each epoch; the
+first includes the captures of graphs, and 240 times the median of the others is the extrapolated time of a run. Run it
+as `python benchmarks/gpu_runs.py --pairs res32x4:mv2 --epochs 4`, or without a GPU with `--device cpu --images 256`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,7 +27,7 @@ EPOCHS = 240
 
 
 class Clock(SilentObserver):
-    """When each epoch of the last student ended, and what was said."""
+    """Notes the time when all students have finished an epoch, and the messages of the run."""
 
     def __init__(self, students: int) -> None:
         self.students, self.rows = students, 0
@@ -48,8 +47,10 @@ class Clock(SilentObserver):
         self.said.append(text)
 
 
-def measured(pair: str, folder: Path, *, students: int, epochs: int, images: int, device: str, mode: str) -> Any:
-    """Seconds of the epochs of one pair."""
+def measured(
+    pair: str, folder: Path, *, students: int, epochs: int, images: int, device: str, mode: str
+) -> dict[str, object]:
+    """The times of one pair: seconds of each epoch, and extrapolated minutes of a run."""
     (known,) = parse_pairs(pair)
     dataset = random_dataset(images, max(1, images // 5), seed=0)
     config = build_config(Plan(method="cd_sdd_dkd", device=device, teacher_mode=mode), known)
@@ -81,9 +82,9 @@ def measured(pair: str, folder: Path, *, students: int, epochs: int, images: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", default="res32x4:mv2,res32x4:shuv1,wrn40_2:vgg8")
-    parser.add_argument("--students", type=int, default=1, help="of each pair, at once")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--images", type=int, default=50_000)
+    parser.add_argument("--students", type=int, default=1, help="students of each pair, trained at once")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs to run")
+    parser.add_argument("--images", type=int, default=50_000, help="training images")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--teacher-mode", default="ahead")
     given = parser.parse_args()

@@ -1,7 +1,8 @@
-"""Eight students of one teacher: together, with every view of the teacher looked up, against eight runs by themselves.
+"""Times eight students of one teacher: in one run with a teacher cache of every view, against eight separate runs.
 
-CPU seconds of this process with one thread, blocks interleaved, the ratio of each pair of blocks; evaluation and
-checkpoints included. Run it as `python benchmarks/many_students.py [--pairs res32x4:mv2,res20:res8] [--rounds 3]`.
+The numbers are CPU seconds of this process with one thread, evaluation and checkpoints included; the two ways
+alternate, and each round gives a ratio. Run it as `python benchmarks/many_students.py [--pairs res32x4:mv2,res20:res8]
+[--rounds 3]`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,15 @@ import icdctl
 STUDENTS = 8
 
 
-def seconds(run: Any) -> float:
+def seconds(run: Callable[[], None]) -> float:
     """CPU seconds of a call."""
     started = time.process_time()
     run()
     return time.process_time() - started
 
 
-def measured(pair: str, folder: Path, *, rounds: int, train_images: int, epochs: int) -> dict[str, Any]:
-    """Both ways, in turn."""
+def measured(pair: str, folder: Path, *, rounds: int, train_images: int, epochs: int) -> dict[str, float]:
+    """The seconds of both ways and their ratios, for one pair of models."""
     teacher, student = pair.split(":")
     sizes: dict[str, Any] = {"dataset": "digits100", "train_images": train_images, "test_images": 64, "device": "cpu"}
     trained = icdctl.train(model=teacher, **sizes, epochs=1, out=str(folder / f"{teacher}-{student}"))

@@ -1,4 +1,4 @@
-"""What DVC itself takes for the papers' pipeline: a second `dvc repro`, with nothing to do.
+"""Times DVC's own work for the papers' pipeline: a second `dvc repro`, with nothing to do.
 
 The stages, parameters and dependencies are those of dvc.yaml, params.yaml and cells.yaml; the commands are replaced
 by ones that write a small file, so that DVC's own work is all there is. Run it as `python benchmarks/pipeline.py`; it
@@ -37,7 +37,7 @@ def standing_in(pipeline: dict[str, Any]) -> dict[str, Any]:
 
 
 def dvc(folder: Path, *arguments: str) -> float:
-    """Seconds of a command of DVC."""
+    """Run a command of DVC; wall seconds."""
     begun = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "dvc", *arguments], cwd=folder, capture_output=True, text=True, check=False

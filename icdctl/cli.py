@@ -1,7 +1,7 @@
-"""The command line: the list of commands, and the one place where an error becomes a message and an exit code.
+"""The command line: the list of commands, and the only place where an error becomes a message and an exit code.
 
-0 done, 1 known failure, 2 wrong usage, 130 or 143 interrupted. Nothing here, and nothing that a command module imports
-at its head, imports torch: help must come at once.
+Exit codes: 0 done, 1 known failure, 2 wrong usage, 130 or 143 interrupted. Neither this module nor the top of a command
+module imports torch, so that help appears at once.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _LONGEST_PATH = 120
 _INTERRUPTED, _TERMINATED = 130, 143
 
 _terminated: list[int] = []
-"""Signals that asked this process to end."""
+"""The signals that have asked this process to end."""
 
 app = typer.Typer(
     name="icdctl",
@@ -85,7 +85,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and leave.", callback=_show_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
     pass
@@ -95,15 +95,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code.
 
     Args:
-        arguments: without the program's name; `sys.argv` by default.
+        arguments: the words after the program's name; those of `sys.argv` by default.
     """
     given = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in given
     try:
         if not _has_current_folder():
-            return _fail(1, "the current folder is gone", "`cd` to one that exists", as_json)
+            return _fail(1, "the current folder no longer exists", "`cd` to one that exists", as_json)
         result = app(args=given, prog_name="icdctl", standalone_mode=False)
-        if result == _INTERRUPTED:  # typer's own answer to Ctrl-C
+        if result == _INTERRUPTED:  # typer handled Ctrl-C itself
             return _interrupted(as_json)
         return result if isinstance(result, int) else 0
     except IcdctlError as error:
@@ -116,8 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
     except typer.Exit as leave:
         return _interrupted(as_json) if leave.exit_code == _INTERRUPTED else int(leave.exit_code)
     except MemoryError:
-        return _fail(1, "there is not enough memory for that", "ask for fewer images or smaller batches", as_json)
-    except OSError as error:  # the machine's, not ours: a name too long, a folder that is gone
+        return _fail(1, "there is not enough memory for this", "use fewer images or smaller batches", as_json)
+    except OSError as error:  # a failure of the machine, not a bug: a name too long, a deleted folder
         where = f"`{str(error.filename)[:_LONGEST_PATH]}`: " if error.filename else ""
         return _fail(1, f"{where}{error.strerror or error}", "check the path, and the folder you are in", as_json)
 
@@ -134,7 +134,7 @@ def _interrupted(as_json: bool) -> int:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """Stop as on Ctrl-C, so that state is saved, but remember what it was."""
+    """Stop as on Ctrl-C, so that the state is saved, and remember the signal for the exit code."""
     _terminated.append(number)
     raise KeyboardInterrupt(signal.SIGTERM)
 
@@ -159,15 +159,15 @@ def _fail_with(error: IcdctlError, as_json: bool) -> int:
     console.show_error(error.messages, error.hints)
     if as_json:
         try:
-            told = {"code": error.exit_code, "message": error.message, "hint": error.hint}
-            console.show_json({"error": told})
+            failure = {"code": error.exit_code, "message": error.message, "hint": error.hint}
+            console.show_json({"error": failure})
         except IcdctlError:
-            pass  # stdout can't be written, which is not what went wrong first
+            pass  # stdout can't be written; the first error has been printed on stderr
     return error.exit_code
 
 
 def _help_hint(arguments: list[str]) -> str:
-    """Where the options of the command that was meant are explained."""
+    """The hint that points to the help of the command that the user meant."""
     commands = [command.name for command in app.registered_commands] + [group.name for group in app.registered_groups]
     names = [name for name in arguments[:1] if name in commands]
     return f"`{' '.join(['icdctl', *names])} --help` shows what it takes"

@@ -1,11 +1,11 @@
-"""What can go wrong in a way that a person can fix.
+"""Errors that users can fix.
 
 IcdctlError            a known failure: exit 1
   UsageError           a name, a value or a combination that can't work: exit 2
-  ArtifactError        a file that is missing, corrupt, hostile or not what it should be: exit 1
+  ArtifactError        a file that is missing, corrupt, unsafe or of another kind than expected: exit 1
 
-Every one carries a message (what, where, expected and got) and a hint (the command or the change that fixes it).
-Anything else that leaves a command is a bug.
+Each has a message (what, where, expected and got) and a hint (the command or the change that fixes it). Any other
+exception that leaves a command is a bug.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 
 class IcdctlError(Exception):
-    """A failure that was foreseen; the command line prints it without a traceback."""
+    """A known failure; the command line prints its message and hint, without a traceback."""
 
     exit_code = 1
 
@@ -24,12 +24,12 @@ class IcdctlError(Exception):
         self.message = message
         self.hint = hint
         self.messages: tuple[str, ...] = (message,)
-        """More than one where several problems are told together; `message` joins them by line breaks."""
+        """The messages of all problems, where one error reports several; `message` joins them with line breaks."""
         self.hints: tuple[str, ...] = (hint,)
 
 
 class UsageError(IcdctlError):
-    """What was asked for can't be done, whatever the state of the files."""
+    """The user asked for something impossible, whatever the state of the files."""
 
     exit_code = 2
 
@@ -39,13 +39,13 @@ class ArtifactError(IcdctlError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, listing: str) -> UsageError:
-    """The error for a name that is in none of the tables, with the nearest spelling.
+    """The error for an unknown name, with the nearest known name in its hint.
 
     Args:
-        kind: what the name should have named, e.g. "method".
-        name: as it was typed.
-        known: the names that would have worked.
-        listing: the command that shows them all.
+        kind: the kind of thing that has the name, e.g. "method".
+        name: the unknown name, as typed.
+        known: all known names.
+        listing: the command that shows all known names.
     """
     names = list(known)
     by_folded = {candidate.lower(): candidate for candidate in names}
@@ -55,14 +55,16 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, listing: str) ->
 
 
 def combine(problems: Sequence[IcdctlError]) -> IcdctlError:
-    """One error that reports several, a line each. Where any is wrong usage, those are all that is said: what files are
-    missing matters once the names are right."""
+    """One error that reports several problems, a line each.
+
+    Where some are UsageErrors, only these are reported: missing files matter only once the names are right.
+    """
     wrong_usage = [problem for problem in problems if isinstance(problem, UsageError)]
-    told: Sequence[IcdctlError] = wrong_usage or problems
-    if len(told) == 1:
-        return told[0]
-    messages = tuple(dict.fromkeys(message for problem in told for message in problem.messages))
-    hints = tuple(dict.fromkeys(hint for problem in told for hint in problem.hints))
-    combined = type(told[0])("\n".join(messages), hint="\n".join(hints))
+    reported: Sequence[IcdctlError] = wrong_usage or problems
+    if len(reported) == 1:
+        return reported[0]
+    messages = tuple(dict.fromkeys(message for problem in reported for message in problem.messages))
+    hints = tuple(dict.fromkeys(hint for problem in reported for hint in problem.hints))
+    combined = type(reported[0])("\n".join(messages), hint="\n".join(hints))
     combined.messages, combined.hints = messages, hints
     return combined

@@ -1,4 +1,6 @@
-"""From a function of images to logits, and labelled images, to numbers. A torch module and an ONNX session go alike.
+"""Evaluation: from a classifier and labelled images to accuracy, loss and calibration.
+
+The classifier is any function from images to logits, so torch modules and ONNX sessions are measured in the same way.
 
 Shapes: B images, K classes.
 """
@@ -21,17 +23,17 @@ _LARGE_BATCH_SIZE, _SMALL_SIDE = 2000, 64
 _CALIBRATION_BINS = 15
 
 Predict = Callable[[Tensor], Tensor]
-"""[B, H, W, 3] uint8 -> logits [B, K]."""
+"""A classifier: images [B, H, W, 3] uint8 -> logits [B, K]."""
 
 
 class Bin(NamedTuple):
-    """Images whose top class has a probability in one of 15 ranges of equal width."""
+    """One of 15 ranges of equal width for the probability of the top class, and the images in it."""
 
     images: int
     confidence: float
     """Mean probability of the top class, in percent; 0 without images."""
     accuracy: float
-    """Share of them that is right, in percent; 0 without images."""
+    """Share of images that are classified correctly, in percent; 0 without images."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,20 @@ class Evaluation:
     """How well logits fit labels. Shares are in percent, losses in nats."""
 
     top1: float
+    """Share of images whose highest logit is that of the label."""
     top5: float
-    """Of the min(5, K) highest."""
+    """Share of images whose label is among the min(5, K) highest logits."""
     loss: float
     """Mean cross-entropy."""
     ece: float
-    """Expected calibration error of the top class: the gap of each bin, weighted by its images."""
+    """Expected calibration error of the top class: the mean gap of the bins, weighted by their images."""
     per_class: tuple[float, ...]
-    """Top-1 within each class; NaN never: a class without images counts 0."""
+    """Top-1 within each class; 0, not NaN, for a class without images."""
     reliability: tuple[Bin, ...]
-    """From the least to the most certain."""
+    """The bins, from the least to the most certain."""
 
-    def as_json(self) -> dict[str, Any]:
-        """A plain value."""
+    def as_json(self) -> dict[str, object]:
+        """The JSON object for files and `--json`."""
         return {
             "top1": self.top1,
             "top5": self.top5,
@@ -63,10 +66,10 @@ class Evaluation:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Evaluation:
-        """The inverse of `as_json`.
+        """Read back what `as_json` gave.
 
         Raises:
-            KeyError, TypeError, ValueError: it is not what `as_json` made.
+            KeyError, TypeError, ValueError: `value` is not what `as_json` gives.
         """
         top1, top5, loss, ece = (float(value[key]) for key in ("top1", "top5", "loss", "ece"))
         bins = tuple(Bin(int(images), float(mean), float(right)) for images, mean, right in value["reliability"])
@@ -74,8 +77,7 @@ class Evaluation:
 
 
 def module_predictor(model: nn.Module, preprocessing: Preprocessing, device: torch.device) -> Predict:
-    """The logits of a module that is in eval mode on `device`."""
-
+    """A function that gives the logits of a module; the module is in eval mode, on `device`."""
     normalise = preprocessing.normaliser(device)
 
     def predict(images: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ def module_predictor(model: nn.Module, preprocessing: Preprocessing, device: tor
 
 
 def batch_size_on(device: torch.device, images: Tensor) -> int:
-    """Images at a time: more on CUDA, where small ones in small batches are mostly launches; [N, H, W, 3]."""
+    """Batch size for evaluating `images` [N, H, W, 3]; larger for small images on CUDA, where launches dominate."""
     is_small = max(images.shape[1:3]) <= _SMALL_SIDE
     return _LARGE_BATCH_SIZE if device.type == "cuda" and is_small else BATCH_SIZE
 
@@ -100,8 +102,8 @@ def predict_all(
     Args:
         predict: the classifier.
         images: [N, H, W, 3] uint8.
-        batch_size: images at a time.
-        on_batch: told the number of images after each batch.
+        batch_size: images per call of `predict`.
+        on_batch: called after each batch with its number of images.
     """
     parts = []
     for first in range(0, images.shape[0], batch_size):
@@ -113,7 +115,7 @@ def predict_all(
 
 
 def evaluate_logits(logits: Tensor, labels: Tensor) -> Evaluation:
-    """Numbers of logits [N, K] against labels [N].
+    """Compare logits [N, K] with labels [N] int64.
 
     Raises:
         IcdctlError: a logit is not finite.
@@ -144,12 +146,12 @@ def evaluate_logits(logits: Tensor, labels: Tensor) -> Evaluation:
 
 
 def agreement(logits: Tensor, other_logits: Tensor) -> float:
-    """Share of images that both classify alike, in percent: [N, K] twice."""
+    """Share of images for which both logits [N, K] have the same top class, in percent."""
     return _percent(logits.argmax(dim=1) == other_logits.argmax(dim=1))
 
 
 def fidelity(student_logits: Tensor, teacher_logits: Tensor) -> float:
-    """Mean KL(teacher || student) of the predictions, in nats; 0 is a perfect copy: [N, K] twice.
+    """Mean KL(teacher || student) of the predictions from logits [N, K], in nats; 0 is a perfect copy.
 
     Source: Stanton et al. 2021, section 3, https://arxiv.org/abs/2106.05945
     """
@@ -163,7 +165,7 @@ def _percent(right: Tensor) -> float:
 
 
 def _reliability(confidence: Tensor, right: Tensor) -> tuple[Bin, ...]:
-    """Bins of images by the probability of their top class: [N] in [0, 1], [N] bool."""
+    """Bins by the probability of the top class, `confidence` [N] in [0, 1]; `right` [N] bool."""
     numbers = (confidence * _CALIBRATION_BINS).long().clamp(max=_CALIBRATION_BINS - 1)
     images = torch.bincount(numbers, minlength=_CALIBRATION_BINS)
     sums = torch.zeros(2, _CALIBRATION_BINS, dtype=torch.float64)

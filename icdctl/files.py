@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, hashes, locks, and where icdctl keeps its state."""
+"""Files that are complete or absent: atomic writes, hashes, locks, and the folders where icdctl keeps its state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ import filelock
 from icdctl.errors import ArtifactError
 
 LARGEST_FOREIGN_BYTES = 2 * 1024**3
-"""No weights or graph that icdctl reads is larger; a file that claims more is refused."""
+"""Largest weights file, graph or image that is read; larger files are refused."""
+
+JsonObject = dict[str, Any]
+"""A JSON object that was read from somewhere or is about to be written; its values are checked where they are used."""
 
 _CHUNK_BYTES = 1 << 20
 _LOCK_PAUSE_SECONDS = 0.5
@@ -40,7 +43,7 @@ def sha256_file(path: Path) -> str:
 
 
 def md5_file(path: Path) -> str:
-    """Hex md5 of a file, read in pieces: for publishers who state no better hash."""
+    """Hex md5 of a file, read in pieces; for files whose publisher states no better hash."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -49,7 +52,7 @@ def md5_file(path: Path) -> str:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` under a temporary name beside `path`, then rename: a reader sees the old file or the new one.
+    """Write `content` under a temporary name beside `path`, then rename it: readers see the old file or the new one.
 
     Raises:
         ArtifactError: the folder can't be written to, or the disk is full.
@@ -72,22 +75,25 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` of UTF-8 text."""
+    """Write text as UTF-8, with `write_bytes`."""
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` of indented JSON; keys keep their order, NaN is refused."""
+def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON, with `write_bytes`; keys keep their order, NaN raises ValueError."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path, *, what: str, hint: str) -> Any:
-    """The value in a JSON file that icdctl wrote.
+    """Read a JSON file that icdctl wrote.
 
     Args:
         path: the file.
-        what: what it should be, for the message, e.g. "run folder".
-        hint: what to do where it is missing or broken.
+        what: the kind of file, for the message, e.g. "run folder".
+        hint: the hint where the file is missing or broken.
+
+    Raises:
+        ArtifactError: the file is missing, can't be read or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -98,16 +104,17 @@ def read_json(path: Path, *, what: str, hint: str) -> Any:
 
 
 def read_foreign(path: Path, *, what: str, example: str, again: str) -> bytes:
-    """The content of a file that came from somewhere, with what it often is instead told apart.
+    """Read a file from an untrusted source; the message says what it is instead, where it is a common mistake.
 
     Args:
         path: the file.
-        what: what it should be, for the messages, e.g. "weight file".
-        example: a name such a file could have.
-        again: the hint where it is empty.
+        what: the kind of file that is expected, for messages, e.g. "weight file".
+        example: an example of the name of such a file.
+        again: the hint where the file is empty.
 
     Raises:
-        ArtifactError: missing, a folder, unreadable, empty, larger than 2 GiB, a git-lfs pointer, a web page.
+        ArtifactError: the file is missing, a folder, unreadable, empty, larger than 2 GiB, a git-lfs pointer or a web
+            page.
     """
     try:
         state = path.stat()
@@ -128,7 +135,8 @@ def read_foreign(path: Path, *, what: str, example: str, again: str) -> bytes:
         raise ArtifactError(f"{what} `{path}` is empty", hint=again)
     if content.startswith(b"version https://git-lfs"):
         raise ArtifactError(
-            f"`{path}` is a git-lfs pointer, not the {what} it points to", hint="run `git lfs pull` where it comes from"
+            f"`{path}` is a git-lfs pointer, not the {what} it points to",
+            hint="run `git lfs pull` in the repository that it comes from",
         )
     if content[:512].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise ArtifactError(
@@ -139,10 +147,10 @@ def read_foreign(path: Path, *, what: str, example: str, again: str) -> bytes:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents; the state folder, with a `.gitignore` that keeps git out of it.
+    """Create a folder and its parents; a new state folder gets a `.gitignore`, so that git ignores it.
 
     Raises:
-        ArtifactError: it can't be created.
+        ArtifactError: the folder can't be created.
     """
     new_state = None if path.is_dir() else _state_folder_to_make(path)
     try:
@@ -154,13 +162,13 @@ def make_folder(path: Path) -> None:
 
 
 def _state_folder_to_make(path: Path) -> Path | None:
-    """The state folder, where it comes about with `path` in it or as `path`."""
+    """The state folder, where creating `path` would create it; None where it exists or is not part of `path`."""
     home = state_folder().absolute()
     return home if home in (path.absolute(), *path.absolute().parents) and not home.exists() else None
 
 
 def not_writable(path: Path, error: OSError) -> ArtifactError:
-    """The error for a place that can't be written to."""
+    """The error for a file or folder that can't be written."""
     return ArtifactError(
         f"`{path}` can't be written: {error.strerror or error}",
         hint="choose a folder that you may write to, on a disk with room, with `--out` or `ICDCTL_HOME`",
@@ -169,10 +177,16 @@ def not_writable(path: Path, error: OSError) -> ArtifactError:
 
 @contextmanager
 def locked(path: Path, *, busy: str, hint: str, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the lock file `path` while the block runs, or fail soon with `busy` where another process holds it.
+    """Hold the lock file `path` while the block runs. The system frees the lock of a process that dies.
 
-    With `waiting`, `busy` is told to it, and the other process is waited for. The system frees the lock of a process
-    that dies.
+    Args:
+        path: the lock file.
+        busy: the message where another process holds the lock.
+        hint: the hint for this message.
+        waiting: called with the message, where given; then the lock is waited for, instead of failing.
+
+    Raises:
+        ArtifactError: another process holds the lock and `waiting` is None, or the lock file can't be written.
     """
     make_folder(path.parent)
     lock: filelock.BaseFileLock = filelock.FileLock(path)
@@ -181,7 +195,7 @@ def locked(path: Path, *, busy: str, hint: str, waiting: Callable[[str], None] |
     except filelock.Timeout as error:
         if waiting is not None:
             waiting(f"waiting: {busy}")
-        # Once more in any case, for whoever only looks at it holds it for a moment.
+        # Try once more in any case, because a process that only checks the lock holds it for a moment.
         later = _acquire_when_free(path, attempts=1 if waiting is None else None)
         if later is None:
             raise ArtifactError(busy, hint=hint) from error
@@ -191,16 +205,16 @@ def locked(path: Path, *, busy: str, hint: str, waiting: Callable[[str], None] |
     try:
         yield
     finally:
-        # Removed while it is held: whoever opened it meanwhile has already been told that it is busy.
+        # Removed while it is held: a process that opened the file meanwhile has already seen that it is locked.
         path.unlink(missing_ok=True)
         lock.release()
 
 
 def _acquire_when_free(path: Path, *, attempts: int | None) -> filelock.BaseFileLock | None:
-    """Wait for a lock whose holder removes its file when it is done: each attempt opens the file that is there then.
+    """Wait for a lock whose holder deletes the lock file at the end, so each attempt opens the file again.
 
     Returns:
-        The lock; None where that many attempts have failed.
+        The lock; None where `attempts` attempts have failed.
     """
     for _ in count() if attempts is None else range(attempts):
         time.sleep(_LOCK_PAUSE_SECONDS)
@@ -209,7 +223,7 @@ def _acquire_when_free(path: Path, *, attempts: int | None) -> filelock.BaseFile
             lock.acquire(blocking=False)
         except filelock.Timeout:
             continue
-        if path.exists():  # and was not removed between being opened and being locked
+        if path.exists():  # not deleted between being opened and being locked
             return lock
         lock.release()
     return None
@@ -217,7 +231,7 @@ def _acquire_when_free(path: Path, *, attempts: int | None) -> filelock.BaseFile
 
 @contextmanager
 def waited_lock(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` while the block runs; wait where another process holds it."""
+    """Hold the lock file `path` while the block runs; wait while another process holds it."""
     make_folder(path.parent)
     lock = filelock.FileLock(path)
     try:
@@ -231,18 +245,18 @@ def waited_lock(path: Path) -> Iterator[None]:
 
 
 def hold_mapped(file: IO[bytes]) -> None:
-    """Mark a cache's file, open to be mapped, as in use: by whoever has it open or mapped, until then.
+    """Mark an open file of a cache as in use, until all processes have closed and unmapped it.
 
-    A map keeps the file open after it is closed here, and the system frees the mark of a process that dies.
+    A memory map keeps the mark after the file is closed, and the system frees the marks of a process that dies.
 
     Raises:
-        FileNotFoundError: it was deleted since it was opened.
+        FileNotFoundError: the file was deleted after it was opened.
     """
     try:
         import fcntl
 
         fcntl.flock(file.fileno(), fcntl.LOCK_SH)
-    except (ImportError, OSError):  # without such marks, as on Windows, a mapped file can't be deleted either
+    except (ImportError, OSError):  # on Windows there are no such marks, but a mapped file can't be deleted
         return
     if os.fstat(file.fileno()).st_nlink == 0:
         raise FileNotFoundError(file.name)
@@ -250,10 +264,10 @@ def hold_mapped(file: IO[bytes]) -> None:
 
 @contextmanager
 def unless_locked(path: Path) -> Iterator[bool]:
-    """Whether nobody holds a lock file, or has a file in use by `hold_mapped`; if so, nobody will in the block."""
+    """Whether a file is neither locked nor marked by `hold_mapped`; if so, no process can do either in the block."""
     try:
         import fcntl
-    except ImportError:  # as for `hold_mapped`
+    except ImportError:  # see `hold_mapped`
         yield True
         return
     with path.open("rb") as file:
@@ -266,7 +280,7 @@ def unless_locked(path: Path) -> Iterator[bool]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds a lock file, or has a file in use by `hold_mapped`; nobody does where there is none."""
+    """Whether a process holds a lock file, or has marked a file with `hold_mapped`; False where the file is missing."""
     try:
         with unless_locked(path) as is_free:
             return not is_free
@@ -275,44 +289,44 @@ def is_locked(path: Path) -> bool:
 
 
 def mark_used(path: Path) -> None:
-    """Remember in a file's time that it was of use now; one that can't be written to stays as it is."""
+    """Set a file's modification time to now, to record its use; nothing happens where that is not permitted."""
     with suppress(OSError):
         os.utime(path)
 
 
 def project_root() -> Path:
-    """The nearest folder upwards that holds `dvc.yaml` or `registry/`, else the current folder."""
+    """The project's root: the nearest folder upwards that holds `dvc.yaml` or `registry/`, else the current folder."""
     here = Path.cwd()
     for folder in (here, *here.parents):
         registry = folder / "registry"
-        is_package = (registry / "__init__.py").is_file()  # icdctl's own code, for those who work on it
+        is_package = (registry / "__init__.py").is_file()  # icdctl's own package `registry`, in a development checkout
         if (folder / "dvc.yaml").is_file() or (registry.is_dir() and not is_package):
             return folder
     return here
 
 
 def state_folder() -> Path:
-    """Where checkpoints, caches and data live: `ICDCTL_HOME`, or `.icdctl` in the project root."""
+    """The folder of checkpoints, caches and data: `ICDCTL_HOME`, or `.icdctl` in the project's root."""
     given = os.environ.get("ICDCTL_HOME")
     return user_path(given) if given else project_root() / ".icdctl"
 
 
 def cache_folder() -> Path:
-    """Where lies what can be made again; `icdctl.cleanup` lists and clears it."""
+    """The folder of files that can be made again; `icdctl.cleanup` lists and deletes them."""
     return state_folder() / "cache"
 
 
 def data_folder() -> Path:
-    """Where data sets live: `ICDCTL_DATA`, or `data` in the state folder."""
+    """The folder of data sets: `ICDCTL_DATA`, or `data` in the state folder."""
     given = os.environ.get("ICDCTL_DATA")
     return user_path(given) if given else state_folder() / "data"
 
 
 def user_path(text: str) -> Path:
-    """A path as a person writes it, `~` and `~name` included.
+    """The path that a user typed, with `~` and `~name` expanded.
 
     Raises:
-        ArtifactError: there is no such user.
+        ArtifactError: the user after `~` does not exist.
     """
     try:
         return Path(text).expanduser()

@@ -1,4 +1,4 @@
-"""The files of a run folder: their names, and whether the weights are as written."""
+"""The files of a run folder: their names, and a check that the weights are those that the run wrote."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from icdctl.errors import ArtifactError
 
 WEIGHTS_FILE = "student.safetensors"
 HASH_KEY = "weights_sha256"
-"""Key in metrics.json: the hash of the weights beside it."""
+"""Key in metrics.json for the hash of the weights in the same folder."""
 
 
 def check_as_written(run_folder: Path, sha256: str, *, hint: str) -> None:
-    """Refuse weights that are not those that the run in that folder left; a byte that flipped on disk looks sound.
+    """Refuse weights that have changed since their run wrote them; a flipped byte on disk would not show otherwise.
 
     Args:
-        run_folder: of a run; one without metrics, or from before they stated a hash, is not refused.
-        sha256: of the weights in it.
-        hint: what a person does about it.
+        run_folder: the run folder. One without metrics, or with older metrics that have no hash, is not refused.
+        sha256: hash of the weights in the folder.
+        hint: the hint of the error.
 
     Raises:
-        ArtifactError: its metrics state another hash.
+        ArtifactError: the metrics state another hash.
     """
     path = run_folder / "metrics.json"
     stated = files.read_json(path, what="metrics", hint="train it again") if path.is_file() else None

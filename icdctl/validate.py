@@ -16,7 +16,7 @@ from icdctl import data, files
 from icdctl.config.run import RunConfig
 from icdctl.config.sources import from_validation
 from icdctl.data import OnImages, Request, imagefolder
-from icdctl.data.decode import BrokenImage, broken_images_told, decode_in_order
+from icdctl.data.decode import BrokenImage, broken_images_message, decode_in_order
 from icdctl.errors import ArtifactError, IcdctlError
 from icdctl.exporting import VerificationReport, verify_file, verify_folder
 from icdctl.registry import trained
@@ -158,7 +158,7 @@ def _decoded(folder: Path, division: imagefolder.Division, side: int, on_images:
             on_images(number, len(names))
     if broken:
         raise ArtifactError(
-            broken_images_told(broken, len(names), folder=folder), hint="fix them, or train with `--skip-broken`"
+            broken_images_message(broken, len(names), folder=folder), hint="fix them, or train with `--skip-broken`"
         )
     return f"all {len(names):,} images can be decoded"
 

@@ -8,7 +8,7 @@ from importlib import metadata
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
-    """Of Python and of the named packages; None for one that is not installed."""
+    """Versions of Python and of the named packages; None for a package that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         try:

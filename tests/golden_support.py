@@ -27,12 +27,16 @@ _skipped: dict[str, Counter[str]] = {}
 
 
 def read(name: str) -> dict[str, Any]:
-    """A JSON file of the folder; empty where the folder has no such file."""
-    if not FOLDER.is_dir():
-        raise NotADirectoryError(f"no golden data: {FOLDER} is not a folder")
+    """A JSON file of the folder.
+
+    Raises:
+        FileNotFoundError: the folder, or the file in it, is missing. Without them nothing would be compared.
+    """
     path = FOLDER / name
     if not path.is_file():
-        return {}
+        raise FileNotFoundError(
+            f"golden data are missing: `{path}` does not exist (ICDCTL_GOLDEN names another folder)"
+        )
     value = json.loads(path.read_text(encoding="utf-8"))
     assert isinstance(value, dict)
     return value

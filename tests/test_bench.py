@@ -282,7 +282,7 @@ def test_no_speed_is_told_of_steps_that_are_not_finite(by_position: Callable[[],
     stepper.session.run.step.log[0, 0] = torch.nan
     for _ in range(4):
         stepper()
-    with pytest.raises(IcdctlError, match="no speed is told"):
+    with pytest.raises(IcdctlError, match="no speed is reported"):
         stepper()
 
 
@@ -400,7 +400,7 @@ def test_autocast_is_around_the_forward_pass_alone() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return images @ images
 
-    held = reference.Reference()
+    held = reference.ReferenceCheckout()
     module = Seen()
     held._distiller = torch.nn.DataParallel(module)
     images = torch.eye(2)
@@ -415,7 +415,7 @@ def test_a_checkout_that_computes_something_else_gets_no_speed(icdctl: CommandLi
     checkout = write_checkout(tmp_path, kd_factor=1.001)
     code, out, err = icdctl("bench", "--against", checkout, "--pairs", "res8:res8", *TINY)
     assert (code, out) == (1, "")
-    assert "don't compute the same, so no speed is told: `kd` in epoch 1, float32, is" in err
+    assert "don't compute the same, so no speed is reported: `kd` in epoch 1, float32, is" in err
 
 
 def test_a_checkout_that_fails_is_named(icdctl: CommandLine, tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def test_a_checkout_that_fails_is_named(icdctl: CommandLine, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "code", "message", "hint"),
     [
-        (("--against", "nowhere"), 1, "`nowhere` is no folder", "pass a checkout of iCD"),
+        (("--against", "nowhere"), 1, "`nowhere` is not a folder", "pass a checkout of iCD"),
         (("--against", "."), 1, "`.` holds no package `mdistiller`", "pass a checkout of iCD"),
         (("--pairs", "res8"), 2, "pair `res8` is not TEACHER:STUDENT", "e.g. `--pairs res32x4:mv2"),
         (("--pairs", "res8:res9"), 2, "unknown model `res9`", "did you mean `res8`?"),

@@ -151,7 +151,7 @@ def test_the_main_job_without_teacher_and_data_says_how_to_get_both(icdctl: Comm
     assert "error: teacher `res32x4` for `cifar100` is not there" in err
     assert "icdctl train --model res32x4 --dataset cifar100" in err
     assert "icdctl fetch-teachers res32x4" in err
-    assert "error: CIFAR-100 is not there" in err
+    assert "error: CIFAR-100 is missing" in err
     assert "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz" in err
 
 

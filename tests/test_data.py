@@ -84,9 +84,9 @@ def test_plain_views_are_the_images_as_they_are() -> None:
 
 
 def test_digits100_is_balanced_deterministic_and_disjoint() -> None:
-    train = digits100.make_split(300, seed=1, test=False)
+    train = digits100.make_images(300, seed=1, test=False)
     assert np.bincount(train.labels).tolist() == [3] * 100
-    longer = digits100.make_split(400, seed=1, test=False)
+    longer = digits100.make_images(400, seed=1, test=False)
     assert np.array_equal(longer.images[:300], train.images)
     digest = hashlib.sha256(train.images.tobytes()).hexdigest()
     assert digest.startswith("9d52a6cbfa4d686e")
@@ -188,3 +188,21 @@ def test_missing_data_are_named_with_the_way_to_get_them(tmp_path: Path) -> None
         data.load(data.request("cifar100", folder=tmp_path))
     assert cifar100.URL in caught.value.hint
     assert cifar100.ARCHIVE_MD5 in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "folder", "public"),
+    [
+        ("cifar100", "cifar100", None, "cifar100"),
+        ("imagefolder", "imagefolder", None, "imagefolder"),
+        ("imagefolder:/data/pets", "imagefolder", "/data/pets", "imagefolder:pets"),
+        ("imagefolder:/data/a:b", "imagefolder", "/data/a:b", "imagefolder:a:b"),
+        ("imagefolder:pets", "imagefolder", "pets", "imagefolder:pets"),
+        ("imagenet", "imagenet", None, "imagenet"),
+    ],
+)
+def test_a_data_set_name_has_two_parts(text: str, kind: str, folder: str | None, public: str) -> None:
+    name = data.DatasetName.parse(text)
+    assert (name.kind, name.folder, str(name)) == (kind, folder, text)
+    assert name.is_image_folder == (folder is not None)
+    assert str(name.public) == data.public_name(text) == public

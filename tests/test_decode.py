@@ -180,10 +180,10 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 BROKEN: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "the file is empty"),
-    "text": (b"404 not found\n" * 50, "no JPEG, PNG"),
-    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "no JPEG, PNG"),
+    "text": (b"404 not found\n" * 50, "not a JPEG, PNG"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "not a JPEG, PNG"),
     "half a JPEG": (saved(photo(), "JPEG")[:9000], "truncated"),
-    "a JPEG's first bytes": (saved(photo(), "JPEG")[:30], "no JPEG, PNG|[Tt]runcated"),
+    "a JPEG's first bytes": (saved(photo(), "JPEG")[:30], "not a JPEG, PNG|[Tt]runcated"),
     "half a PNG": (saved(photo(), "PNG")[:60_000], "truncated|broken"),
     "half a GIF": (saved(photo(), "GIF")[:9000], "truncated"),
     "half a WebP": (saved(photo(), "WEBP")[:3000], "."),
@@ -245,7 +245,11 @@ def test_damage_anywhere_ends_as_an_image_or_as_a_broken_one(tmp_path: Path, cap
 def test_what_is_no_file_or_not_there_is_not_called_broken(tmp_path: Path) -> None:
     (tmp_path / "folder.jpg").mkdir()
     os.mkfifo(tmp_path / "pipe.jpg")
-    for name, reason in [("folder.jpg", "is no file"), ("pipe.jpg", "is no file"), ("none.jpg", "does not exist")]:
+    for name, reason in [
+        ("folder.jpg", "is not a regular file"),
+        ("pipe.jpg", "is not a regular file"),
+        ("none.jpg", "does not exist"),
+    ]:
         with pytest.raises(ArtifactError, match=f"{name}` {reason}") as caught:
             decode_image(tmp_path / name, resize=(8, 8), crop=None)
         assert not isinstance(caught.value, BrokenImageError)
@@ -429,7 +433,7 @@ def test_broken_files_are_all_counted_and_the_first_named(tmp_path: Path) -> Non
     for _ in range(2):  # the second time from the cache
         with pytest.raises(ArtifactError) as caught:
             decoded_of(tmp_path, names)
-        assert caught.value.message.startswith("4 of 30 images can't be decoded: `1/004.jpg`: no JPEG, PNG")
+        assert caught.value.message.startswith("4 of 30 images can't be decoded: `1/004.jpg`: not a JPEG, PNG")
         assert caught.value.message.endswith("; ...")
         assert "011.jpg" in caught.value.message
         assert "029.jpg" not in caught.value.message

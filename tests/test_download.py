@@ -169,7 +169,7 @@ def test_mirrors_come_first_and_may_be_folders(origin: Origin, tmp_path: Path, m
     assert download.fetch(remote(CONTENT, url), tmp_path / "f", mirrors=mirrors, offline=True).url == found.url
     assert len(origin.requests) == 1, "offline asks no server"
     for wrong in ("ftp://host/x", "host/x", "http://", "file:relative", "file://host/x"):
-        with pytest.raises(UsageError, match="is no mirror"):
+        with pytest.raises(UsageError, match="is not a mirror"):
             download.mirrors_in_order(wrong)
 
 
@@ -298,7 +298,7 @@ def test_broken_archives_are_named(tmp_path: Path, share: float) -> None:
     path = tmp_path / "a.tar.gz"
     path.write_bytes(whole[: int(len(whole) * share)])
     with (
-        pytest.raises(ArtifactError, match=r"is no whole tar archive|holds no folder"),
+        pytest.raises(ArtifactError, match=r"is not a complete tar archive|holds no folder"),
         archive.unpacked(path, tmp_path / "cifar-100-python", limits=Limits(16, 4_000_000)),
     ):
         raise AssertionError("it was unpacked")

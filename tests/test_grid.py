@@ -258,7 +258,7 @@ def test_several_causes_of_one_failure_are_told_in_plain_lines(icdctl: CommandLi
     assert (code, "\\x0a" in err) == (1, False)
     (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert "teacher `res32x4` for `cifar100` is not there" in error
-    assert "CIFAR-100 is not there" in error
+    assert "CIFAR-100 is missing" in error
 
 
 def test_packs_fill_the_slots_and_are_of_one_size(teacher: Path) -> None:
@@ -530,7 +530,7 @@ def test_data_of_another_folder_are_for_cells_that_name_none(icdctl: CommandLine
     assert (code, list(json.loads(out)["missing_data"])) == (0, ["cifar100"])
     assert "`icdctl fetch-data cifar100` downloads it" in icdctl("grid", "plan")[2]
     code, _, err = icdctl("grid", "run")
-    assert (code, "`a/s0` and 1 more: CIFAR-100 is not there" in err) == (1, True), err
+    assert (code, "`a/s0` and 1 more: CIFAR-100 is missing" in err) == (1, True), err
     given = ("--data-dir", str(tmp_path / "shared"))
     code, out, err = icdctl("grid", "plan", *given, "--json")
     assert (code, json.loads(out)["missing_data"]) == (0, {})

@@ -302,20 +302,20 @@ def a_name_of_other_bytes(folder: Path) -> None:
 
 
 REFUSED: list[tuple[Callable[[Path], None], str, str]] = [
-    (no_folder, "can't be read: No such file or directory", "with a folder for each class"),
-    (a_file, "can't be read: Not a directory", "with a folder for each class"),
-    (nothing, "has 0 folders of images", "into a folder of their own"),
-    (one_class, "has 1 folders of images, a classifier needs 2", "into a folder of their own"),
-    (only_unlabelled, "has 0 folders of images", "into a folder of their own"),
+    (no_folder, "can't be read: No such file or directory", "with one folder per class"),
+    (a_file, "can't be read: Not a directory", "with one folder per class"),
+    (nothing, "has 0 folders of images", "into a separate folder"),
+    (one_class, "has 1 folders of images, a classifier needs 2", "into a separate folder"),
+    (only_unlabelled, "has 0 folders of images", "into a separate folder"),
     (an_empty_class, "1 of 4 classes .* have no training images: `emu`", "images end in .bmp"),
     (a_class_that_links_upwards, "1 of 4 classes .* have no training images: `emu`", "remove these folders"),
     (val_without_train, "has a folder `test` but no folder `train`", "into `train/`"),
     (train_in_capitals, "has a folder `Train` but no folder `train`", "into `train/`"),
-    (unknown_classes, "classes that the training images do not have: emu", "alike everywhere"),
-    (an_empty_val, "`.*/val` holds no images", "20% of each class are then taken"),
+    (unknown_classes, "classes that the training images do not have: emu", "the same class folders everywhere"),
+    (an_empty_val, "`.*/val` holds no images", "20% of each class then become"),
     (an_empty_val_beside_test, "has no image for validation", "fill `.*/val`"),
     (two_vals, "has both `val/` and `valid/`", "into one of them"),
-    (one_image_a_class, "has one image a class: none is left for testing", "beside `train/`"),
+    (one_image_a_class, "has one image per class: none is left for testing", "beside `train/`"),
     (a_name_with_a_line_break, r"name can't be printed: 'e\\nmu'", "rename"),
     (a_name_of_other_bytes, r"name can't be printed: 'em\\udcff'", "rename"),
 ]
@@ -343,7 +343,7 @@ def test_single_training_images_leave_none_for_validation(tmp_path: Path) -> Non
     with pytest.raises(ArtifactError, match="has no image for validation") as caught:
         load(tmp_path, val_split=0.1)
     assert "--val-split" in caught.value.hint
-    with pytest.raises(ArtifactError, match="one training image a class"):
+    with pytest.raises(ArtifactError, match="one training image per class"):
         data.load(data.request("digits100", train_images=100, test_images=10, val_split=0.1))
 
 
@@ -880,7 +880,7 @@ def test_unlabelled_images_change_what_a_student_learns_from_a_teacher_alone(
     after = distilled(icdctl, folder, runs.teacher, "--out", tmp_path / "after")
     code, _, err = icdctl(*plain, "--out", tmp_path / "again")
     assert code == 0
-    assert "left out for there is no teacher: 8" in err
+    assert "left out because there is no teacher: 8" in err
     assert metrics_of(after)["train_images"] == metrics_of(before)["train_images"] + 8
     assert numbers(tmp_path / "again") == numbers(tmp_path / "plain")
     assert 0 <= float(history(after)[0]["train_top1"]) <= 100

@@ -158,7 +158,7 @@ def test_a_module_of_ones_own_predicts_too(pictures: Path) -> None:
     for classes in (10, 1000):
         other = Constant()
         other.head = nn.Linear(1, classes)
-        with pytest.raises(library.IcdctlError, match=f"tells {classes} classes apart, 100 are named"):
+        with pytest.raises(library.IcdctlError, match=f"has {classes} classes, expected the 100 of its data set"):
             library.predict(other, pictures, dataset="digits100")
     broken = Constant()
     nn.init.constant_(broken.head.bias, torch.nan)

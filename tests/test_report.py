@@ -16,6 +16,8 @@ import torch
 import yaml
 from conftest import CommandLine
 from grid_support import write_run
+from numpy.typing import NDArray
+from scipy import stats
 
 from icdctl import api, evaluation
 from icdctl.engine.observer import SilentObserver
@@ -127,7 +129,36 @@ def test_a_report_has_the_numbers_of_its_runs(icdctl: CommandLine, inside: Path,
     assert [path for path in first if first[path] != second[path]] == []
     summary = (page / "summary.md").read_text()
     assert "| res14 : res8 | sdd_dkd | 2 |" in summary
-    assert "not distinguishable" in summary or "higher" in summary or "lower" in summary
+    top1 = {row["cell"]: np.array(row["final_top1"]) for row in told["cells"]}
+    compared = ("dkd", "ce"), ("sdd_dkd", "dkd"), ("cd_sdd_dkd gamma=2", "sdd_dkd")
+    assert compared_in(summary) == expected_comparisons(
+        [(one, other, top1[one] - top1[other]) for one, other in compared]
+    )
+
+
+def compared_in(summary: str) -> list[tuple[str, str, str]]:
+    """Comparison, difference and finding: the rows of the table of what each part adds."""
+    _, _, table = summary.partition("| finding |\n")
+    rows = [line.strip("| ").split(" | ") for line in table.partition("\n\n")[0].splitlines()[1:]]
+    return [(row[0], row[1], row[-1]) for row in rows]
+
+
+def expected_comparisons(pairs: list[tuple[str, str, NDArray[np.float64]]]) -> list[tuple[str, str, str]]:
+    """The same rows from the differences [n] of the seeds, by SciPy's t test and Holm's definition."""
+    # A difference that is the same for all seeds has no test, unless it is 0.
+    p_values = [
+        1.0 if not each.any() else None if np.ptp(each) == 0 else float(stats.ttest_1samp(each, 0.0).pvalue)
+        for *_, each in pairs
+    ]
+    tested = sorted(p for p in p_values if p is not None)
+    rows = []
+    for (one, other, each), p in zip(pairs, p_values, strict=True):
+        finding = "no spread to test with"
+        if p is not None:
+            adjusted = max((len(tested) - rank) * smaller for rank, smaller in enumerate(tested) if smaller <= p)
+            finding = "not distinguishable" if adjusted > 0.05 else "higher" if each.mean() > 0 else "lower"
+        rows.append((f"{one} - {other}", f"{each.mean():+.2f} ± {each.std(ddof=1):.2f}", finding))
+    return rows
 
 
 def test_every_figure_is_there_as_svg_and_png(page: Path) -> None:

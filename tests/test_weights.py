@@ -156,12 +156,12 @@ def test_a_folder_is_no_weight_file(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n", "git-lfs pointer"),
         (b"\n <!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
         (b"<html>404</html>", "web page"),
-        (b"e", "neither safetensors nor"),
-        (b"epoch,loss\n1,2\n", "neither safetensors nor"),
+        (b"e", "neither a safetensors file nor"),
+        (b"epoch,loss\n1,2\n", "neither a safetensors file nor"),
         (b"PK\x03\x04" + bytes(100), "cut short"),
         (b"\x80", "cut short"),
-        (b'\x10\x00\x00\x00\x00\x00\x00\x00{"a":', "not a whole safetensors file"),
-        (b'\xff\xff\xff\xff\xff\xff\xff\x7f{"a":{}}', "not a whole safetensors file"),
+        (b'\x10\x00\x00\x00\x00\x00\x00\x00{"a":', "not a complete safetensors file"),
+        (b'\xff\xff\xff\xff\xff\xff\xff\x7f{"a":{}}', "not a complete safetensors file"),
     ],
 )
 def test_what_is_no_weight_file_is_said(tmp_path: Path, content: bytes, word: str) -> None:
@@ -187,7 +187,7 @@ def test_bytes_after_the_end_of_safetensors_are_refused(tmp_path: Path, model: m
     path = tmp_path / "w"
     models.save_weights(path, model, {})
     path.write_bytes(path.read_bytes() + b"x")
-    assert_refused(path, "not a whole safetensors file")
+    assert_refused(path, "not a complete safetensors file")
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "raw2", "raw3", "raw4", "raw5", "nested"])
@@ -222,9 +222,9 @@ def test_a_whole_pickled_module_is_refused(tmp_path: Path, model: models.Classif
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        (torch.zeros(3), "no weights but a Tensor"),
-        ([torch.zeros(3)], "no weights but a list"),
-        ({}, "no weights but a dict"),
+        (torch.zeros(3), "no weights, only a Tensor"),
+        ([torch.zeros(3)], "no weights, only a list"),
+        ({}, "no weights, only a dict"),
         ({"epoch": 3, "w": torch.zeros(3)}, "`epoch` is a int, not a tensor"),
         ({3: torch.zeros(3)}, "not a state_dict: `3`"),
         ({"a\n\x1b[2J": 1}, "`a\\n\\x1b[2J` is a int"),

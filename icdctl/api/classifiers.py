@@ -1,4 +1,4 @@
-"""What a person points at to have it measured: weights, an ONNX file or a module, and the images that it is to see."""
+"""Classifiers to be measured (weights, an ONNX file or a module), and the images to measure them on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from icdctl import data, evaluation, files, teachers
 from icdctl.config.run import DATASET_SETTINGS, RunConfig
-from icdctl.data import Dataset, DatasetInfo, Preprocessing, Request
+from icdctl.data import Dataset, DatasetInfo, DatasetName, Preprocessing, Request
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting import OnnxClassifier
 from icdctl.registry import trained
@@ -26,48 +26,57 @@ class Subject:
     """What is known of a classifier to be measured."""
 
     label: str
-    """What to call it."""
+    """Its name in messages."""
     dataset: str | None
-    """What it was trained on, as it says itself; None where it does not."""
+    """The public name of the data set that it was trained on; None where its file does not say."""
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None
+    """K names; None where they are not known."""
     run: RunConfig | None
-    """The run that it comes from, where its configuration lies beside it."""
+    """The configuration of the run that trained it; None where no `config.json` is beside it."""
 
     def own_images(self, dataset: str | None, *, data_dir: str | None, test_images: int | None) -> Request:
-        """The test images of what it was trained on, divided as in its run; or those of another data set.
+        """The test images of the data set that it was trained on, divided as in its run; or those of another data set.
+
+        Args:
+            dataset: another data set, as typed; None for the one that it was trained on.
+            data_dir: the folder that holds the published data sets; None for the default.
+            test_images: number of test images, for data sets that are made on demand; None for the run's number.
 
         Raises:
-            UsageError: it was trained on a folder of images, and nothing says which.
+            UsageError: no data set is known, or it was trained on a folder of images whose path is not known.
         """
         if dataset is None and self.dataset is None:
             raise UsageError("the data set is not named", hint="pass it with `--dataset`")
-        run, name = self.run, str(dataset or self.dataset)
-        if dataset is None and name.startswith("imagefolder:"):
-            if run is None or not run.dataset.startswith("imagefolder:"):
+        run, name = self.run, DatasetName.parse(str(dataset or self.dataset))
+        run_name = None if run is None else DatasetName.parse(run.dataset)
+        if dataset is None and name.is_image_folder:
+            if run_name is None or not run_name.is_image_folder:
                 raise UsageError(
-                    f"`{self.label}` was trained on the image folder `{name.partition(':')[2]}`, and nothing says "
-                    "where it is",
+                    f"`{self.label}` was trained on the image folder `{name.folder}`, and nothing says where it is",
                     hint="name it with `--dataset imagefolder:DIR`",
                 )
-            name = run.dataset
-        name = data.resolve(name)
-        kind = name.partition(":")[0]
+            name = run_name
+        name = DatasetName.parse(data.resolve(str(name)))
         settings: dict[str, Any] = {}
-        if run is not None and run.dataset.partition(":")[0] == kind:
+        if run is not None and run_name is not None and run_name.kind == name.kind:
             settings = {key: getattr(run, key) for key in (*DATASET_SETTINGS, "split_seed")}
-            if kind == "imagefolder" and run.dataset == name:  # what the run decoded is then found again
+            if name.is_image_folder and run_name == name:  # the cache of images that the run decoded is then used
                 held = run.images
                 settings |= {key: getattr(held, key) for key in ("val_split", "room_to_crop", "unlabeled")}
         if test_images is not None:
             settings["test_images"] = test_images
-        if kind == "imagefolder":
+        if name.is_image_folder:
             settings["image_size"] = self.preprocessing.size[0]
         folder = None if data_dir is None else files.user_path(data_dir)
-        return data.request(name, folder=folder, **settings)
+        return data.request(str(name), folder=folder, **settings)
 
     def check_size(self, dataset: DatasetInfo) -> None:
-        """Refuse images of a size that it was not trained on."""
+        """Refuse images of another size than it was trained on.
+
+        Raises:
+            ArtifactError: the sizes differ.
+        """
         height, width = self.preprocessing.size
         if (height, width) != dataset.preprocessing.size:
             our_height, our_width = dataset.preprocessing.size
@@ -79,10 +88,18 @@ class Subject:
             )
 
     def check_classes(self, logits: torch.Tensor, dataset: Dataset) -> None:
-        """Refuse numbers that compare one class with another."""
+        """Refuse to measure where its classes, their names or their order are not those of the data set.
+
+        Args:
+            logits: [N, K].
+            dataset: the data set that it was run on.
+
+        Raises:
+            ArtifactError: the classes differ.
+        """
         if logits.shape[1] != dataset.num_classes:
             raise ArtifactError(
-                f"`{self.label}` tells {logits.shape[1]} classes apart, `{dataset.name}` has {dataset.num_classes}",
+                f"`{self.label}` has {logits.shape[1]} classes, `{dataset.name}` has {dataset.num_classes}",
                 hint="name the data set that it was trained on with `--dataset`",
             )
         pairs = zip(self.class_names or dataset.class_names, dataset.class_names, strict=True)
@@ -95,7 +112,7 @@ class Subject:
 
 
 def subject_of(target: TrainedModel) -> Subject:
-    """Of weights on disk."""
+    """What is known of weights on disk."""
     run = _run_beside(target.path.parent)
     return Subject(target.origin, target.dataset, target.preprocessing, target.class_names, run)
 
@@ -108,17 +125,20 @@ def ready(
     module: nn.Module | None = None,
     image_size: int | None = None,
 ) -> tuple[Subject, evaluation.Predict]:
-    """What a person points at, ready to classify.
+    """Load a classifier, so that it is ready to classify images.
 
     Args:
         target: weights, an ONNX file or a module.
-        dataset: for what does not say what it was trained on.
-        device: of all but ONNX files.
-        module: that the weights belong to, where it is a person's own.
-        image_size: what a module reads, where the data set does not say it.
+        dataset: the data set of a target that does not say what it was trained on.
+        device: where to run it; ONNX files always run on the CPU.
+        module: the custom module that the weights belong to; None for weights of icdctl's models.
+        image_size: side of the images that a module reads, where the data set does not say it.
+
+    Returns:
+        What is known of the classifier, and a function from images [B, H, W, 3] uint8 to logits [B, K].
 
     Raises:
-        UsageError, ArtifactError: it can't be had, or too little is known of it.
+        UsageError, ArtifactError: the target can't be loaded, or too little is known of it.
     """
     if isinstance(target, nn.Module):
         if dataset is None:
@@ -143,7 +163,7 @@ def ready(
 def weights_at(
     target: str, dataset: DatasetInfo | None, *, module: nn.Module | None, image_size: int | None
 ) -> TrainedModel:
-    """Weights on disk, with the module that they belong to, where it is a person's own; arguments as for `ready`."""
+    """Find weights on disk; `module` is the custom module that they belong to. Arguments and errors as for `ready`."""
     found = trained.resolve(target, dataset=dataset, module=module)
     if module is not None and not found.weights.metadata:
         _check_size_is_said(dataset, image_size)
@@ -151,20 +171,20 @@ def weights_at(
 
 
 def _check_size_is_said(dataset: DatasetInfo | None, image_size: int | None) -> None:
-    """A module does not say what size of images it reads, nor does a folder of images."""
-    if dataset is not None and dataset.name.startswith("imagefolder:") and image_size is None:
+    """Ask for `image_size` where it is needed: neither a module nor a folder of images says what size is read."""
+    if dataset is not None and DatasetName.parse(dataset.name).is_image_folder and image_size is None:
         raise UsageError("nothing says what size of images the module reads", hint="pass `image_size`, e.g. 224")
 
 
 def named_weights(teacher: Model, wanted: Request) -> Model:
-    """The weights that a model's name stands for, as for `distill`; anything else as it is."""
+    """The weights of the teacher that a model's name stands for, as for `distill`; anything else unchanged."""
     if isinstance(teacher, nn.Module) or teachers.model_of(str(teacher)) is None:
         return teacher
     return str(teachers.find(str(teacher), dataset=data.describe(wanted)).path)
 
 
 def _run_beside(folder: Path) -> RunConfig | None:
-    """The configuration in a run folder or a registered artifact, if there is one that can be read."""
+    """The configuration in a run folder or a registered artifact; None where there is none that can be read."""
     try:
         return RunConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""What a classifier sees in image files: the likeliest classes of each. Shapes: B images, K classes."""
+"""Predictions for image files: the most probable classes of each. Shapes: B images, K classes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from icdctl.data.decode import (
     SUFFIXES,
     BrokenImage,
     Pixels,
-    broken_images_told,
+    broken_images_message,
     check_sizes,
     decode_in_order,
     images_below,
@@ -30,33 +30,34 @@ _BATCH_SIZE = 64
 
 
 class Guess(NamedTuple):
-    """A class, and how likely the classifier holds it to be."""
+    """A class and its probability."""
 
     class_name: str
     probability: float
-    """Softmax of the logits; `icdctl eval` says how far such numbers can be trusted (ece)."""
+    """Softmax of the logits, in [0, 1]; `icdctl eval` shows how far such numbers can be trusted (ece)."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one image file."""
+    """The prediction for one image file."""
 
     image: Path
     top: tuple[Guess, ...]
-    """The likeliest first."""
+    """The most probable classes, in descending order."""
 
 
 @dataclass(frozen=True)
 class PredictionResult:
-    """Of many image files."""
+    """The predictions for many image files."""
 
     target: str
+    """The classifier, as the user named it."""
     predictions: tuple[Prediction, ...]
     skipped: tuple[BrokenImage, ...]
-    """Files that can't be decoded."""
+    """Files that could not be decoded."""
 
-    def as_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
+    def as_json(self) -> dict[str, object]:
+        """The JSON object that `--json` prints."""
         return {
             "target": self.target,
             "predictions": [
@@ -73,10 +74,10 @@ class PredictionResult:
 
 
 def image_files(given: Sequence[str | Path]) -> list[Path]:
-    """The files themselves, and all images at any depth below folders, sorted.
+    """The given files, and all images at any depth below the given folders, sorted within each folder.
 
     Raises:
-        ArtifactError: one is missing, or a folder holds no images.
+        ArtifactError: a path is missing, or a folder holds no images.
     """
     found: list[Path] = []
     for each in given:
@@ -92,7 +93,7 @@ def image_files(given: Sequence[str | Path]) -> list[Path]:
             )
         found += below
     if not found:
-        raise ArtifactError("no image is named", hint="name image files, or folders of them")
+        raise ArtifactError("no images are named", hint="name image files, or folders of them")
     return found
 
 
@@ -107,20 +108,21 @@ def predict_files(
     skip_broken: bool,
     on_images: Callable[[int], None],
 ) -> PredictionResult:
-    """Decode files as a folder of training images is decoded, and classify them, a batch at a time.
+    """Decode image files in the same way as training images, and classify them in batches.
 
     Args:
-        predict: the classifier.
-        paths: of the images.
-        target: what the classifier is called.
-        preprocessing: of the classifier.
+        predict: the classifier: images [B, H, W, 3] uint8 to logits [B, K].
+        paths: the image files.
+        target: the classifier's name in messages and in the result.
+        preprocessing: the classifier's preprocessing.
         class_names: K names.
-        top: how many classes to tell of each image; all where there are fewer.
-        skip_broken: leave out what can't be decoded.
-        on_images: told how many more are done.
+        top: number of classes to report per image; all of them where K is smaller.
+        skip_broken: leave out images that can't be decoded.
+        on_images: called with the number of further images that are done.
 
     Raises:
-        ArtifactError: a file is missing or can't be read, or can't be decoded and `skip_broken` is not set.
+        ArtifactError: a file is missing or can't be read; an image can't be decoded and `skip_broken` is not set; or
+            the classifier has not K classes.
         IcdctlError: the logits are not finite.
     """
     size, resize = preprocessing.size, preprocessing.resize
@@ -134,7 +136,7 @@ def predict_files(
         logits = predict(images).double()
         if logits.shape[1] != len(class_names):
             raise ArtifactError(
-                f"`{target}` tells {logits.shape[1]} classes apart, {len(class_names)} are named",
+                f"`{target}` has {logits.shape[1]} classes, expected the {len(class_names)} of its data set",
                 hint="name the data set that it was trained on with `--dataset`",
             )
         if not torch.isfinite(logits).all():
@@ -155,14 +157,14 @@ def predict_files(
                 broken.append(result)
                 on_images(1)
                 continue
-            if broken and not skip_broken:  # the rest is decoded to name all that are broken
+            if broken and not skip_broken:  # the rest are decoded only to name all broken ones
                 continue
             batch.append((path, result))
             if len(batch) == _BATCH_SIZE:
                 classify()
     if broken and not skip_broken:
         raise ArtifactError(
-            broken_images_told(broken, len(paths)), hint="mend them, or leave them out with `--skip-broken`"
+            broken_images_message(broken, len(paths)), hint="fix them, or leave them out with `--skip-broken`"
         )
     if batch:
         classify()

@@ -1,1 +1,1 @@
-"""How fast a run is, by itself and beside the reference code. Measurements only: nothing here changes a run."""
+"""Measurements of a run's speed, alone and beside the reference code. Nothing here changes a run."""

@@ -1,9 +1,8 @@
-"""The same training step by icdctl and by a checkout of the reference code, one beside the other on one machine.
+"""The same training step by icdctl and by a checkout of the reference code, timed side by side on one machine.
 
-The reference runs in a process of its own (`reference.py`). Both sides hold the same weights, images and constants.
-First both take the same steps, and their losses and gradients must agree; only then is either timed. Blocks of steps
-alternate, A B B A, with both processes alive and one waiting on a pipe, so that a change of the machine's speed meets
-both.
+The reference runs in a separate process (`reference.py`). Both sides have the same weights, images and constants. First
+both take the same steps, and their losses and gradients must agree; only then are they timed. Blocks of steps
+alternate, A B B A, while the other process waits on a pipe, so that a change of the machine's speed affects both.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -41,26 +39,27 @@ from icdctl.data import Dataset
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
 from icdctl.engine.environment import git_state
 from icdctl.errors import ArtifactError, UsageError
+from icdctl.files import JsonObject
 from icdctl.models import Classifier
 
 PREFERRED = ("cd_sdd_dkd", "sdd_dkd", "dkd")
-"""Methods to compare by where none is named: the first that the checkout has."""
+"""Methods for the comparison where the user names none: the first one that the checkout has is used."""
 
 VARIANTS = ("published", "workers", "autocast")
-"""Of the reference: with its own defaults, with more workers of its loader, and in half precision."""
+"""Ways to run the reference: with its own defaults, with more workers in its loader, and in half precision."""
 
 _EPOCH_IMAGES, _FEW_BATCHES, _NUM_TEST = 50_000, 80, 64
 _DKD_KEYS = {"temperature": "T", "alpha": "ALPHA", "beta": "BETA", "ce_weight": "CE_WEIGHT", "warmup_epochs": "WARMUP"}
 _LONGEST_BLOCK_SECONDS = 12.0
 _BUDGET_FOR_BLOCKS = 0.9
 _WORKERS = {"cpu": (0, 2), "cuda": (2, 16)}
-"""Of its loader: as published (none on a CPU, so that all its work is on its clock), and more."""
+"""Workers of its loader, published and more; none on a CPU, so that all its work counts as its process's CPU time."""
 _OURS, _WALL = "icdctl", "wall clock"
 _SHORTEST_PATIENCE_SECONDS = 120.0
 
 Tell = Callable[[str], None]
 Block = dict[str, dict[str, float]]
-"""Of one round: side -> its clocks, in seconds per step."""
+"""The times of one round: side -> its clocks, in seconds per step."""
 
 
 @dataclass(frozen=True)
@@ -68,23 +67,23 @@ class Pace:
     """How long to measure."""
 
     rounds: int
-    """Pairs of blocks for each pair of models."""
+    """Blocks of each side, for each pair of models."""
     budget: float
-    """Seconds for everything; fewer rounds are taken where it runs out."""
+    """Seconds for everything; where they run out, there are fewer rounds."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run the reference without a change of its code."""
+    """A way to run the reference without changing its code."""
 
     workers: int
-    """Of its loader, by its own option."""
+    """Workers of its loader, set by its own option."""
     autocast: bool
-    """Its forward pass in bfloat16 where torch's autocast chooses it, and on CUDA matrix products in TF32."""
+    """Run its forward pass in bfloat16 where torch's autocast chooses it, and on CUDA matrix products in TF32."""
 
 
 def parse_variants(text: str) -> tuple[str, ...]:
-    """`workers,autocast` as names; `published` is always there, and first.
+    """The names in a text like `workers,autocast`; `published` is always among them, and first.
 
     Raises:
         UsageError: a name is unknown.
@@ -102,43 +101,44 @@ def _variant(name: str, device: torch.device) -> Variant:
     if name == "workers":
         return Variant(more, autocast=False)
     if name == "autocast":
-        # On CUDA with the workers too, lest it waits for images; on a CPU without, for they are not on the CPU's clock.
+        # On CUDA with the workers too, so that it does not wait for images; on a CPU without: its clock does not count
+        # the CPU time of other processes.
         return Variant(few if device.type == "cpu" else more, autocast=True)
     return Variant(few, autocast=False)
 
 
 def compare(
     plan: Plan, pairs: Sequence[Pair], checkout: Path, pace: Pace, *, variants: Sequence[str] = VARIANTS[:1], tell: Tell
-) -> dict[str, Any]:
+) -> JsonObject:
     """Time both sides on each pair of models.
 
     Args:
-        plan: what all pairs share; its method None takes the first of `PREFERRED` that the checkout has.
+        plan: the options that all pairs share; without a method, the first of `PREFERRED` that the checkout has.
         pairs: teachers and students.
-        checkout: folder that holds `mdistiller`.
+        checkout: the folder that holds `mdistiller`.
         pace: rounds and seconds.
-        variants: of the reference, from `parse_variants`.
-        tell: told what is under way.
+        variants: ways to run the reference, from `parse_variants`.
+        tell: called with a line of text about each step of the work.
 
     Returns:
-        `device`, `versions`, `reference` and, under `pairs`, by label: `ratio` (reference time by icdctl time, the
-        median over rounds), `ratio_min`, `ratio_max`, milliseconds a step and images per second of both, the gate's
-        largest differences, and under `variants` the same numbers for each variant of the reference.
+        `device`, `versions`, `reference` and, under `pairs`, by label: `ratio` (reference time divided by icdctl time,
+        the median over rounds), `ratio_min`, `ratio_max`, milliseconds per step and images per second of both sides,
+        the gate's largest differences, and under `variants` the same numbers for each variant of the reference.
 
     Raises:
-        UsageError: a wrong option.
-        ArtifactError: there is no such checkout, or it lacks the method or a model.
-        IcdctlError: the two sides don't compute the same, so no speed is told.
+        UsageError: an option is wrong.
+        ArtifactError: there is no such checkout, or it does not have the method or a model.
+        IcdctlError: the two sides don't compute the same, so no speed is reported.
     """
     check_checkout(checkout)
     started = time.perf_counter()
     device = resolve_device(plan.device)
     precision = resolve_precision(build_config(_with_method(plan, PREFERRED[0]), pairs[0]).precision, device)
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     with clocks.threads(plan.threads):
         described = {**clocks.describe(device, precision), "threads": plan.threads}
         if device.type == "cuda":
-            described["clock"] = _WALL  # two processes have no event in common
+            described["clock"] = _WALL  # CUDA events can't be shared by two processes
         stand_ins: list[str] = []
         for done, pair in enumerate(pairs):
             share = (pace.budget - (time.perf_counter() - started)) / (len(pairs) - done)
@@ -156,22 +156,23 @@ def compare(
 
 
 def check_checkout(checkout: Path) -> None:
-    """
+    """Check that the folder is a checkout of the reference.
+
     Raises:
-        ArtifactError: the folder is not there, or holds no `mdistiller`.
+        ArtifactError: the folder does not exist, or holds no `mdistiller`.
     """
     hint = "pass a checkout of iCD, SDD-CVPR2024 or mdistiller: the folder that holds `mdistiller`"
     if not checkout.is_dir():
-        raise ArtifactError(f"`{checkout}` is no folder", hint=hint)
+        raise ArtifactError(f"`{checkout}` is not a folder", hint=hint)
     if not (checkout / "mdistiller" / "__init__.py").is_file():
         raise ArtifactError(f"`{checkout}` holds no package `mdistiller`", hint=hint)
 
 
 def _sha256(package: Path) -> str:
-    """Of the package's Python files, names and contents, in order."""
+    """The hash of the package's Python files, names and contents, in order."""
     paths = sorted(package.rglob("*.py"))
-    told = [f"{path.relative_to(package).as_posix()} {files.sha256_file(path)}\n" for path in paths]
-    return files.sha256_bytes("".join(told).encode())
+    lines = [f"{path.relative_to(package).as_posix()} {files.sha256_file(path)}\n" for path in paths]
+    return files.sha256_bytes("".join(lines).encode())
 
 
 def _with_method(plan: Plan, method: str) -> Plan:
@@ -179,7 +180,7 @@ def _with_method(plan: Plan, method: str) -> Plan:
 
 
 class _Comparison:
-    """One pair of models, both sides."""
+    """The comparison of both sides for one pair of models."""
 
     def __init__(
         self,
@@ -195,8 +196,8 @@ class _Comparison:
         self.device, self.precision = device, precision
         self._tell = tell
 
-    def run(self, rounds: int, budget: float) -> tuple[dict[str, Any], list[str]]:
-        """Gate, then blocks: the numbers, and the packages that had stand-ins."""
+    def run(self, rounds: int, budget: float) -> tuple[JsonObject, list[str]]:
+        """Pass the gate, then time blocks: the numbers, and the missing packages that were replaced by stand-ins."""
         started = time.perf_counter()
         patience = max(_SHORTEST_PATIENCE_SECONDS, budget)
         with (
@@ -207,7 +208,7 @@ class _Comparison:
         ):
             self._say("making images and models")
             batch_size = build_config(_with_method(self.plan, PREFERRED[0]), self.pair).batch_size
-            # Workers start anew with each epoch, so theirs has as many steps as a real one.
+            # Workers are started again in each epoch, so the reference's epoch has as many steps as a real one.
             has_workers = any(variant.workers for variant in self.variants.values())
             num_batches = max(1, _EPOCH_IMAGES // batch_size) if has_workers else _FEW_BATCHES
             dataset = random_dataset(num_batches * batch_size, _NUM_TEST, seed=self.plan.seed)
@@ -258,10 +259,10 @@ class _Comparison:
         }
         return numbers, opened["stand_ins"]
 
-    def _row(self, name: str, blocks: Sequence[Block], batch_size: int) -> dict[str, Any]:
-        """The numbers of one variant beside icdctl."""
+    def _row(self, name: str, blocks: Sequence[Block], batch_size: int) -> JsonObject:
+        """The numbers of one variant and icdctl."""
         variant = self.variants[name]
-        # Workers are processes of their own, whose CPU seconds are not on the clock of the one that trains.
+        # Workers are separate processes, whose CPU time the clock of the training process does not count.
         on_cpu = self.device.type == "cpu" and not variant.workers
         summary = _summary([(block[name], block[_OURS]) for block in blocks], batch_size, on_cpu=on_cpu)
         clock = clocks.clock_name(self.device) if on_cpu else _WALL
@@ -278,16 +279,16 @@ class _Comparison:
     def _exact_session(
         self, config: RunConfig, dataset: Dataset, teacher: Classifier, student: Classifier, dtype: torch.dtype
     ) -> Session:
-        """From the given weights, which stay as they are. A teacher in half precision is timed, but never compared."""
+        """A session for the gate, with copies of the given models; half precision is only timed, never compared."""
         exact = config.model_copy(update={"teacher_precision": "fp32", "compile": False})
         teacher, student = (copy.deepcopy(model).to(dtype) for model in (teacher, student))
         return self._session(exact, dataset, teacher, student, "fp32")
 
-    def _request(self, config: RunConfig) -> dict[str, Any]:
-        """Constants and names of this configuration as the reference spells them."""
+    def _request(self, config: RunConfig) -> JsonObject:
+        """The constants and names of this configuration, under the reference's names."""
         settings = config.settings
         needs_patches = methods.METHODS[config.method].needs_patches
-        values: dict[str, Any] = {
+        values: JsonObject = {
             "DATASET.TYPE": "cifar100",
             "DISTILLER.TYPE": config.method.upper(),
             "SOLVER.TYPE": "SGD",
@@ -318,7 +319,7 @@ class _Comparison:
         }
 
     def _blocks(self, ask: Ask, step: Stepper, rounds: int, budget: float) -> list[Block]:
-        """Blocks of all sides, one of each a round, in an order that turns round each time."""
+        """Times of all sides, one block of each per round; every other round is in reverse order."""
         deadline = time.perf_counter() + budget
 
         def theirs(variant: str, count: int) -> dict[str, float]:
@@ -339,13 +340,13 @@ class _Comparison:
         sides[_OURS] = ours
         self._say("warming up")
         for side in sides.values():
-            side(1)  # first calls choose and compile
+            side(1)  # the first calls choose algorithms and compile
         slower = max(side(2)["wall_seconds"] for side in sides.values())
         room = _BUDGET_FOR_BLOCKS * (deadline - time.perf_counter()) / (len(sides) * rounds)
         count = max(1, int(min(_LONGEST_BLOCK_SECONDS, room) / slower))
         found = []
         for number in range(rounds):
-            self._say(f"round {number + 1} of {rounds}, {count} steps a block")
+            self._say(f"round {number + 1} of {rounds}, {count} steps per block")
             names = list(sides) if number % 2 == 0 else list(reversed(sides))
             found.append({name: sides[name](count) for name in names})
             if time.perf_counter() + len(sides) * count * slower > deadline and number + 1 < rounds:
@@ -356,8 +357,8 @@ class _Comparison:
 
 def _summary(
     blocks: Sequence[tuple[Mapping[str, float], Mapping[str, float]]], batch_size: int, *, on_cpu: bool
-) -> dict[str, Any]:
-    """Medians and ratios over the rounds."""
+) -> JsonObject:
+    """Medians and ratios over the rounds; times in milliseconds, rates in images per second."""
     key = "cpu_seconds" if on_cpu else "wall_seconds"
     ratios = [theirs[key] / ours[key] for theirs, ours in blocks]
     wall_ratios = [theirs["wall_seconds"] / ours["wall_seconds"] for theirs, ours in blocks]
@@ -379,7 +380,7 @@ def _summary(
 
 
 def _their_names(model: str, needs_patches: bool) -> list[str]:
-    """How the reference may spell a model, the likeliest first: `_sdd` gives patch logits."""
+    """The reference's possible names for a model, the preferred one first; models with `_sdd` give patch logits."""
     plain = list(models.MODELS[model].aliases)
     with_patches = [f"{name}_sdd" for name in plain]
     return [*with_patches, *plain] if needs_patches else [*plain, *with_patches]

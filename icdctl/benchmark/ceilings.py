@@ -1,4 +1,4 @@
-"""How fast this device multiplies, copies and launches: what a step's time is held against."""
+"""The device's own limits: how fast it multiplies, copies and launches, for comparison with a step's time."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from icdctl.benchmark import clocks
 _MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 _CONVOLUTION = (64, 256, 8)
-"""Images, channels, side of the map: a deep layer of res32x4 at batch 64."""
+"""Images, channels, side of the map in pixels: as in a deep layer of res32x4 at batch 64."""
 _NUM_LAUNCHES = 1000
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def measure_ceilings(device: torch.device, kinds: Sequence[str], *, seconds: float, seed: int) -> dict[str, float]:
-    """Rates on random data, medians of 3 to 10 repeats on the device's first clock.
+    """Measure rates on random data: medians of 3 to 10 repeats on the device's first clock.
 
     Args:
-        device: to measure.
-        kinds: what is multiplied in: `fp32`, `tf32`, `bf16`, `fp16`.
-        seconds: about, for each ceiling.
-        seed: of the data.
+        device: the device to measure.
+        kinds: number types of the products: `fp32`, `tf32`, `bf16`, `fp16`.
+        seconds: approximate time for each ceiling.
+        seed: seed of the data.
 
     Returns:
-        `matmul_<kind>_tflops` (2 n^3 operations), `conv3x3_<kind>_tflops` (256 channels, 8 x 8, 64 images; by
-        the plain count of operations, which a library may undercut), `copy_gb_per_second` (bytes read and written), and
-        on CUDA `eager_launch_us` and `graph_node_us` of a kernel that adds 1 to one number.
+        `matmul_<kind>_tflops` (2 n^3 operations), `conv3x3_<kind>_tflops` (256 channels, 8 x 8, 64 images; the plain
+        algorithm's count of operations, a library may need fewer), `copy_gb_per_second` (bytes read and written), and
+        on CUDA `eager_launch_us` and `graph_node_us`, for a kernel that adds 1 to one number.
     """
     found = {}
     for kind in dict.fromkeys(kinds):
@@ -46,17 +46,17 @@ def measure_ceilings(device: torch.device, kinds: Sequence[str], *, seconds: flo
 
 
 def teacher_kind(precision: str, teacher_precision: str) -> str:
-    """What the teacher's forward pass multiplies in.
+    """The number type of the products in the teacher's forward pass.
 
     Args:
-        precision: of the student, which goes with torch's switch for tf32.
-        teacher_precision: of the teacher.
+        precision: the student's precision; with tf32, torch's switch applies to a teacher in fp32 too.
+        teacher_precision: the teacher's precision.
     """
     return precision if (precision, teacher_precision) == ("tf32", "fp32") else teacher_precision
 
 
 def _matmul(device: torch.device, kind: str, seconds: float, seed: int) -> float:
-    """Operations per second."""
+    """Operations per second of a matrix product."""
     side = _MATMUL_SIDE[device.type]
     dtype = _DTYPES.get(kind, torch.float32)
     generator = torch.Generator(device).manual_seed(seed)
@@ -69,7 +69,7 @@ def _matmul(device: torch.device, kind: str, seconds: float, seed: int) -> float
 
 
 def _convolution(device: torch.device, kind: str, seconds: float, seed: int) -> float:
-    """Operations per second, by the count of the plain algorithm."""
+    """Operations per second of a 3 x 3 convolution, by the count of the plain algorithm."""
     images, channels, side = _CONVOLUTION
     dtype = _DTYPES.get(kind, torch.float32)
     generator = torch.Generator(device).manual_seed(seed)
@@ -94,7 +94,7 @@ def _copy(device: torch.device, seconds: float, seed: int) -> float:
 
 
 def _launches(device: torch.device) -> dict[str, float]:
-    """Microseconds a kernel, launched one by one and as a node of a graph."""
+    """Microseconds per kernel, launched one by one and as a node of a CUDA graph."""
     number = torch.zeros(1, device=device)
 
     def launch_all() -> None:

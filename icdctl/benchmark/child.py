@@ -1,4 +1,4 @@
-"""The process in which the reference runs, and the pipe to it."""
+"""The process that runs the reference, and the pipe to it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from icdctl.errors import ArtifactError
+from icdctl.files import JsonObject
 
-Ask = Callable[..., dict[str, Any]]
-"""(what to do, details by keyword) -> the answer."""
+Ask = Callable[..., JsonObject]
+"""Called with the name of a request and its details as keywords; returns the answer."""
 
 _SCRIPT = Path(__file__).with_name("reference.py")
 
@@ -26,35 +26,35 @@ _SCRIPT = Path(__file__).with_name("reference.py")
 def reference_process(
     folder: Path, checkout: Path, device: torch.device, *, num_threads: int, patience: float
 ) -> Iterator[Ask]:
-    """The reference's process, ended with the block.
+    """Start the reference's process; it is killed when the block ends.
 
     Args:
-        folder: of what is handed over; the process works there.
-        checkout: named in errors.
-        device: all that CUDA shows the process, or nothing of it for a CPU.
-        num_threads: of the CPU.
+        folder: the process's working folder, for the files that both sides exchange.
+        checkout: the reference's folder, for error messages.
+        device: the only device that the process sees; for a CPU it sees no CUDA device.
+        num_threads: CPU threads of the process.
         patience: seconds to wait for an answer.
 
     Yields:
-        A function that sends a request and returns the answer; it raises ArtifactError where the checkout fails, or its
+        A function that sends a request and returns the answer. It raises ArtifactError where the checkout fails, or its
         process ends or hangs.
     """
     log = folder / "reference.log"
     environment = {"LOGNAME": "bench", **os.environ, "OMP_NUM_THREADS": str(num_threads)}
     environment["CUDA_VISIBLE_DEVICES"] = _visible_devices(device)
     command = [sys.executable, "-P", "-B", "-W", "ignore", str(_SCRIPT)]
-    with log.open("w") as talk:
+    with log.open("w") as log_file:
         child = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=talk,
+            stderr=log_file,
             cwd=folder,
             env=environment,
             text=True,
         )
 
-        def ask(what: str, **details: Any) -> dict[str, Any]:
+        def ask(what: str, **details: object) -> JsonObject:
             return _answer(child, {"do": what, **details}, log, checkout, patience)
 
         try:
@@ -64,21 +64,22 @@ def reference_process(
             child.wait()
             for pipe in (child.stdin, child.stdout):
                 if pipe is not None:
-                    with suppress(BrokenPipeError):  # its reader may be gone
+                    with suppress(BrokenPipeError):  # its reader may have ended
                         pipe.close()
 
 
 def _answer(
-    child: subprocess.Popen[str], request: dict[str, Any], log: Path, checkout: Path, patience: float
-) -> dict[str, Any]:
-    """
+    child: subprocess.Popen[str], request: JsonObject, log: Path, checkout: Path, patience: float
+) -> JsonObject:
+    """Send a request and wait for its answer.
+
     Raises:
         ArtifactError: the checkout fails, or its process ends or hangs.
     """
     assert child.stdin is not None
     assert child.stdout is not None
     hint = "run its own training script once to see whether it works in this environment"
-    with suppress(BrokenPipeError):  # the answer, or its absence, says why
+    with suppress(BrokenPipeError):  # a missing answer is handled below
         child.stdin.write(json.dumps(request) + "\n")
         child.stdin.flush()
     ready, _, _ = select.select([child.stdout], [], [], patience)
@@ -87,16 +88,16 @@ def _answer(
     line = child.stdout.readline()
     if not line:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        told = f": {last[-1]}" if last else ""
-        raise ArtifactError(f"the process of `{checkout}` ended{told}", hint=hint)
-    answer: dict[str, Any] = json.loads(line)
+        reason = f": {last[-1]}" if last else ""
+        raise ArtifactError(f"the process of `{checkout}` ended{reason}", hint=hint)
+    answer: JsonObject = json.loads(line)
     if "error" in answer:
         raise ArtifactError(f"`{checkout}` fails at `{request['do']}`: {answer['error']}", hint=hint)
     return answer
 
 
 def _visible_devices(device: torch.device) -> str:
-    """What CUDA shows the reference: one device, for it would spread over all, or none."""
+    """The value of CUDA_VISIBLE_DEVICES for the reference: one device, since it would use all of them, or none."""
     if device.type == "cpu":
         return ""
     shown = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]

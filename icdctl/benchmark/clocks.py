@@ -1,5 +1,7 @@
-"""Clocks. On a CPU the first clock is the process's own CPU seconds, which neighbours on the machine hardly move; the
-wall clock comes second. On CUDA it is the device's events.
+"""Clocks for measurements.
+
+On a CPU, the first clock is the CPU time of the process, which other work on the machine hardly changes; the second is
+the wall clock. On CUDA, the first clock is the device's events.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from icdctl.engine.environment import describe_device
+from icdctl.files import JsonObject
 from icdctl.versions import versions
 
 PACKAGES = ("icdctl", "torch", "torchvision", "numpy")
@@ -26,17 +28,17 @@ _EVENTS_AT_A_TIME = 100
 
 @dataclass(frozen=True)
 class Timing:
-    """Steps one by one, in milliseconds."""
+    """The times of single steps, in milliseconds."""
 
     step_ms: tuple[float, ...]
-    """On the first clock: CPU seconds of the process, all threads together, or device time between CUDA events."""
+    """Each step on the first clock: CPU time of the process, all threads together, or time between CUDA events."""
     wall_ms: tuple[float, ...]
-    """On a CPU: of each step. On CUDA: the mean over each stretch between two synchronisations."""
+    """Wall time: on a CPU of each step; on CUDA the mean step of each stretch between two synchronisations."""
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let torch use so many CPU threads inside the block."""
+    """Let torch use `count` CPU threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -46,23 +48,23 @@ def threads(count: int) -> Iterator[None]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device is done; a CPU always is."""
+    """Wait until the device has finished its work; on a CPU there is nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def clock_name(device: torch.device) -> str:
-    """What the first clock counts."""
+    """The name of the first clock, for reports."""
     return "CUDA events" if device.type == "cuda" else "CPU seconds of the process"
 
 
 def time_steps(step: Callable[[], None], *, seconds: float, device: torch.device) -> Timing:
-    """Take steps for so many wall seconds, at least three of them.
+    """Take steps for some time, at least three of them, and time each.
 
     Args:
-        step: takes one.
-        seconds: of the wall clock.
-        device: where it runs.
+        step: takes one step.
+        seconds: wall seconds to go on for.
+        device: the device that the steps run on.
     """
     return _time_on_cuda(step, seconds, device) if device.type == "cuda" else _time_on_cpu(step, seconds)
 
@@ -103,7 +105,7 @@ def _event() -> torch.cuda.Event:
 
 
 class PhaseClock:
-    """Times named phases of steps, each phase once a step."""
+    """Times the named phases of steps; each phase occurs once per step."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -112,7 +114,7 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What happens inside belongs to the phase."""
+        """Count the time of the block for this phase."""
         if self._device.type == "cuda":
             first, last = _event(), _event()
             first.record()
@@ -125,27 +127,27 @@ class PhaseClock:
         self._spent.setdefault(name, []).append(1e3 * (time.process_time() - before))
 
     def clear(self) -> None:
-        """Forget what was timed so far."""
+        """Delete all times so far."""
         self._spent.clear()
         self._events.clear()
 
     def medians_ms(self) -> dict[str, float]:
-        """Per phase, over the steps, in milliseconds."""
+        """The median time of each phase over the steps, in milliseconds."""
         synchronize(self._device)
         spent = {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in self._events.items()}
         return {name: statistics.median(times) for name, times in (self._spent | spent).items()}
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest of the values that at least so many percent of them don't exceed."""
+    """The smallest value that at least `share` percent of the values do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * share / 100) - 1)]
 
 
-def repeat(work: Callable[[], Any], *, seconds: float, device: torch.device, fewest: int = 3) -> float:
-    """Median seconds of a piece of work over `fewest` to 10 repeats, after one that is not counted.
+def repeat(work: Callable[[], object], *, seconds: float, device: torch.device, fewest: int = 3) -> float:
+    """Median seconds of `work` over `fewest` to 10 repeats, after one that is not counted.
 
-    On a CPU these are CPU seconds of the process, on CUDA wall seconds up to the end of the device's work.
+    On a CPU these are CPU seconds of the process; on CUDA, wall seconds until the device has finished.
     """
     work()
     synchronize(device)
@@ -160,8 +162,8 @@ def repeat(work: Callable[[], Any], *, seconds: float, device: torch.device, few
     return statistics.median(times)
 
 
-def describe(device: torch.device, precision: str) -> dict[str, Any]:
-    """The device that is measured, its name and size, and how busy the machine is."""
+def describe(device: torch.device, precision: str) -> JsonObject:
+    """The measured device for reports: its name and size, and how busy the machine is."""
     described = {**describe_device(device), "precision": precision, "clock": clock_name(device)}
     if device.type == "cpu":
         described["capability"] = torch.backends.cpu.get_cpu_capability()
@@ -169,10 +171,10 @@ def describe(device: torch.device, precision: str) -> dict[str, Any]:
 
 
 def load() -> float | None:
-    """Processes that wanted a CPU in the last minute, this one included; None where the system does not count them."""
+    """Mean number of processes that wanted a CPU in the last minute, with this one; None where it is not known."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def package_versions() -> dict[str, str | None]:
-    """Of what a measurement depends on."""
+    """Versions of the packages that a measurement depends on."""
     return versions(PACKAGES)

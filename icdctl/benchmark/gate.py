@@ -1,11 +1,10 @@
-"""Whether the reference and icdctl compute the same: the gate that a comparison of their speed goes through first."""
+"""The gate before a comparison of speed: a check that the reference and icdctl compute the same."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,14 +14,15 @@ from icdctl.benchmark.child import Ask
 from icdctl.benchmark.workload import EPOCH, Session
 from icdctl.engine.device import backend_settings
 from icdctl.errors import IcdctlError
+from icdctl.files import JsonObject
 from icdctl.methods import LOGITS
 
 _EPOCHS = (1, EPOCH, 30)
-"""First, inside and after the distillation warm-up."""
+"""Epochs to compare: the first one, one inside and one after the distillation warm-up."""
 _RIGHT_SHARE = 0.7
-"""Of the gate's labels that the teacher gets right, as on training images."""
+"""Share of the labels that the teacher gets right, as on training images."""
 _TOLERANCES = {"float32": {"loss": 1e-4, "gradient": 3e-2}, "float64": {"loss": 1e-6, "gradient": 1e-6}}
-"""Of relative differences."""
+"""Largest relative differences that are accepted."""
 _DOUBLE_IMAGES = 16
 _GRADIENT = "gradient norm"
 
@@ -36,18 +36,18 @@ def largest_differences(
     device: torch.device,
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    """The same steps by both sides: the largest relative difference of a loss term and of the gradient's norm.
+    """Take the same steps on both sides: the largest relative difference of a loss term and of the gradient's norm.
 
-    In float32 as it will be timed, and in float64 on fewer images, where nothing but another formula can differ: at
-    random weights, batch norms amplify float32 rounding to 1e-2 of the gradient on both sides.
+    The steps are in float32, as they will be timed, and in float64 on fewer images, where only another formula can make
+    a difference: with random weights, batch norms amplify float32 rounding to 1e-2 of the gradient on both sides.
 
     Args:
-        label: of the pair of models.
-        make_session: icdctl's side, from the same weights each time, in a type.
-        ask: the reference's side.
-        folder: where batches are handed over.
-        device: of both.
-        say: told of what a reader of the speeds should know.
+        label: label of the pair of models, for messages.
+        make_session: builds icdctl's side in a dtype, with the same weights each time.
+        ask: sends a request to the reference's side.
+        folder: folder for the files that both sides exchange.
+        device: device of both sides.
+        say: called with what readers of the speeds should know.
 
     Returns:
         `float32_loss`, `float32_gradient`, `float64_loss` and `float64_gradient`.
@@ -70,20 +70,20 @@ def largest_differences(
                 key = f"{dtype}_{kind}"
                 worst[key] = max(worst.get(key, 0.0), gap)
                 if not gap <= tolerance[kind]:
-                    told = f"`{name}` in epoch {own['epoch']}, {dtype}, is {there:.9g} there and {here:.9g} here"
-                    raise _disagreement(label, told)
+                    what = f"`{name}` in epoch {own['epoch']}, {dtype}, is {there:.9g} there and {here:.9g} here"
+                    raise _disagreement(label, what)
     if not clips:
         say("note: the checkout does not clip gradients; icdctl does")
     return worst
 
 
-def _our_steps(session: Session, batch: int, path: Path) -> list[dict[str, Any]]:
-    """Our side, every step from the same weights; its batches are left for the other at `path`."""
+def _our_steps(session: Session, batch: int, path: Path) -> list[JsonObject]:
+    """The numbers of icdctl's steps, each from the same weights; `path` gets the batches, for the reference."""
     run = session.run
     state = {key: tensor.clone() for key, tensor in run.student.state_dict().items()}
     dtype = next(run.student.parameters()).dtype
     views, _ = session.start_epoch(EPOCH)
-    found: list[dict[str, Any]] = []
+    found: list[JsonObject] = []
     held: dict[str, Tensor] = {}
     for number, epoch in enumerate(_EPOCHS):
         part = views[number * batch : (number + 1) * batch]
@@ -117,10 +117,8 @@ def _our_steps(session: Session, batch: int, path: Path) -> list[dict[str, Any]]
     return found
 
 
-def _gaps(
-    label: str, own: Mapping[str, Any], other: Mapping[str, Any], clips: bool
-) -> dict[str, tuple[float, float, float]]:
-    """By name of a number: ours, theirs, the relative difference."""
+def _gaps(label: str, own: JsonObject, other: JsonObject, clips: bool) -> dict[str, tuple[float, float, float]]:
+    """Name of a number -> our value, the reference's value, the relative difference."""
     here, there = (
         {
             **side["terms"],
@@ -142,6 +140,6 @@ def _relative_difference(one: float, other: float) -> float:
 
 def _disagreement(label: str, what: str) -> IcdctlError:
     return IcdctlError(
-        f"{label}: the checkout and icdctl don't compute the same, so no speed is told: {what}",
-        hint="compare with an unchanged checkout, or name the `--method` that it has",
+        f"{label}: the checkout and icdctl don't compute the same, so no speed is reported: {what}",
+        hint="compare with an unchanged checkout, or name a `--method` that it has",
     )

@@ -1,17 +1,18 @@
-"""Runs a checkout of iCD, SDD or mdistiller as it is, in a process of its own, and times its training step.
+"""Runs an unchanged checkout of iCD, SDD or mdistiller in a separate process, and times its training step.
 
-Started as a script by `icdctl.benchmark.against`, which talks to it by lines of JSON: requests on stdin, answers on the
-stdout that it was started with. Nothing of icdctl is imported here, and nothing of the checkout is changed or copied:
-it is imported from where it lies. What is put in place of the world around it:
+`icdctl.benchmark.against` starts this file as a script and sends it lines of JSON: requests on stdin, answers on the
+stdout that it was started with. It imports nothing from icdctl. The checkout is imported from its own folder; nothing
+in it is changed or copied. Only its surroundings are replaced:
 
-- torchvision's CIFAR100 becomes images handed over by the parent, read through the checkout's own data set class,
-  transforms and DataLoader;
-- checkpoints become weights handed over by the parent;
-- packages that are not installed and that a step does not need (yacs, wandb, tensorboardX) become stand-ins, named in
-  the answer;
-- on a CPU `.cuda()` returns what it is called on.
+- torchvision's CIFAR100 gives images from the parent process, through the checkout's own data set class, transforms and
+  DataLoader;
+- checkpoints are replaced by weights from the parent process;
+- packages that are not installed and that a step does not need (yacs, wandb, tensorboardX) are replaced by stand-ins,
+  which the answer names;
+- on a CPU, `.cuda()` returns its object unchanged.
 
-Its variants are its own option for the number of its loader's workers, and torch's autocast around its forward pass.
+The variants are the checkout's own option for the number of its loader's workers, and torch's autocast around its
+forward pass.
 """
 
 from __future__ import annotations
@@ -26,64 +27,71 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 _PACKAGE = "mdistiller"
 _PARTS = ("", ".models", ".distillers", ".engine", ".engine.cfg", ".engine.utils", ".dataset")
 _MOST_STAND_INS = 20
 
+Foreign: TypeAlias = Any
+"""A value of the checkout's own types, which are known only when it is imported."""
+Json: TypeAlias = dict[str, Any]
+"""A request or an answer."""
 
-class ConfigNode(dict[str, Any]):
-    """What mdistiller's configuration needs of a yacs node: keys as attributes."""
 
-    def __getattr__(self, key: str) -> Any:
+class ConfigNode(dict[str, object]):
+    """Stand-in for a yacs node, with what mdistiller's configuration uses: keys as attributes."""
+
+    def __getattr__(self, key: str) -> object:
         try:
             return self[key]
         except KeyError:
             raise AttributeError(key) from None
 
-    def __setattr__(self, key: str, value: Any) -> None:
+    def __setattr__(self, key: str, value: object) -> None:
         self[key] = value
 
 
 class Inert:
-    """Takes any call and any attribute, and does nothing."""
+    """Stand-in for any object: accepts every call and attribute, and does nothing."""
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+    def __init__(self, *arguments: object, **keywords: object) -> None:
         pass
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Inert:
+    def __call__(self, *arguments: object, **keywords: object) -> Inert:
         return self
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Inert:
         if name.startswith("__"):
             raise AttributeError(name)
         return Inert()
 
 
 class InertModule(types.ModuleType):
-    """A module that has every public name."""
+    """Stand-in for a module: it has every public name."""
 
-    __path__ = []  # noqa: RUF012 (a package, by Python's rules)
+    __path__ = []  # noqa: RUF012 (Python looks for this list in a package)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> type[ConfigNode] | type[Inert]:
         if name.startswith("__"):
             raise AttributeError(name)
         return ConfigNode if name == "CfgNode" else Inert
 
 
 class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the packages that are known to be missing, and what lies under them."""
+    """Import hook that gives stand-ins for the packages in `names` and all modules below them."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -103,17 +111,17 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class HandedOver:
-    """What torchvision's CIFAR100 is to its subclasses: images, labels, a transform."""
+    """Stand-in for torchvision's CIFAR100 as a base class: images and labels from the parent process, a transform."""
 
-    images: dict[bool, tuple[np.ndarray[Any, Any], list[int]]]
-    """Training set or not -> pixels [N, 32, 32, 3] uint8, labels."""
+    images: dict[bool, tuple[npt.NDArray[np.uint8], list[int]]]
+    """Whether it is the training set -> pixels [N, 32, 32, 3] uint8, labels."""
 
     def __init__(
         self,
         root: object = None,
         train: bool = True,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
+        transform: Callable[[Image.Image], object] | None = None,
+        target_transform: Callable[[int], object] | None = None,
         download: bool = False,
     ) -> None:
         self.data, self.targets = self.images[train]
@@ -122,32 +130,32 @@ class HandedOver:
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image: Any = Image.fromarray(self.data[index])
-        target: Any = self.targets[index]
-        image = image if self.transform is None else self.transform(image)
-        return image, target if self.target_transform is None else self.target_transform(target)
+    def __getitem__(self, index: int) -> tuple[object, object]:
+        image, target = Image.fromarray(self.data[index]), self.targets[index]
+        return (
+            image if self.transform is None else self.transform(image),
+            target if self.target_transform is None else self.target_transform(target),
+        )
 
 
-class Reference:
-    """The checkout at work."""
+class ReferenceCheckout:
+    """The imported checkout, and an answer to each kind of request."""
 
     def __init__(self) -> None:
         self._cuda = False
-        self._variants: dict[str, Any] = {}
-        self._batches: dict[str, Iterator[Any]] = {}
-        self._meters: dict[str, Any] = {}
+        self._variants: dict[str, Json] = {}
+        self._batches: dict[str, Iterator[Foreign]] = {}
+        self._meters: dict[str, Foreign] = {}
 
-    def open(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Import the checkout; say what it has."""
+    def open(self, request: Json) -> Json:
+        """Import the checkout; return its methods and the packages that were replaced by stand-ins."""
         torch.set_num_threads(request["threads"])
         torch.manual_seed(request["seed"])
-        torch.backends.cudnn.benchmark = True  # as its own script sets it
+        torch.backends.cudnn.benchmark = True  # as the checkout's own script does
         self._cuda = request["device"] == "cuda"
         if not self._cuda:
-            stay: Any = lambda self, *arguments, **keywords: self  # noqa: E731 (a method for two classes)
             for kind in (Tensor, nn.Module):
-                kind.cuda = stay  # type: ignore[method-assign]  # it moves nothing, on purpose
+                kind.cuda = _unmoved  # type: ignore[assignment, method-assign]  # a CPU has nowhere to move it to
         self._scratch = Path(request["scratch"])
         handed = load_file(self._scratch / "images.safetensors")
         HandedOver.images = {
@@ -174,17 +182,17 @@ class Reference:
                 for name in [name for name in sys.modules if name.split(".")[0] == _PACKAGE]:
                     del sys.modules[name]
 
-    def _table(self, name: str) -> Any:
-        """One of mdistiller's tables, wherever it gives it."""
+    def _table(self, name: str) -> Foreign:
+        """One of mdistiller's tables, from whichever module has it."""
         for part in self._parts:
             if hasattr(part, name):
                 return getattr(part, name)
         raise LookupError(f"`{_PACKAGE}` has no `{name}`")
 
-    def prepare(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Build data, models, distiller and trainer as its own script does."""
+    def prepare(self, request: Json) -> Json:
+        """Build data, models, distiller and trainer as the checkout's own script does."""
         self._request = request
-        for name, module in list(sys.modules.items()):  # so that nothing is made in the checkout
+        for name, module in list(sys.modules.items()):  # so that no folder is made in the checkout
             if name.startswith(f"{_PACKAGE}.") and hasattr(module, "get_data_folder"):
                 setattr(module, "get_data_folder", lambda: str(self._scratch))  # noqa: B010 (no module declares it)
         loaders = {}
@@ -205,7 +213,8 @@ class Reference:
         workers = {name: loader.num_workers for name, loader in self._train_loaders.items()}
         return {"workers": workers, "trainer": type(self._trainer).__name__}
 
-    def _configuration(self, values: Mapping[str, Any]) -> Any:
+    def _configuration(self, values: Json) -> Foreign:
+        """The checkout's configuration with these values; keys that it does not have are skipped."""
         config = self._table("CFG")
         for path, value in values.items():
             *groups, key = path.split(".")
@@ -216,7 +225,8 @@ class Reference:
                 setattr(node, key, value)
         return config
 
-    def _model(self, names: Sequence[str], scales_text: str) -> Any:
+    def _model(self, names: Sequence[str], scales_text: str) -> Foreign:
+        """The first of the named models that the checkout has."""
         table = self._table("cifar_model_dict")
         for name in names:
             if name not in table:
@@ -229,7 +239,7 @@ class Reference:
         raise LookupError(f"it has no model {' or '.join(f'`{name}`' for name in names)}")
 
     def _restart(self) -> None:
-        """Weights as handed over, a new optimiser, a new order of images."""
+        """Start again with the parent's weights, a new optimiser and a new order of images."""
         for model, name in ((self._teacher, "teacher"), (self._student, "student")):
             model.load_state_dict(load_file(self._scratch / f"{name}.safetensors"))
         trainer = self._table("trainer_dict")["base"]
@@ -240,34 +250,34 @@ class Reference:
         self._distiller.train()
 
     @staticmethod
-    def _endless(loader: Any) -> Iterator[Any]:
+    def _endless(loader: Foreign) -> Iterator[Foreign]:
         while True:
             yield from loader
 
-    def gate(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """One training step on each handed batch, every time from the handed weights, in float32 or float64."""
+    def gate(self, request: Json) -> Json:
+        """Take one training step on each of the parent's batches, always from its weights, in float32 or float64."""
         double = request["double"]
         models = (self._student, self._teacher)
         terms: dict[str, float] = {}
         bounds: list[tuple[float, float]] = []
 
-        def see_losses(module: nn.Module, inputs: Any, output: Any) -> None:
+        def see_losses(module: nn.Module, inputs: object, output: Foreign) -> None:
             terms.update({key.removeprefix("loss_"): float(value.detach().mean()) for key, value in output[1].items()})
 
         clip = nn.utils.clip_grad_norm_
 
-        def see_bound(parameters: Any, max_norm: float, *arguments: Any, **keywords: Any) -> Tensor:
+        def see_bound(parameters: Foreign, max_norm: float, *arguments: Foreign, **keywords: Foreign) -> Tensor:
             norm = clip(parameters, max_norm, *arguments, **keywords)
             bounds.append((float(max_norm), float(norm)))
             return norm
 
         found = []
-        handles: list[Any] = []
+        handles: list[RemovableHandle] = []
         nn.utils.clip_grad_norm_ = see_bound
         tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
         try:
             handles = [self._distiller.module.register_forward_hook(see_losses)]
-            if double:  # a trainer casts images to float32 itself
+            if double:  # needed because trainers cast images to float32
                 self._distiller.double()
                 handles += [
                     model.register_forward_pre_hook(lambda module, inputs: (inputs[0].double(), *inputs[1:]))
@@ -297,29 +307,29 @@ class Reference:
         self._restart()
         return {"batches": found, "clip_norm": bounds[0][0] if bounds else None}
 
-    def steps(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """So many training steps of a variant, timed as one."""
+    def steps(self, request: Json) -> Json:
+        """Take `count` training steps of a variant, and time them together, in seconds."""
         epoch, count, variant = self._request["epoch"], request["count"], request["variant"]
         batches = self._batches[variant]
         with self._autocast() if self._variants[variant]["autocast"] else nullcontext():
             wall, own = time.perf_counter(), time.process_time()
             for _ in range(count):
-                told = self._trainer.train_iter(next(batches), epoch, self._meters)
-                if isinstance(told, tuple):  # its loop over an epoch then reads two of the losses
+                returned = self._trainer.train_iter(next(batches), epoch, self._meters)
+                if isinstance(returned, tuple):  # then the checkout's own epoch loop reads two of the losses
                     for key in ("loss_ce", "loss_kd"):
-                        told[1][key].item()
+                        returned[1][key].item()
             if self._cuda:
                 torch.cuda.synchronize()
             return {"cpu_seconds": time.process_time() - own, "wall_seconds": time.perf_counter() - wall}
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
-        """Its forward passes in bfloat16 where torch's autocast chooses it, and on CUDA matrix products in TF32."""
+        """Run forward passes in bfloat16 where torch's autocast chooses it, and on CUDA matrix products in TF32."""
         module = self._distiller.module
         before = torch.get_float32_matmul_precision()
         if self._cuda:
             torch.set_float32_matmul_precision("high")
-        # The forward pass alone, as torch's manual wants it.
+        # Only the forward pass, as torch's documentation recommends.
         module.forward = torch.autocast("cuda" if self._cuda else "cpu", dtype=torch.bfloat16)(module.forward)
         try:
             yield
@@ -328,16 +338,21 @@ class Reference:
             torch.set_float32_matmul_precision(before)
 
 
+def _unmoved(value: Foreign, *arguments: object, **keywords: object) -> Foreign:
+    """Takes the place of `.cuda()`: returns its object unchanged."""
+    return value
+
+
 def main() -> None:
     """Answer requests until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever the checkout prints is no answer
-    reference = Reference()
+    os.dup2(2, 1)  # what the checkout prints goes to stderr, not among the answers
+    checkout = ReferenceCheckout()
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer = getattr(reference, request["do"])(request)
-        except Exception as error:  # the parent tells the person
+            answer = getattr(checkout, request["do"])(request)
+        except Exception as error:  # the parent process reports it
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")

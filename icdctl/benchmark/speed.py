@@ -1,4 +1,4 @@
-"""The speed of a run by itself: steps, their parts, work, memory."""
+"""The speed of icdctl alone: steps and their parts, work, memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,38 +37,40 @@ from icdctl.engine.device_loop import DeviceLoop
 from icdctl.engine.feed import Feed
 from icdctl.engine.step import TrainingStep
 from icdctl.engine.teacher import Answer, Answers, DeviceDrivenAnswers, Teacher
+from icdctl.files import JsonObject
 
 _METHOD = "cd_sdd_dkd"
 EPOCHS = 240
-"""Of the run that times are extrapolated to."""
+"""Epochs of the run to which times are extrapolated."""
 _PUBLISHED_IMAGES = {"train": 50_000, "test": 10_000}
-"""Of CIFAR-100."""
+"""Number of images in CIFAR-100."""
 _TRAIN_IMAGES = 50_000
 _TEST_IMAGES = {"cpu": 500, "cuda": 10_000}
 _WARMUP_SHARE, _SPLIT_SHARE, _CEILING_SHARE, _LONGEST_CEILING = 0.15, 0.25, 0.05, 1.0
 _SYNC_STEPS, _KERNEL_STEPS = 20, 4
-"""The first are enough for a teacher that runs ahead to be asked again."""
+"""Steps to count over; `_SYNC_STEPS` are enough for a teacher that runs ahead to compute its next batch."""
 _PARTS = ("augment", "student_forward", "loss", "backward", "clip_and_sgd")
-"""Of a step, the teacher's aside."""
+"""The parts of a step, without the teacher's."""
 
 Tell = Callable[[str], None]
 
 
-def measure_pairs(plan: Plan, pairs: list[Pair], *, seconds: float, tell: Tell) -> dict[str, Any]:
+def measure_pairs(plan: Plan, pairs: list[Pair], *, seconds: float, tell: Tell) -> JsonObject:
     """Time training steps of each pair.
 
     Args:
-        plan: what all pairs share.
+        plan: the options that all pairs share.
         pairs: teachers and students.
-        seconds: of the timed window of each.
-        tell: told what is under way.
+        seconds: time of the timed steps of each pair.
+        tell: called with a line of text about each step of the work.
 
     Returns:
         `device`, `versions`, `ceilings` and, under `pairs`, by label: times in milliseconds or seconds as their names
         say, rates in images per second.
 
     Raises:
-        UsageError, IcdctlError: see the messages.
+        UsageError: an option is wrong.
+        IcdctlError: the device does not exist, or a loss or gradient is not finite.
     """
     configs = [build_config(replace(plan, method=plan.method or _METHOD), pair) for pair in pairs]
     device = resolve_device(plan.device)
@@ -84,7 +85,7 @@ def measure_pairs(plan: Plan, pairs: list[Pair], *, seconds: float, tell: Tell) 
         for pair, config in zip(pairs, configs, strict=True):
             tell(f"{pair.label}: making models and images")
             batch_size = config.batch_size
-            # Full batches alone, of about as many images as CIFAR-100 has.
+            # Only full batches, of about as many images as CIFAR-100 has.
             num_train = max(1, _TRAIN_IMAGES // batch_size) * batch_size
             dataset = random_dataset(num_train, _TEST_IMAGES[device.type], seed=plan.seed)
             teacher = fresh_model(pair.teacher, dataset, seed=plan.seed, is_teacher=True)
@@ -107,10 +108,11 @@ def _tell_of(pair: Pair, tell: Tell, text: str) -> None:
     tell(f"{pair.label}: {text}")
 
 
-def _measure(session: Session, pair: Pair, rates: Mapping[str, float], *, seconds: float, tell: Tell) -> dict[str, Any]:
+def _measure(session: Session, pair: Pair, rates: Mapping[str, float], *, seconds: float, tell: Tell) -> JsonObject:
+    """The numbers of one pair, a row of the result's `pairs`."""
     device, config = session.shared.device, session.config
     is_cuda = device.type == "cuda"
-    if is_cuda:  # what the ceilings took is no matter of a step
+    if is_cuda:  # memory that the ceilings used does not belong to a step
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     step = Stepper(session)
@@ -164,7 +166,7 @@ def _percentiles(times: tuple[float, ...]) -> dict[str, float]:
 
 
 def _wall_seconds(step: Callable[[], None], device: torch.device) -> float:
-    """Of the first step, in which libraries choose their algorithms and graphs are captured."""
+    """Wall seconds of the first step, in which libraries choose their algorithms and graphs are captured."""
     before = time.perf_counter()
     step()
     clocks.synchronize(device)
@@ -172,7 +174,7 @@ def _wall_seconds(step: Callable[[], None], device: torch.device) -> float:
 
 
 def _checkpoint_seconds(session: Session) -> float:
-    """Wall seconds until a state is on disk; on CUDA a run trains on meanwhile."""
+    """Wall seconds until a checkpoint is on disk; on CUDA a run goes on training meanwhile."""
     run = session.run
     with tempfile.TemporaryDirectory(prefix="icdctl-bench-") as folder:
         before = time.perf_counter()
@@ -181,8 +183,8 @@ def _checkpoint_seconds(session: Session) -> float:
         return time.perf_counter() - before
 
 
-def _extrapolate(session: Session, step_ms: float, between: Mapping[str, float]) -> dict[str, Any]:
-    """An epoch and a run of CIFAR-100, from the median step and what comes between epochs; nobody ran them."""
+def _extrapolate(session: Session, step_ms: float, between: Mapping[str, float]) -> JsonObject:
+    """Estimated seconds of an epoch and of a run on CIFAR-100, from the median step and the work between epochs."""
     steps = math.ceil(_PUBLISHED_IMAGES["train"] / session.config.batch_size)
     per_image = between["evaluation_seconds"] / len(session.shared.watched_images)
     between = {**between, "evaluation_seconds": per_image * _PUBLISHED_IMAGES["test"]}
@@ -219,7 +221,7 @@ class _TimedStep(TrainingStep):
 
 
 def _split(session: Session, *, seconds: float) -> dict[str, float]:
-    """Median milliseconds of each part of a step, in a run of its own with a clock around each part."""
+    """Median milliseconds of each part of a step, in a separate run with a clock around each part."""
     shared, run = session.shared, session.run
     timed = _TimedStep(*run.step.parts, steps_per_epoch=shared.num_steps, device=shared.device)
     timed.clock = clock = PhaseClock(shared.device)
@@ -235,7 +237,7 @@ def _split(session: Session, *, seconds: float) -> dict[str, float]:
         with clock.phase("augment"):
             images = shared.store.inputs(part)
         with clock.phase("teacher"):
-            # One that runs ahead would do it in the steps of others.
+            # Inline, because a teacher that runs ahead would compute this batch's answer in an earlier step.
             answer = answers(index, part, images) if session.teacher_mode == "cache" else session.inline(images)
         timed(index, images, shared.labels[part.index], answer)
 
@@ -246,7 +248,7 @@ def _split(session: Session, *, seconds: float) -> dict[str, float]:
 
 
 class _Beginning(TrainingStep):
-    """A training step that ends after so many of its parts."""
+    """A training step that ends after `num_parts` of its parts."""
 
     num_parts: int
 
@@ -268,7 +270,7 @@ class _Beginning(TrainingStep):
 
 
 class _Known:
-    """A teacher whose answer to every batch is there already."""
+    """A teacher whose answer to every batch is known already, so that its time is not measured."""
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
@@ -290,10 +292,11 @@ class _Known:
 
 
 def _split_graph(session: Session, seconds: float) -> dict[str, float]:
-    """Milliseconds of each part of a step as a graph holds it: what a graph that ends after it takes longer than one
-    that ends before it. Clocks around the parts would time the launches that a graph does without.
+    """Milliseconds of each part of a step inside a CUDA graph, by difference.
 
-    The teacher's time is what it takes with no student beside it: one that runs ahead hides it behind the students.
+    A part's time is that of a graph that ends after the part, less that of a graph that ends before it. Clocks around
+    the parts would time launches, which a graph avoids. The teacher's time is measured without a student; in a run, a
+    teacher that runs ahead works beside the students.
     """
     shared, run = session.shared, session.run
     first = session.part(session.draw(EPOCH), 0).to(shared.device)
@@ -313,7 +316,7 @@ def _split_graph(session: Session, seconds: float) -> dict[str, float]:
 
         take()
         timing = clocks.time_steps(take, seconds=seconds / (len(_PARTS) + 1), device=shared.device)
-        # A mean, for a teacher that runs ahead is asked in few of the steps.
+        # A mean, because a teacher that runs ahead works in only a few of the steps.
         return statistics.fmean(timing.step_ms)
 
     lengths = [spent(num_parts, known) for num_parts in range(len(_PARTS))]
@@ -330,7 +333,7 @@ def _count(session: Session) -> operations.Work:
 
 
 def _shares(counted: operations.Work, session: Session, rates: Mapping[str, float], step_ms: float) -> dict[str, float]:
-    """The counted work, and how much of a step it would fill at the measured ceilings."""
+    """The counted work, and the share of a step's time that it would take at the measured ceilings."""
     precision = session.shared.precision
     kind_of_teacher = ceiling.teacher_kind(precision, session.inline.precision)
 
@@ -350,7 +353,7 @@ def _shares(counted: operations.Work, session: Session, rates: Mapping[str, floa
 
 
 def _peak_memory(device: torch.device) -> dict[str, float]:
-    """Bytes: of the device in the timed window, or of the whole process so far."""
+    """Peak memory in bytes: on CUDA of the device since it was reset, on a CPU of the whole process so far."""
     if device.type == "cuda":
         return {
             "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
@@ -365,7 +368,7 @@ def _peak_memory(device: torch.device) -> dict[str, float]:
 
 
 def _count_syncs(step: Stepper) -> float:
-    """How often a step made the host wait for the device, as torch warns of it."""
+    """How often per step the host waited for the device, counted by torch's warnings."""
     step.start_epoch()
     step()
     with warnings.catch_warnings(record=True) as caught:
@@ -376,21 +379,21 @@ def _count_syncs(step: Stepper) -> float:
                 step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    # Not the remark on the mode itself, which torch makes once.
+    # torch also warns once about the debug mode itself, which is not counted.
     return sum("called a synchronizing" in str(item.message) for item in caught) / _SYNC_STEPS
 
 
 def _count_kernels(step: Stepper) -> float | None:
-    """What the device runs in a step, copies and fills included: the nodes of its graph, where it is one.
+    """Number of kernels that the device runs per step, copies and fills included; in a graph, the number of its nodes.
 
-    A teacher that runs ahead is asked at the first step of an epoch, which is not counted. None where torch's profiler
-    sees nothing of the device, as in containers that may not ask for its counters.
+    The first step of an epoch, in which a teacher that runs ahead works, is not counted. None where torch's profiler
+    sees nothing of the device, as in containers that may not read its counters.
     """
     device = step.session.shared.device
     step.start_epoch()
     step()
     clocks.synchronize(device)
-    with torch.profiler.profile(acc_events=True) as profile:  # without it, torch before 2.15 has a remark to make
+    with torch.profiler.profile(acc_events=True) as profile:  # without `acc_events`, torch before 2.15 warns
         for _ in range(_KERNEL_STEPS):
             step()
         clocks.synchronize(device)

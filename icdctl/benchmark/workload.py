@@ -1,4 +1,4 @@
-"""What is timed: a run's own session, on random images, with fresh models that behave like trained ones.
+"""The work that is timed: a run's own training steps, on random images, with new models that behave like trained ones.
 
 Shapes: N images, B images of a batch, K classes.
 """
@@ -32,7 +32,7 @@ EPOCH = 5
 
 _CALIBRATION_BATCHES, _CALIBRATION_IMAGES = 4, 64
 _LOGIT_SPREAD = 3.0
-"""Standard deviation of the teacher's logits: about that of a trained one, so that no loss is a difference of noise."""
+"""Standard deviation of the teacher's logits, about that of a trained one, so that losses are more than noise."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Pair:
     """A teacher and a student."""
 
     label: str
-    """As typed: `TEACHER:STUDENT`."""
+    """The text that the user typed: `TEACHER:STUDENT`."""
     teacher: str
     """A key of `models.MODELS`."""
     student: str
@@ -49,7 +49,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a benchmark runs; None leaves the recipe's or the run's own default."""
+    """The options of a benchmark; None means the default of the recipe or of the run."""
 
     method: str | None = None
     batch_size: int | None = None
@@ -62,12 +62,12 @@ class Plan:
     recipe: str | None = None
     seed: int = 0
     threads: int = 1
-    """Of the CPU."""
+    """CPU threads."""
     compile: bool = False
 
 
 def parse_pairs(text: str) -> list[Pair]:
-    """`res32x4:mv2,wrn40_2:res8x4` as pairs of models.
+    """The pairs of models in a text like `res32x4:mv2,wrn40_2:res8x4`.
 
     Raises:
         UsageError: a part is not TEACHER:STUDENT, is named twice, or a model is unknown.
@@ -86,10 +86,10 @@ def parse_pairs(text: str) -> list[Pair]:
 
 
 def build_config(plan: Plan, pair: Pair) -> RunConfig:
-    """The configuration of a run on CIFAR-100 as planned. The environment and params.yaml are not read.
+    """The configuration of a run on CIFAR-100 with the plan's options; the environment and params.yaml are not read.
 
     Raises:
-        UsageError: unknown names, wrong values, or a method without a teacher.
+        UsageError: a name is unknown, a value is wrong, or the method has no teacher.
     """
     options = Options.model_construct(
         method=plan.method,
@@ -111,18 +111,18 @@ def build_config(plan: Plan, pair: Pair) -> RunConfig:
     if not methods.METHODS[config.method].needs_teacher:
         raise UsageError(
             f"method `{config.method}` has no teacher: there is nothing to distill",
-            hint="choose another `--method`; `icdctl list methods`",
+            hint="choose another `--method`; `icdctl list methods` shows them",
         )
     return config
 
 
 def random_dataset(num_train: int, num_test: int, *, seed: int) -> Dataset:
-    """Images shaped like CIFAR-100's, every byte and label drawn at random: zeros would run faster than photographs do.
+    """A data set in the shape of CIFAR-100 with random pixels and labels: zeros would run faster than photographs.
 
     Args:
-        num_train: N of the training images.
-        num_test: N of the test images.
-        seed: of pixels and labels.
+        num_train: number of training images.
+        num_test: number of test images.
+        seed: seed of pixels and labels.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -148,13 +148,13 @@ def random_dataset(num_train: int, num_test: int, *, seed: int) -> Dataset:
 
 
 def fresh_model(name: str, dataset: Dataset, *, seed: int, is_teacher: bool) -> Classifier:
-    """A model with random weights whose batch norms know the images; a teacher's logits spread as a trained one's.
+    """A model with random weights and batch norms calibrated on the images.
 
     Args:
         name: a key of `models.MODELS`.
-        dataset: its first training images calibrate the batch norms.
-        seed: of the weights.
-        is_teacher: scale the head.
+        dataset: the data set whose first training images calibrate the batch norms.
+        seed: seed of the weights.
+        is_teacher: scale the head so that the logits spread like those of a trained teacher.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -179,12 +179,12 @@ def fresh_model(name: str, dataset: Dataset, *, seed: int, is_teacher: bool) -> 
 
 
 def teacher_precision(config: RunConfig) -> TeacherPrecision:
-    """`auto` is float32: whether half precision agrees is a question to a trained teacher."""
+    """The teacher's precision; `auto` is float32, since only a trained teacher can show that half precision agrees."""
     return "fp32" if config.teacher_precision == "auto" else config.teacher_precision
 
 
 class Session:
-    """A student on its way through its steps, as a run has it, with its teacher."""
+    """A student with its data and its teacher, set up for training steps as in a run."""
 
     def __init__(
         self,
@@ -202,13 +202,13 @@ class Session:
             config: from `build_config`.
             dataset: from `random_dataset`.
             teacher: from `fresh_model`.
-            student: from `fresh_model`; it is trained.
-            device: where it runs.
-            precision: of the student.
-            message: told where steps can't be compiled or captured.
+            student: from `fresh_model`; its weights change.
+            device: where the steps run.
+            precision: the student's precision.
+            message: called with a warning where steps can't be compiled or captured.
 
         Raises:
-            UsageError: the images don't fill a batch, or the table of a cached teacher would be too large.
+            UsageError: the images don't fill a batch, or a teacher cache would be too large.
         """
         self.config = config
         self.shared = make_shared_data(config, dataset, device, precision)
@@ -233,39 +233,39 @@ class Session:
             return AheadTeacher(self.inline, store)
         if store.num_views != 1:
             raise UsageError(
-                "a table of every crop and flip takes longer to fill than a benchmark lasts",
-                hint="`--teacher-mode inline` or `ahead`, or a recipe without crops and flips: `--recipe digits100`",
+                "a teacher cache of every crop and flip takes longer to fill than a benchmark lasts",
+                hint="pass `--teacher-mode inline` or `ahead`, or a recipe without both: `--recipe digits100`",
             )
         answer = self.inline.of_views(store, store.numbered(torch.arange(store.num_images)))
         return CachedTeacher(store, answer)
 
     def draw(self, epoch: int) -> Views:
-        """The epoch's views on the CPU; the student ready, its log empty."""
+        """Prepare the student for an epoch, with an empty log, and draw its views on the CPU."""
         self.run.start_epoch()
         self.run.step.start_epoch(epoch)
         return self.shared.store.epoch(seed=self.config.seed, epoch=epoch)
 
     def start_epoch(self, epoch: int) -> tuple[Views, Answers]:
-        """The same on the device, and the teacher's answers to them."""
+        """Like `draw`, but with the views on the device; also the teacher's answers to them."""
         views = self.draw(epoch).to(self.shared.device)
         return views, self.teacher.epoch(views, self.config.batch_size)
 
     def part(self, views: Views, index: int) -> Views:
-        """The views of a step."""
+        """The views of step `index` of the epoch."""
         return views[index * self.config.batch_size : (index + 1) * self.config.batch_size]
 
     def evaluate(self) -> Evaluation:
-        """The student on all test images, in eval mode."""
+        """Evaluate the student on all test images, in eval mode."""
         return self.run.evaluate(self.shared.watched_images, self.shared.watched_labels)
 
 
 class Stepper:
-    """Takes a session's training steps one after another, as a run on its device does, epoch after epoch."""
+    """Takes a session's training steps one after another, epoch after epoch, as a run on its device does."""
 
     def __init__(self, session: Session) -> None:
         """
         Args:
-            session: whose student learns.
+            session: the session; its student's weights change.
         """
         self.session = session
         self._stepping = Stepping(session.shared, session.teacher, session.message)
@@ -281,29 +281,29 @@ class Stepper:
         """Go to the first step of the next epoch.
 
         Raises:
-            IcdctlError: a step of the last one was not finite.
+            IcdctlError: a loss term or a gradient of the last epoch was not finite.
         """
         self.check_finite()
         self._epoch, self._index = self._epoch + 1, 0
         self._stepping.start_epoch(self.session.draw(self._epoch))
 
     def check_finite(self) -> None:
-        """Look at the log of the epoch so far, which waits for the device; a run does it at the end of each.
+        """Check the log of the epoch so far, which waits for the device; a run does so at the end of each epoch.
 
         Raises:
-            IcdctlError: a loss term or the gradient is not a number.
+            IcdctlError: a loss term or a gradient is not finite.
         """
         if not bool(torch.isfinite(self.session.run.step.log[: self._index]).all()):
             raise IcdctlError(
-                "a loss or gradient of the random images is not finite, so no speed is told",
-                hint="choose other values by `--set`, or another `--recipe`",
+                "a loss or gradient of the random images is not finite, so no speed is reported",
+                hint="choose other values with `--set`, or another `--recipe`",
             )
 
     def __call__(self) -> None:
-        """One step.
+        """Take one step.
 
         Raises:
-            IcdctlError: a loss term or the gradient is not finite.
+            IcdctlError: a loss term or a gradient of the last epoch was not finite.
         """
         if self._index == self.session.shared.num_steps:
             self.start_epoch()

@@ -1,15 +1,15 @@
-"""`icdctl bench`: how fast training is, by itself or beside the reference code."""
+"""`icdctl bench`: the speed of training, alone or beside the reference code."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from icdctl.commands import console, options
 from icdctl.errors import IcdctlError, UsageError
+from icdctl.files import JsonObject
 
 _WHAT, _HOW = "What", "How long"
 _GATES = ("float32_loss", "float32_gradient", "float64_loss", "float64_gradient")
@@ -18,24 +18,24 @@ _TEACHER, _STUDENT = "res32x4", "mv2"
 
 def bench(
     teacher: Annotated[
-        str | None, typer.Option(help="Architecture of the teacher.", show_default=_TEACHER, rich_help_panel=_WHAT)
+        str | None, typer.Option(help="Teacher's model, e.g. `res32x4`.", show_default=_TEACHER, rich_help_panel=_WHAT)
     ] = None,
     student: Annotated[
-        str | None, typer.Option(help="Architecture of the student.", show_default=_STUDENT, rich_help_panel=_WHAT)
+        str | None, typer.Option(help="Student's model, e.g. `mv2`.", show_default=_STUDENT, rich_help_panel=_WHAT)
     ] = None,
     pairs: Annotated[
         str | None,
         typer.Option(
             metavar="T:S,...",
-            help="Several teachers and students, e.g. `res32x4:mv2,wrn40_2:res8x4`.",
+            help="Several pairs of teacher and student, timed in turn, e.g. `res32x4:mv2,wrn40_2:res8x4`.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
     method: Annotated[
         str | None,
         typer.Option(
-            help="Loss to train with; `icdctl list methods`.",
-            show_default="cd_sdd_dkd; with --against the first that it has of cd_sdd_dkd, sdd_dkd, dkd",
+            help="Distillation method; `icdctl list methods` shows all.",
+            show_default="cd_sdd_dkd; with --against the first of cd_sdd_dkd, sdd_dkd, dkd that DIR has",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -43,46 +43,53 @@ def bench(
     settings: options.Settings = None,
     recipe: options.Recipe = None,
     batch_size: options.BatchSize = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 2, help="Of weights, images and labels.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 2, help="Seed of the random weights, images and labels.")] = 0,
     device: options.Device = None,
     precision: options.Precision = None,
     teacher_mode: options.TeacherMode = None,
     teacher_precision: options.TeacherPrecision = None,
     compile_: options.Compile = None,
-    threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads to use.")] = 1,
     seconds: Annotated[
-        float, typer.Option(min=0.01, help="Of timed steps, for each pair.", rich_help_panel=_HOW)
+        float, typer.Option(min=0.01, help="Seconds of timed steps for each pair.", rich_help_panel=_HOW)
     ] = 20.0,
     against: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="A checkout of iCD, SDD-CVPR2024 or mdistiller to be timed beside icdctl.",
+            help="Checkout of iCD, SDD-CVPR2024 or mdistiller: time its training step too and print the ratio.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
     rounds: Annotated[
-        int, typer.Option(min=1, help="With --against: blocks of each side, for each pair.", rich_help_panel=_HOW)
+        int, typer.Option(min=1, help="With --against: timed blocks of each side, for each pair.", rich_help_panel=_HOW)
     ] = 5,
     budget: Annotated[
-        float, typer.Option(min=1.0, help="With --against: seconds for everything.", rich_help_panel=_HOW)
+        float,
+        typer.Option(
+            min=1.0,
+            help="With --against: seconds for everything; fewer rounds where they run out.",
+            rich_help_panel=_HOW,
+        ),
     ] = 540.0,
     reference_variants: Annotated[
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="With --against: the reference as `published`, with more loader `workers`, or under `autocast`.",
+            help="With --against: run the reference as `published`, with more loader `workers`, or under `autocast`.",
             show_default="published",
             rich_help_panel=_WHAT,
         ),
     ] = None,
     require: Annotated[
         float | None,
-        typer.Option(metavar="RATIO", help="With --against: exit 1 where a lowest ratio, of any variant, is below."),
+        typer.Option(
+            metavar="RATIO", help="With --against: exit 1 where the lowest ratio of a pair or variant is below RATIO."
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Time training steps on random images: nothing is trained, nothing is written.
+    """Measure the speed of training steps on random images; nothing is written.
 
     Example: icdctl bench --teacher res32x4 --student mv2 --method cd_sdd_dkd
     """
@@ -90,7 +97,9 @@ def bench(
         raise UsageError("`--pairs` and `--teacher` or `--student` are given", hint="name all models in `--pairs`")
     for flag, given in (("--require", require), ("--reference-variants", reference_variants)):
         if given is not None and against is None:
-            raise UsageError(f"`{flag}` needs `--against`", hint="name a checkout of the reference by `--against DIR`")
+            raise UsageError(
+                f"`{flag}` needs `--against`", hint="name a checkout of the reference with `--against DIR`"
+            )
     from icdctl.benchmark.workload import Plan, parse_pairs
 
     wanted = parse_pairs(pairs if pairs is not None else f"{teacher or _TEACHER}:{student or _STUDENT}")
@@ -121,7 +130,7 @@ def bench(
     _report(result, require, as_json)
 
 
-def _report(result: dict[str, Any], require: float | None, as_json: bool) -> None:
+def _report(result: JsonObject, require: float | None, as_json: bool) -> None:
     """Print the comparison; exit 1 where it is below what is required, with the numbers and the reason."""
     ratios = {
         label if len(row["variants"]) == 1 else f"{label} ({name})": variant["ratio_min"]
@@ -131,10 +140,10 @@ def _report(result: dict[str, Any], require: float | None, as_json: bool) -> Non
     slow = {name: ratio for name, ratio in ratios.items() if require is not None and ratio < require}
     error = None
     if slow:
-        told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in slow.items())
+        listed = ", ".join(f"{name} {ratio:.2f}" for name, ratio in slow.items())
         error = IcdctlError(
-            f"the lowest ratio is below {require:g}: {told}",
-            hint="repeat on a quiet machine with more `--rounds`; `icdctl bench` shows what a step is made of",
+            f"the lowest ratio is below {require:g}: {listed}",
+            hint="repeat on an idle machine with more `--rounds`; `icdctl bench` shows the parts of a step",
         )
     if as_json:
         failure = {"code": error.exit_code, "message": error.message, "hint": error.hint} if error else None
@@ -146,7 +155,7 @@ def _report(result: dict[str, Any], require: float | None, as_json: bool) -> Non
         raise typer.Exit(error.exit_code)
 
 
-def _show_speed(result: Mapping[str, Any]) -> None:
+def _show_speed(result: JsonObject) -> None:
     _show_machine(result)
     rates = result["ceilings"]
     console.show_line(f"ceilings    {', '.join(f'{key} {value:.3g}' for key, value in rates.items())}")
@@ -156,7 +165,7 @@ def _show_speed(result: Mapping[str, Any]) -> None:
             console.show_line(f"{name:<11} {value}")
 
 
-def _speed_lines(label: str, row: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _speed_lines(label: str, row: JsonObject) -> list[tuple[str, str]]:
     step, wall, extra, work = row["step_ms"], row["wall_step_ms"], row["extrapolated"], row["work"]
     tail = f"p90 {step['p90']:.2f}, p99 {step['p99']:.2f} over {row['num_steps']} steps"
     split = " | ".join(f"{name} {spent:.2f}" for name, spent in row["split_ms"].items())
@@ -164,7 +173,7 @@ def _speed_lines(label: str, row: Mapping[str, Any]) -> list[tuple[str, str]]:
     shares = {name: f"{100 * work[f'share_of_{name}_ceiling']:.0f} %" for name in ("matmul", "conv3x3", "copy")}
     memory = ", ".join(f"{key.replace('_bytes', '')} {size / 1e9:.2f} GB" for key, size in row["memory"].items())
     teacher = f"teacher {row['teacher_mode']} in {row['teacher_precision']}"
-    how = "medians of a run of their own"
+    how = "medians of a separate run"
     if row["cuda_graph"]:
         how = f"graphs that end before and after each{', teacher hidden' if row['teacher_mode'] == 'ahead' else ''}"
     if row["compiled"]:
@@ -180,26 +189,28 @@ def _speed_lines(label: str, row: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{extra['epoch_seconds']:,.1f} s with evaluation and checkpoint; {extra['epochs']} epochs: {hours:,.2f} h "
             "(both extrapolated from the median step and one of each)",
         ),
-        ("work", f"teacher {work['teacher_gflop']:,.1f} GFLOP, student {work['student_gflop']:,.1f} GFLOP a step"),
+        ("work", f"teacher {work['teacher_gflop']:,.1f} GFLOP, student {work['student_gflop']:,.1f} GFLOP per step"),
         (
             "shares",
-            f"{shares['matmul']} of the matmul ceiling, {shares['conv3x3']} of the convolution's; at least "
-            f"{work['least_gb']:.2f} GB a step, {shares['copy']} of the copy ceiling",
+            f"{shares['matmul']} of the matmul ceiling, {shares['conv3x3']} of the convolution ceiling; at least "
+            f"{work['least_gb']:.2f} GB per step, {shares['copy']} of the copy ceiling",
         ),
         ("memory", memory),
     ]
     if row["host_syncs_per_step"] is not None:
         kernels = row["kernels_per_step"]
-        told = "not counted: torch's profiler sees nothing of the device" if kernels is None else f"{kernels:g} a step"
-        form = "one CUDA graph a step" if row["cuda_graph"] else "launched one by one"
+        number = (
+            "not counted: torch's profiler sees nothing of the device" if kernels is None else f"{kernels:g} per step"
+        )
+        form = "one CUDA graph per step" if row["cuda_graph"] else "launched one by one"
         lines += [
-            ("kernels", f"{told}; {form}, after {row['first_step_seconds']:.1f} s for the first"),
-            ("host syncs", f"{row['host_syncs_per_step']:g} a step"),
+            ("kernels", f"{number}; {form}, after {row['first_step_seconds']:.1f} s for the first step"),
+            ("host syncs", f"{row['host_syncs_per_step']:g} per step"),
         ]
     return lines
 
 
-def _show_comparison(result: Mapping[str, Any]) -> None:
+def _show_comparison(result: JsonObject) -> None:
     _show_machine(result)
     state = result["reference"]["git"]
     commit = "no git" if state is None else f"{state['commit'][:12]}{' with changes' if state['dirty'] else ''}"
@@ -220,25 +231,27 @@ def _show_comparison(result: Mapping[str, Any]) -> None:
             round(row["icdctl_images_per_second"], 1),
             round(row["ratio"], 2),
             f"{row['ratio_min']:.2f}..{row['ratio_max']:.2f} ({row['rounds']} rounds)",
-            *(told for name in others for told in _variant_columns(row["variants"][name])),
+            *(cell for name in others for cell in _variant_columns(row["variants"][name])),
         ]
         for label, row in result["pairs"].items()
     ]
     console.show_table(columns, rows)
     by_wall = [name for name in others if first[name]["clock"] != result["device"]["clock"]]
     if by_wall:
-        console.show_line(f"{', '.join(by_wall)}: by the wall clock, for workers are not on the process's own")
+        console.show_line(
+            f"{', '.join(by_wall)}: by the wall clock, since the CPU time of workers is not counted otherwise"
+        )
     worst = {key: max(row["gate_differences"][key] for row in result["pairs"].values()) for key in _GATES}
-    told = ", ".join(f"{key.replace('_', ' ')} {gap:.1e}" for key, gap in worst.items())
-    console.show_line(f"largest relative differences of the same steps: {told}")
+    gaps = ", ".join(f"{key.replace('_', ' ')} {gap:.1e}" for key, gap in worst.items())
+    console.show_line(f"largest relative differences of the same steps: {gaps}")
 
 
-def _variant_columns(variant: Mapping[str, Any]) -> tuple[float, str]:
+def _variant_columns(variant: JsonObject) -> tuple[float, str]:
     low, high = variant["ratio_min"], variant["ratio_max"]
     return round(variant["reference_ms"], 2), f"{variant['ratio']:.2f} ({low:.2f}..{high:.2f})"
 
 
-def _show_machine(result: Mapping[str, Any]) -> None:
+def _show_machine(result: JsonObject) -> None:
     device, versions = result["device"], result["versions"]
     named = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     size = f"{device['threads']} of {device['cores']} cores" if device["type"] == "cpu" else "CUDA"

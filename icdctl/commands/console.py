@@ -1,6 +1,7 @@
-"""The one place that prints. stdout is data, stderr is talk.
+"""The only module that prints: results on stdout, messages and progress on stderr.
 
-Progress bars and colour appear on a terminal alone, and never with `NO_COLOR` or `TERM=dumb`; rich sees to both.
+Progress bars and colour appear only on a terminal, and colour never with `NO_COLOR` or `TERM=dumb`; rich takes care of
+both.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -33,17 +33,17 @@ from icdctl.errors import ArtifactError
 
 
 class _Stderr(Console):
-    """Stderr, for a person who may have left: what can't be told any more must not end a training."""
+    """Stderr whose failures are ignored: a closed terminal must not end a training run."""
 
     def __init__(self) -> None:
         super().__init__(stderr=True, highlight=False)
 
     def on_broken_pipe(self) -> None:
-        """Say nothing from now on."""
+        """Print nothing from now on."""
         self.quiet = True
 
     def say(self, text: str) -> None:
-        """A line with rich's markup, however long."""
+        """Print a line with rich's markup, without wrapping it."""
         try:
             self.print(text, soft_wrap=True)
         except OSError:  # the terminal is gone, or the disk that stderr goes to is full
@@ -51,7 +51,7 @@ class _Stderr(Console):
 
 
 _shown: list[_Stderr] = []
-"""Where a display is under way: lines go above it."""
+"""The console of a live display, if one is shown: other lines are printed above it."""
 
 
 def _stderr() -> _Stderr:
@@ -59,12 +59,12 @@ def _stderr() -> _Stderr:
 
 
 def talk(message: str) -> None:
-    """One line for the person at the terminal, on stderr."""
+    """Print one line for the user on stderr."""
     _stderr().say(escape(_printable(message)))
 
 
 def show_error(messages: Sequence[str], hints: Sequence[str]) -> None:
-    """What is wrong, a blank line, and what to do about it, on stderr, a line each."""
+    """Print on stderr a line per error, a blank line, and a line per hint."""
     console = _stderr()
     for message in messages:
         console.say(f"[bold red]error:[/bold red] {escape(_printable(message))}")
@@ -73,21 +73,21 @@ def show_error(messages: Sequence[str], hints: Sequence[str]) -> None:
         console.say(f"[bold]hint:[/bold] {escape(_printable(hint))}")
 
 
-def show_json(value: Any) -> None:
-    """One JSON object on stdout, and nothing else there."""
+def show_json(value: object) -> None:
+    """Print one JSON object on stdout; a command prints nothing else there."""
     _write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def show_line(text: str) -> None:
-    """One line of data on stdout."""
+    """Print one line of results on stdout."""
     _write("\n".join(map(_printable, text.split("\n"))) + "\n")
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout; numbers are aligned to the right.
+    """Print a table on stdout; numbers are aligned to the right.
 
-    Piped, each row is one line. On a terminal columns that say nothing are left out, and what is too wide for it is
-    wrapped between words, or laid out in another way.
+    In a pipe, each row is one line. On a terminal, empty columns are left out, and a table that is too wide is wrapped
+    between words or laid out differently, see `table_layout`.
     """
     shown = [[_printable(str(cell)) for cell in row] for row in rows]
     numeric = [bool(rows) and all(isinstance(row[place], int | float) for row in rows) for place in range(len(columns))]
@@ -102,7 +102,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """One that changes while it is shown: where there is little room, the first column alone gives way."""
+    """A table for a live display; where the terminal is narrow, only the first column is folded."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)
@@ -113,7 +113,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
 
 
 def _write(text: str) -> None:
-    """To stdout, at once. Whoever stopped reading wants no more of it, and that is no failure."""
+    """Write to stdout and flush. A reader that has closed the pipe, such as `head`, is not an error."""
     if sys.stdout is None:
         raise ArtifactError("stdout is closed", hint="leave it open, or send it to a file")
     try:
@@ -122,7 +122,7 @@ def _write(text: str) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        # What is left in the buffer would fail again when Python exits.
+        # The rest in the buffer would fail again when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise ArtifactError(
             f"stdout can't be written: {error.strerror}", hint="send it to a place with room"
@@ -130,13 +130,13 @@ def _write(text: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """The text with control characters spelled out: file names and metadata may hold any."""
+    """The text with control characters escaped, since file names and metadata may hold any."""
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
 
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """A progress display on stderr with the time left; it prints nothing where stderr is not a terminal."""
+    """A progress display on stderr with the time left; nothing is printed where stderr is not a terminal."""
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),
@@ -158,12 +158,12 @@ def progress() -> Iterator[Progress]:
 def live_table(
     columns: Sequence[str], state: Callable[[], tuple[Sequence[Sequence[object]], str]], *, seconds: float = 1.0
 ) -> Iterator[None]:
-    """A table on stderr that keeps up with what is going on; nothing where stderr is not a terminal.
+    """A table on stderr that is updated while the block runs; nothing is printed where stderr is not a terminal.
 
     Args:
-        columns: their names.
-        state: the rows as they are now, and a line below them; it is asked from another thread.
-        seconds: from one time to the next.
+        columns: names of the columns.
+        state: returns the current rows and a line to show below them; it is called from another thread.
+        seconds: time between updates.
     """
     if not sys.stderr.isatty():
         yield
@@ -184,10 +184,11 @@ def live_table(
 
 @contextmanager
 def amounts() -> Iterator[Callable[[str, str], Callable[[int, int | None], None]]]:
-    """A display of amounts on stderr with rate and time left, likewise silent where stderr is not a terminal.
+    """A display of amounts on stderr with rate and time left; nothing is printed where stderr is not a terminal.
 
     Yields:
-        From what is under way and its unit, "MB" or "images", to a function of (bytes or images here, in all).
+        A function that takes the name of some work and its unit, "MB" or "images", and returns the function to call
+        with the progress: (bytes or images done, bytes or images in all or None).
     """
     console = Console(stderr=True)
     with Progress(

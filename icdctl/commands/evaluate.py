@@ -1,4 +1,4 @@
-"""`icdctl eval`."""
+"""`icdctl eval`: measure a classifier on test images."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from icdctl.commands.training import observed
 
 
 def evaluate(
-    target: Annotated[str, typer.Argument(help="A run folder, a weights file, `registry:NAME` or an .onnx file.")],
+    target: Annotated[
+        str, typer.Argument(help="Classifier: a run folder, a weights file, `registry:NAME` or an .onnx file.")
+    ],
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="Another such thing, or a model as for `distill`: how alike the two are.", show_default=False
+            help="Second classifier, or a model as for `distill`: also print how often the two agree.",
+            show_default=False,
         ),
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="What to test on.", show_default="what it was trained on")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Data set to test on.", show_default="the one that it was trained on")
+    ] = None,
     data_dir: options.DataDir = None,
     test_images: options.TestImages = None,
-    device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device to run on: `auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Measure a classifier on the test images: top-1, top-5, loss, calibration; with a teacher, agreement too.
@@ -49,8 +54,8 @@ def evaluate(
     console.show_line(f"{'top-1':<11} {numbers.top1:.2f}")
     console.show_line(f"{'top-5':<11} {numbers.top5:.2f}")
     console.show_line(f"{'loss':<11} {numbers.loss:.4f}")
-    console.show_line(f"{'ece':<11} {numbers.ece:.2f} (calibration error, percent)")
+    console.show_line(f"{'ece':<11} {numbers.ece:.2f} (calibration error in percent)")
     console.show_line(f"{'worst class':<11} {result.class_names[worst]} ({numbers.per_class[worst]:.1f})")
     if result.agreement is not None and result.fidelity is not None:
         console.show_line(f"{'agreement':<11} {result.agreement:.2f} (same class as `{teacher}`)")
-        console.show_line(f"{'fidelity':<11} {result.fidelity:.4f} nats of KL from it")
+        console.show_line(f"{'fidelity':<11} {result.fidelity:.4f} nats of KL divergence from it")

@@ -1,9 +1,9 @@
-"""`icdctl fetch-data`."""
+"""`icdctl fetch-data`: download data sets and verify them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,16 +16,21 @@ if TYPE_CHECKING:
 
 
 def fetch_data(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", show_default=False)] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
-    listing: Annotated[bool, typer.Option("--list", help="Show what there is; fetch nothing.")] = False,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Data sets to download, e.g. `cifar100 cub200`.", show_default=False),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Download all data sets.")] = False,
+    listing: Annotated[
+        bool, typer.Option("--list", help="Show the data sets and which of them are there; download nothing.")
+    ] = False,
     from_file: options.FromFile = None,
     mirror: options.Mirror = None,
     offline: options.Offline = False,
     data_dir: options.DataDir = None,
     as_json: options.Json = False,
 ) -> None:
-    """Download data sets, verify them by size and hashes, and put them in place.
+    """Download data sets, check their sizes and hashes, and unpack them into the data folder.
 
     Example: icdctl fetch-data cifar100
     """
@@ -56,7 +61,7 @@ def fetch_data(
 
 
 def _fetchable() -> dict[str, DatasetRow]:
-    """All but folders of one's own."""
+    """All data sets except folders of the user's own images."""
     from icdctl.data import DATASETS
 
     return {name: row for name, row in DATASETS.items() if row.description is not None}
@@ -65,19 +70,21 @@ def _fetchable() -> dict[str, DatasetRow]:
 def _resolved(name: str) -> str:
     from icdctl import data
 
-    if name.strip().lower().startswith("imagefolder"):
-        raise UsageError(f"`{name}` is a folder of your own, there is nothing to fetch", hint="`--list` shows the rest")
+    if data.DatasetName.parse(name.strip().lower()).kind == data.IMAGE_FOLDER:
+        raise UsageError(
+            f"`{name}` is a folder of your own images, there is nothing to fetch", hint="`--list` shows the data sets"
+        )
     return data.resolve(name)
 
 
 def _fetched(
     name: str, row: DatasetRow, folder: Path, *, from_file: Path | None, mirrors: tuple[str, ...], offline: bool
-) -> dict[str, Any]:
+) -> dict[str, str | None]:
     from icdctl.data import pin, release
 
     if row.release is None:
         if from_file is not None:
-            raise UsageError(f"`{name}` is embedded, there is nothing to take from a file", hint="leave `--from` out")
+            raise UsageError(f"`{name}` is embedded, there is nothing to read from a file", hint="leave `--from` out")
         return {"name": name, "state": "embedded", "path": None, "source": None, "about": "embedded, nothing to fetch"}
     with console.amounts() as begin:
         found = release.install(

@@ -1,9 +1,9 @@
-"""`icdctl list`."""
+"""`icdctl list`: tables of what there is to choose from."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class What(StrEnum):
-    """What can be listed."""
+    """The tables that can be listed."""
 
     METHODS = "methods"
     MODELS = "models"
@@ -25,9 +25,9 @@ class What(StrEnum):
 
 
 def list_(
-    what: Annotated[str, typer.Argument(help=f"One of {', '.join(What)}.")], as_json: options.Json = False
+    what: Annotated[str, typer.Argument(help=f"The table to show: {', '.join(What)}.")], as_json: options.Json = False
 ) -> None:
-    """Show what there is to choose from.
+    """Show the methods, models, data sets, recipes or teachers that there are.
 
     Example: icdctl list methods
     """
@@ -45,16 +45,17 @@ def list_(
     elif rows:
         console.show_table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
     else:
-        console.talk("there are none")
+        console.talk(f"there are no {what}")
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> object:
+    """A value as one cell of a table: a dictionary as `key=value` pairs, None as empty."""
     if isinstance(value, dict):
         return " ".join(f"{key}={number:g}" if isinstance(number, float) else key for key, number in value.items())
     return "" if value is None else value
 
 
-def _methods() -> list[dict[str, Any]]:
+def _methods() -> list[dict[str, object]]:
     from icdctl.methods import METHODS
 
     return [
@@ -70,7 +71,7 @@ def _methods() -> list[dict[str, Any]]:
     ]
 
 
-def _models() -> list[dict[str, Any]]:
+def _models() -> list[dict[str, object]]:
     from icdctl.models import MODELS
 
     return [
@@ -79,11 +80,11 @@ def _models() -> list[dict[str, Any]]:
     ]
 
 
-def _datasets() -> list[dict[str, Any]]:
+def _datasets() -> list[dict[str, object]]:
     from icdctl import data, files
 
     folder = files.data_folder()
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, row in data.DATASETS.items():
         known = row.description
         if known is None:
@@ -108,8 +109,8 @@ def _datasets() -> list[dict[str, Any]]:
     return rows
 
 
-def recipe_rows() -> list[dict[str, Any]]:
-    """The training recipes; `icdctl recipes list` shows the papers' cells behind them."""
+def recipe_rows() -> list[dict[str, object]]:
+    """The rows of the training recipes; `icdctl recipes list` shows the papers' cells that use them."""
     from icdctl.config.recipes import RECIPES
 
     return [
@@ -134,13 +135,13 @@ def _crop(recipe: Recipe) -> str:
     return f"padded by {recipe.crop_padding}" if recipe.crop_padding else ""
 
 
-def _teachers() -> list[dict[str, Any]]:
+def _teachers() -> list[dict[str, object]]:
     from icdctl import registry, teachers
 
-    def rounded(top1: Any) -> float | None:
-        return None if top1 is None else round(top1, 2)
+    def rounded(top1: object) -> float | None:
+        return round(top1, 2) if isinstance(top1, int | float) else None
 
-    registered = [
+    registered: list[dict[str, object]] = [
         {
             "name": artifact.reference,
             "dataset": artifact.manifest.dataset.name,
@@ -154,7 +155,7 @@ def _teachers() -> list[dict[str, Any]]:
         for artifact in registry.list_artifacts(registry.default_folder())
         if artifact.manifest.method == "ce"
     ]
-    published = [
+    published: list[dict[str, object]] = [
         {
             "name": row["name"],
             "dataset": row["dataset"],

@@ -1,4 +1,4 @@
-"""`icdctl predict`."""
+"""`icdctl predict`: classify image files."""
 
 from __future__ import annotations
 
@@ -12,19 +12,26 @@ from icdctl.commands.training import observed
 
 def predict(
     target: Annotated[
-        str, typer.Argument(help="An .onnx file or export folder, a run folder, a weights file or `registry:NAME`.")
+        str,
+        typer.Argument(
+            help="Classifier: an .onnx file, an export folder, a run folder, a weights file or `registry:NAME`."
+        ),
     ],
-    images: Annotated[list[str], typer.Argument(help="Image files, and folders of them.")],
-    top: Annotated[int, typer.Option(min=1, help="How many classes to tell of each image.")] = 1,
+    images: Annotated[list[str], typer.Argument(help="Image files, or folders of images.")],
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to print per image, the most probable first.")] = 1,
     dataset: Annotated[
         str | None,
-        typer.Option(help="For weights that do not say what they were trained on.", show_default=False),
+        typer.Option(help="Data set of weights that do not say what they were trained on.", show_default=False),
     ] = None,
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out what can't be decoded.")] = False,
-    device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`; ONNX files run on the CPU.")] = "auto",
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Leave out images that can't be decoded, instead of stopping.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="Device: `auto`, `cpu`, `cuda` or `cuda:N`; ONNX files always run on the CPU.")
+    ] = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Classify image files of any size: a line an image, with the class and its probability.
+    """Classify image files of any size; prints a line per image with the class and its probability.
 
     Example: icdctl predict runs/student/onnx photos --top 3
     """

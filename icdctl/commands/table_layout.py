@@ -1,7 +1,7 @@
-"""How a table becomes lines of text: a line a row for programs, and for a person what fits into the terminal.
+"""Layout of tables as lines of text: one line per row for programs, and a layout that fits the terminal for users.
 
-No word is broken. What is too wide is, in this order, wrapped between words; laid out with the first column above the
-others; or written as records, a line a field.
+No word is broken. A table that is too wide is wrapped between words; if that does not suffice, the first column is put
+above the others; if that does not suffice either, each row becomes a record with one line per field.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from rich.cells import cell_len
 
 Row = Sequence[str]
 Line = tuple[str, bool]
-"""Text, and whether it is a heading."""
+"""A text, and whether it is a heading."""
 
 _GAP = "  "
 _INDENT = "    "
 _MOST_LINES = 3
-"""Of a row on average; higher rows are not read as rows."""
+"""Most lines per row on average; higher rows are hard to read as rows."""
 _FEW_COLUMNS = 3
-"""So many are a list with remarks, which stays one: a long word of the last column may leave the terminal's width."""
+"""A table of up to 3 columns counts as a list and is never laid out as records; long words may exceed the width."""
 _LEAST_REMARK = 24
 
 
 def piped(columns: Row, rows: Sequence[Row], numeric: Sequence[bool]) -> Iterator[str]:
-    """A line a row, however wide.
+    """The table with one line per row, however wide.
 
     Args:
-        columns: their names.
+        columns: names of the columns.
         rows: a text for each column.
-        numeric: which columns are aligned to the right.
+        numeric: for each column, whether it is aligned to the right.
     """
     widths = _natural(columns, rows)
     for row in (columns, *rows):
@@ -38,17 +38,17 @@ def piped(columns: Row, rows: Sequence[Row], numeric: Sequence[bool]) -> Iterato
 
 
 def for_terminal(columns: Row, rows: Sequence[Row], numeric: Sequence[bool], *, width: int) -> Iterator[Line]:
-    """The table as it fits into the width of a terminal.
+    """The table in a layout that fits the terminal, line by line.
 
     Args:
-        columns: their names; those without a text in any row are left out.
+        columns: names of the columns; those that are empty in all rows are left out.
         rows: a text for each column.
-        numeric: which columns are aligned to the right.
-        width: of the terminal.
+        numeric: for each column, whether it is aligned to the right.
+        width: width of the terminal in characters.
     """
-    said = [place for place in range(len(columns)) if place == 0 or not rows or any(row[place] for row in rows)]
-    columns, numeric = [columns[place] for place in said], [numeric[place] for place in said]
-    rows = [[row[place] for place in said] for row in rows]
+    filled = [place for place in range(len(columns)) if place == 0 or not rows or any(row[place] for row in rows)]
+    columns, numeric = [columns[place] for place in filled], [numeric[place] for place in filled]
+    rows = [[row[place] for place in filled] for row in rows]
     widths = _fitting(columns, rows, width)
     if widths is not None:
         yield from _as_table(columns, rows, widths, numeric)
@@ -75,7 +75,7 @@ def _as_table(columns: Row, rows: Sequence[Row], widths: Sequence[int], numeric:
 
 
 def _as_records(columns: Row, rows: Sequence[Row], width: int) -> Iterator[Line]:
-    """A row under its first cell, a line a field; fields that say nothing are left out."""
+    """Each row as its first cell with one line per field below it; empty fields are left out."""
     longest = max(map(cell_len, columns))
     for row in rows:
         yield row[0], True
@@ -87,7 +87,7 @@ def _as_records(columns: Row, rows: Sequence[Row], width: int) -> Iterator[Line]
 
 
 def _fitting(columns: Row, rows: Sequence[Row], width: int) -> list[int] | None:
-    """Widths of the columns with which no word is broken and rows are not too high; None where there are none."""
+    """Column widths that fit, break no word and keep rows low; None where there are none."""
     widest = _natural(columns, rows)
     room = width - len(_GAP) * (len(columns) - 1)
     if sum(widest) <= room:
@@ -100,7 +100,7 @@ def _fitting(columns: Row, rows: Sequence[Row], width: int) -> list[int] | None:
     if sum(least) > room and not is_list:
         return None
     found = list(least)
-    # Columns that lack little get all of it; the others share the rest.
+    # Columns that need little more get all of it; the others share the rest.
     waiting = sorted(range(len(columns)), key=lambda place: widest[place] - least[place])
     for number, place in enumerate(waiting):
         more = min(widest[place] - least[place], left // (len(waiting) - number))
@@ -119,12 +119,12 @@ def _longest_word(text: str) -> int:
 
 
 def _words(text: str, width: int) -> list[str]:
-    """Lines of whole words; at least one line."""
+    """The text wrapped into lines of whole words; at least one line."""
     return textwrap.wrap(text, max(width, 1), break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def _wrapped(row: Row, widths: Sequence[int], numeric: Sequence[bool]) -> Iterator[str]:
-    """The lines of a row."""
+    """The lines of a row, with its cells wrapped to the widths."""
     cells = [
         [cell] if cell_len(cell) <= width else _words(cell, width) for cell, width in zip(row, widths, strict=True)
     ]

@@ -1,6 +1,7 @@
-"""Data sets: whole uint8 images in memory, and the views of them that training sees.
+"""Data sets: uint8 images in memory, and the cropped and flipped views of them for training.
 
-`DATASETS` is the one table; `request` says what is wanted of a row, `describe` what is known of it, `load` brings it.
+`DATASETS` is the one table of them. `request` checks what a caller wants, `describe` says what is known without reading
+images, `load` reads them.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from pydantic import TypeAdapter, ValidationError
 from icdctl import files
 from icdctl.data import cifar100, cub200, digits100, imagefolder
 from icdctl.data.dataset import UNLABELED, Dataset, DatasetInfo, OnImages, Preprocessing, Request
+from icdctl.data.names import IMAGE_FOLDER, DatasetName
 from icdctl.data.release import Release
 from icdctl.data.views import Augmentation, ImageStore, Views
 from icdctl.errors import UsageError, unknown_name
 
 __all__ = [
     "DATASETS",
+    "IMAGE_FOLDER",
     "UNLABELED",
     "Augmentation",
     "Dataset",
     "DatasetInfo",
+    "DatasetName",
     "DatasetRow",
     "ImageStore",
     "OnImages",
@@ -52,15 +56,15 @@ class DatasetRow:
     """A row of `icdctl list datasets`."""
 
     description: DatasetInfo | None
-    """What is known of it; None for a folder of one's own, which must be looked at."""
+    """What is known without its files; None for a folder of images, which must be read first."""
     load: Callable[[Request, OnImages], Dataset]
     train_images: int | None = None
-    """As published; None where it depends on the request."""
+    """The published number; None where it depends on the request."""
     test_images: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """The settings that it alone has, with their defaults."""
+    settings: Mapping[str, int | float] = field(default_factory=dict)
+    """The settings that belong to this data set, with their defaults."""
     release: Release | None = None
-    """What `icdctl fetch-data` brings; None where there is nothing to bring."""
+    """What `icdctl fetch-data` downloads; None where there is nothing to download."""
 
     @property
     def source(self) -> str:
@@ -69,7 +73,7 @@ class DatasetRow:
 
     @property
     def licence(self) -> str:
-        """What their publisher says on their use."""
+        """What the publisher says about their use."""
         return self.description.licence if self.description is not None else imagefolder.LICENCE
 
 
@@ -77,53 +81,52 @@ def resolve(name: str) -> str:
     """The name in `DATASETS`, or `imagefolder:` and the folder's absolute path.
 
     Raises:
-        UsageError: no such data set, or no folder is named.
+        UsageError: no data set has this name, or no folder is named.
     """
-    kind, colon, folder = name.strip().partition(":")
-    folded = kind.lower().replace("-", "").replace("_", "")
+    typed = DatasetName.parse(name.strip())
+    folded = typed.kind.lower().replace("-", "").replace("_", "")
     if folded not in DATASETS:
         if name and files.user_path(name).is_dir():
-            raise UsageError(f"unknown data set `{name}`", hint=f"images of your own go by `imagefolder:{name}`")
+            raise UsageError(f"unknown data set `{name}`", hint=f"for your own images, write `imagefolder:{name}`")
         raise unknown_name("data set", name, DATASETS, listing="icdctl list datasets")
-    if folded != "imagefolder":
-        if colon:
+    if folded != IMAGE_FOLDER:
+        if typed.folder is not None:
             raise UsageError(
-                f"`{folded}` takes no folder: `{name}`", hint=f"`--dataset {folded}`, with `--data-dir DIR`"
+                f"`{folded}` takes no folder: `{name}`", hint=f"pass `--dataset {folded}`, with `--data-dir DIR`"
             )
         return folded
-    if not folder:
+    if not typed.folder:
         raise UsageError(f"`{name}` names no folder", hint=_DIR_EXAMPLE)
-    path = files.user_path(folder)
-    # A link keeps its own name, which stands in reports; `..` has none.
-    return imagefolder.PREFIX + str(path.resolve() if ".." in path.parts else path.absolute())
+    path = files.user_path(typed.folder)
+    # A link keeps its own name, which reports show; `..` has no name and is resolved.
+    return str(DatasetName(folded, str(path.resolve() if ".." in path.parts else path.absolute())))
 
 
 def row_of(name: str) -> DatasetRow | None:
-    """The row of a name in any form: as typed, as resolved, or as in weights and reports; None for a foreign one."""
-    return DATASETS.get(name.partition(":")[0])
+    """The row for a name as typed, as resolved, or as in weights and reports; None where icdctl does not know it."""
+    return DATASETS.get(DatasetName.parse(name).kind)
 
 
 def public_name(name: str) -> str:
-    """A resolved name as weights and reports say it: where a folder of images lay is nobody's business, and changes."""
-    kind, colon, folder = name.partition(":")
-    return f"{kind}:{Path(folder).name}" if colon else kind
+    """A resolved name as weights and reports show it: a folder of images without its path, which is private."""
+    return str(DatasetName.parse(name).public)
 
 
-def check_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that belong to one data set or another, those that are not given at its default.
+def check_settings(name: str, given: Mapping[str, object]) -> dict[str, Any]:
+    """Check the settings that only some data sets have, and fill in the defaults of this one.
 
     Args:
-        name: resolved.
-        given: of `train_images`, `test_images`, `image_size`, `test_split` and `skip_broken`; None is not given. Text,
-            as from a variable of the environment, is read as what it says.
+        name: the resolved name.
+        given: values of `train_images`, `test_images`, `image_size`, `test_split` and `skip_broken`; None means not
+            given. Text, as from an environment variable, is converted.
 
     Returns:
-        All of them, as numbers and bools; None where the data set has no such setting.
+        All five settings, as numbers and bools; None for those that this data set does not have.
 
     Raises:
-        UsageError: one that it does not have, or a value out of range.
+        UsageError: the data set does not have a given setting, or a value is out of range.
     """
-    row = DATASETS[name.partition(":")[0]]
+    row = DATASETS[DatasetName.parse(name).kind]
     every = {key: None for other in DATASETS.values() for key in other.settings}
     chosen = {**every, **row.settings, **{key: value for key, value in given.items() if value is not None}}
     for key, value in chosen.items():
@@ -131,10 +134,10 @@ def check_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
             owners = [owner for owner, other in DATASETS.items() if key in other.settings]
             raise UsageError(
                 f"`--{key.replace('_', '-')}` is given, but `{name}` has no such setting",
-                hint="leave it out, in the `train` section of params.yaml too; it is for "
-                f"`--dataset {owners[0]}{':DIR' if owners[0] == 'imagefolder' else ''}`",
+                hint="leave it out, in the `train` section of params.yaml too; it belongs to "
+                f"`--dataset {owners[0]}{':DIR' if owners[0] == IMAGE_FOLDER else ''}`",
             )
-    checks: dict[str, Callable[[str, Any], Any]] = {
+    checks: dict[str, Callable[[str, object], int | float]] = {
         "train_images": partial(_whole_number, lowest=1, highest=_MOST_IMAGES),
         "test_images": partial(_whole_number, lowest=1, highest=_MOST_IMAGES),
         "image_size": partial(_whole_number, lowest=_SMALLEST_SIDE, highest=_LARGEST_SIDE),
@@ -144,7 +147,7 @@ def check_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: None if value is None else checks[key](key, value) for key, value in chosen.items()}
 
 
-def _whole_number(key: str, value: Any, *, lowest: int, highest: int) -> int:
+def _whole_number(key: str, value: object, *, lowest: int, highest: int) -> int:
     try:
         number = TypeAdapter(int).validate_python(value)
     except ValidationError:
@@ -157,8 +160,8 @@ def _whole_number(key: str, value: Any, *, lowest: int, highest: int) -> int:
     return number
 
 
-def _share(key: str, value: Any) -> float:
-    """A share of images to hold out, which must leave some."""
+def _share(key: str, value: object) -> float:
+    """A share of images to hold out: above 0 and below 1, so that both sides have some."""
     try:
         share = TypeAdapter(float).validate_python(value)
     except ValidationError:
@@ -170,7 +173,7 @@ def _share(key: str, value: Any) -> float:
     return share
 
 
-def _truth(key: str, value: Any) -> bool:
+def _truth(key: str, value: object) -> bool:
     try:
         return TypeAdapter(bool).validate_python(value)
     except ValidationError as error:
@@ -185,21 +188,21 @@ def request(
     split_seed: int = 0,
     room_to_crop: bool = False,
     unlabeled: bool = False,
-    **settings: Any,
+    **settings: object,
 ) -> Request:
-    """What to ask `describe` and `load` for.
+    """Check what is wanted of a data set; `describe` and `load` take the result.
 
     Args:
-        name: as typed.
-        folder: what holds the data sets' folders; `ICDCTL_DATA` or the state folder otherwise.
-        val_split: see `Request`, like the rest.
+        name: the data set's name, as typed.
+        folder: holds the folders of published data sets; by default `ICDCTL_DATA`, else `data` in the state folder.
+        val_split: see `Request`.
         split_seed: see `Request`.
         room_to_crop: see `Request`.
         unlabeled: see `Request`.
-        **settings: those of the data set alone, as `check_settings` takes them.
+        **settings: the settings that only some data sets have, see `check_settings`.
 
     Raises:
-        UsageError: no such data set, or a setting that it does not have.
+        UsageError: no data set has this name, the data set does not have a given setting, or a value is out of range.
     """
     resolved = resolve(name)
     return Request(
@@ -214,36 +217,36 @@ def request(
 
 
 def describe(wanted: Request) -> DatasetInfo:
-    """What is known of a data set without reading its images.
+    """What is known of a data set without reading its images: classes, preprocessing, source and licence.
 
     Raises:
-        ArtifactError: the folder of an `imagefolder` is not there, or has no classes.
+        ArtifactError: the folder of an `imagefolder` does not exist, or has no classes.
     """
-    row = DATASETS[wanted.name.partition(":")[0]]
+    row = DATASETS[DatasetName.parse(wanted.name).kind]
     return row.description if row.description is not None else imagefolder.describe(wanted)
 
 
 def load(wanted: Request, *, on_images: OnImages = lambda here, total: None) -> Dataset:
-    """A data set, whole, on the CPU.
+    """Read a whole data set into memory on the CPU.
 
     Args:
         wanted: from `request`.
-        on_images: told of the progress of decoding, where images must be decoded.
+        on_images: called with the progress while images are decoded.
 
     Raises:
-        ArtifactError: its files are missing or broken; the hint says how to get or mend them.
+        ArtifactError: its files are missing or broken; the hint says how to get or fix them.
     """
-    return DATASETS[wanted.name.partition(":")[0]].load(wanted, on_images)
+    return DATASETS[DatasetName.parse(wanted.name).kind].load(wanted, on_images)
 
 
 def is_there(name: str, folder: Path) -> bool:
-    """Whether the files of a published data set are in their place, by their names alone; always, where it has none.
+    """Whether the files of a published data set exist; their content is not read. True for data sets without files.
 
     Args:
-        name: resolved.
-        folder: what holds the data sets' folders.
+        name: the resolved name.
+        folder: the folder that holds the published data sets.
     """
-    published = DATASETS[name.partition(":")[0]].release
+    published = DATASETS[DatasetName.parse(name).kind].release
     return published is None or all((folder / published.folder / needed).is_file() for needed in published.needed)
 
 
@@ -253,7 +256,7 @@ DATASETS: dict[str, DatasetRow] = {
     "digits100": DatasetRow(
         digits100.DESCRIPTION, digits100.load, settings={"train_images": 4000, "test_images": 2000}
     ),
-    "imagefolder": DatasetRow(
+    IMAGE_FOLDER: DatasetRow(
         None,
         imagefolder.load,
         settings={

@@ -1,6 +1,6 @@
-"""Archives that came from somewhere, unpacked without trust.
+"""Unpacking of tar archives from untrusted sources.
 
-Regular files and folders inside one top folder are all that is taken. The number of members and of unpacked bytes is
+Only regular files and folders inside one top folder are extracted. The number of members and of unpacked bytes is
 limited while unpacking, before anything larger reaches the memory or the disk.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, cast
 
 from icdctl import files
 from icdctl.errors import ArtifactError
@@ -27,18 +27,18 @@ _MOST_MEMBERS = 10_000
 
 @dataclass(frozen=True)
 class Limits:
-    """How much an archive may hold."""
+    """The most that an archive may hold."""
 
     members: int
     unpacked_bytes: int
 
 
 class _Refused(Exception):
-    """What in the archive is more than it may hold."""
+    """The archive is unsafe or holds more than its limits; the message says which."""
 
 
 class _Bounded:
-    """A stream that refuses to give more than a number of bytes; headers count as well as files."""
+    """A stream that fails after a number of bytes; headers count as well as files."""
 
     def __init__(self, stream: IO[bytes], most_bytes: int) -> None:
         self._stream = stream
@@ -56,19 +56,20 @@ class _Bounded:
 
 @contextmanager
 def unpacked(archive: Path, folder: Path, *, limits: Limits, beside: Collection[str] = ()) -> Iterator[Path]:
-    """Unpack `archive` beside `folder` into a folder that is gone when the block ends, whatever happens.
+    """Unpack `archive` into a temporary folder beside `folder`, which is deleted when the block ends.
 
     Args:
-        archive: a .tar or .tar.gz whose members all lie in a folder called like `folder`.
-        folder: where the block moves what it wants of it. What an earlier, killed process left is cleared away.
-        limits: how much it may hold.
-        beside: files that may lie beside the folder; they are not taken.
+        archive: a .tar or .tar.gz whose members all lie in a folder with the name of `folder`.
+        folder: the final place, to which the block moves what it needs. Temporary folders that a killed process left
+            there are deleted.
+        limits: the most that the archive may hold.
+        beside: files that may lie beside the top folder in the archive; they are skipped.
 
     Yields:
         The unpacked top folder.
 
     Raises:
-        ArtifactError: the archive is broken or refused, or the disk is full.
+        ArtifactError: the archive is broken or unsafe, or the disk is full.
     """
     prefix = f".{folder.name}.new-"
     files.make_folder(folder.parent)
@@ -91,8 +92,8 @@ def take_member(archive: Path, name: str, destination: Path, *, most_bytes: int)
     """Write one file of an archive to `destination`.
 
     Raises:
-        ArtifactError: the archive is broken or refused, or has no such member.
-        OSError: it can't be written.
+        ArtifactError: the archive is broken or unsafe, has no such member, or the member is larger than `most_bytes`.
+        OSError: the file can't be written.
     """
     with _opened(archive, most_bytes=16 * files.LARGEST_FOREIGN_BYTES) as tar:
         for count, member in enumerate(tar, start=1):
@@ -110,7 +111,7 @@ def take_member(archive: Path, name: str, destination: Path, *, most_bytes: int)
 
 
 def _extract(archive: Path, folder: Path, *, top: str, limits: Limits, beside: Collection[str]) -> None:
-    # Every member costs the archive a block for its name and fills its last one.
+    # Every member adds a header block and pads its last data block.
     most_bytes = limits.unpacked_bytes + (limits.members + 20) * 4 * tarfile.BLOCKSIZE
     try:
         with _opened(archive, most_bytes=most_bytes) as tar:
@@ -126,7 +127,7 @@ def _extract(archive: Path, folder: Path, *, top: str, limits: Limits, beside: C
 
 
 def _is_passed_over(member: tarfile.TarInfo, beside: Collection[str]) -> bool:
-    """What an archive may hold beside its folder: files that are named, what macOS adds to them, and its own root."""
+    """Whether a member may lie outside the top folder: a file in `beside`, a `._` file of macOS, the root `.`."""
     name = str(PurePosixPath(member.name))
     if member.isdir():
         return name == "."
@@ -144,7 +145,7 @@ def _check_member(member: tarfile.TarInfo, top: str) -> None:
 
 @contextmanager
 def _opened(archive: Path, *, most_bytes: int) -> Iterator[tarfile.TarFile]:
-    """The archive as a stream; errors in it as ArtifactError, errors of the disk as they are."""
+    """Open the archive as a stream. Errors in the archive become ArtifactError; OSErrors of writing pass through."""
     try:
         raw = archive.open("rb")
     except OSError as error:
@@ -155,7 +156,7 @@ def _opened(archive: Path, *, most_bytes: int) -> Iterator[tarfile.TarFile]:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if packed else raw
-        bounded: Any = _Bounded(stream, most_bytes)
+        bounded = cast(IO[bytes], _Bounded(stream, most_bytes))  # a stream is only read from
         try:
             with tarfile.open(fileobj=bounded, mode="r|") as tar:
                 yield tar
@@ -163,4 +164,4 @@ def _opened(archive: Path, *, most_bytes: int) -> Iterator[tarfile.TarFile]:
             raise ArtifactError(f"`{archive}` is refused: {error}", hint=_AGAIN) from error
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
             cause = str(error) or type(error).__name__
-            raise ArtifactError(f"`{archive}` is no whole tar archive: {cause}", hint=_AGAIN) from error
+            raise ArtifactError(f"`{archive}` is not a complete tar archive: {cause}", hint=_AGAIN) from error

@@ -1,4 +1,4 @@
-"""What loaders of data sets have in common: halves put together, and the hash of what a data set holds."""
+"""What the loaders of data sets share: joining training and test images, and hashing what a data set holds."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def of_halves(
     sha256: str,
     caveat: str | None = None,
 ) -> Dataset:
-    """A data set that comes in two halves, and what is held out of the first for validation.
+    """Build a data set from its training and test images; hold validation images out of the first where asked for.
 
     Args:
-        description: of it.
-        tensors: training images, their labels, test images, their labels.
-        wanted: how much is held out.
-        sha256: of the tensors.
-        caveat: what a reader of the results must know of its files.
+        description: what is known of the data set.
+        tensors: training images, their labels, test images, their labels; shapes as in `Dataset`.
+        wanted: says which share is held out for validation.
+        sha256: hash of the tensors.
+        caveat: what readers of the results must know about the files; None where they are as published.
 
     Raises:
-        ArtifactError: there is too little to hold anything out.
+        ArtifactError: no class has enough images to hold one out.
     """
     train_images, train_labels, test_images, test_labels = tensors
     dataset = Dataset(
@@ -49,7 +49,7 @@ def of_halves(
     kept, held = stratified(train_labels, wanted.val_split, seed=wanted.split_seed)
     if not len(held):
         raise ArtifactError(
-            f"`{wanted.name}` has one training image a class: none is left for validation",
+            f"`{wanted.name}` has one training image per class: none is left for validation",
             hint="leave `--val-split` out, or use more images",
         )
     height, width = dataset.preprocessing.size
@@ -72,5 +72,5 @@ def fingerprint(*tensors: Tensor) -> str:
 
 
 def fingerprint_of(hashes: Sequence[str], *labels: Tensor) -> str:
-    """`fingerprint`, where the hashes of the pixels are known already."""
+    """The sha256 of hashes of pixels that are known already, and of the labels."""
     return hashlib.sha256(" ".join([*hashes, fingerprint(*labels)]).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """CIFAR-100 in its "python version", read from the archive's unpacked folder.
 
-The files are pickles. They are read by an unpickler that knows the few names such files need and refuses every other
-one, so that a forged file can't run code.
+The files are pickles. The unpickler allows only the few names that such files need and refuses every other one, so
+that a forged file can't run code.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +64,7 @@ DESCRIPTION = DatasetInfo("cifar100", CLASS_NAMES, Preprocessing((SIDE, SIDE), M
 
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),  # the same, as written by numpy 2
+    ("numpy._core.multiarray", "_reconstruct"),  # the same function in files that numpy 2 wrote
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
     ("_codecs", "encode"),
@@ -73,16 +72,16 @@ _ALLOWED = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Knows arrays, lists, dictionaries and bytes; anything else is refused by name."""
+    """Allows arrays, lists, dictionaries and bytes; the error names anything else that a file asks for."""
 
-    def find_class(self, module_name: str, global_name: str) -> Any:
+    def find_class(self, module_name: str, global_name: str) -> object:
         if (module_name, global_name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it asks for `{module_name}.{global_name}`")
         return super().find_class(module_name, global_name)
 
 
 def load(wanted: Request, on_images: OnImages) -> Dataset:
-    """From the unpacked archive; the sizes are the files' own.
+    """Read the unpacked archive; the number of images is whatever the files hold.
 
     Raises:
         ArtifactError: a file is missing or broken.
@@ -98,22 +97,22 @@ def load(wanted: Request, on_images: OnImages) -> Dataset:
 
 
 def how_to_get(folder: Path) -> str:
-    """What a person does to have the data in place."""
+    """The hint for users who do not have the data yet."""
     return (
-        f"`icdctl fetch-data cifar100` brings {URL} (md5 {ARCHIVE_MD5}); if it is elsewhere already, pass the "
+        f"`icdctl fetch-data cifar100` downloads {URL} (md5 {ARCHIVE_MD5}); if you have it elsewhere, pass the "
         f"folder that holds `{FOLDER}` (here `{folder}`) with `--data-dir`; `--dataset digits100` needs no download"
     )
 
 
 def read_split(folder: Path, split: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], bool]:
-    """Images [N, 32, 32, 3], labels [N], and whether the file is the published one, by its md5.
+    """Images [N, 32, 32, 3] uint8, labels [N] int64, and whether the file is the published one, by its md5.
 
     Args:
-        folder: what holds `cifar-100-python`.
+        folder: the folder that holds `cifar-100-python`.
         split: "train" or "test".
 
     Raises:
-        ArtifactError: the file is missing, is no such pickle, or its arrays have other shapes.
+        ArtifactError: the file is missing, is not such a pickle, or its arrays have other shapes.
     """
     content, published = _read_member(folder, split)
     pixels, labels = content.get(b"data"), content.get(b"fine_labels")
@@ -128,17 +127,18 @@ def read_split(folder: Path, split: str) -> tuple[npt.NDArray[np.uint8], npt.NDA
     return np.ascontiguousarray(images), fine_labels, published
 
 
-def _read_member(folder: Path, member: str) -> tuple[Mapping[bytes, Any], bool]:
+def _read_member(folder: Path, member: str) -> tuple[Mapping[bytes, object], bool]:
+    """The dictionary in a file, and whether the file is the published one."""
     path = folder / FOLDER / member
     try:
         raw = path.read_bytes()
     except FileNotFoundError as error:
-        raise ArtifactError(f"CIFAR-100 is not there: `{path}` does not exist", hint=how_to_get(folder)) from error
+        raise ArtifactError(f"CIFAR-100 is missing: `{path}` does not exist", hint=how_to_get(folder)) from error
     except OSError as error:
         raise ArtifactError(f"`{path}` can't be read: {error.strerror}", hint=how_to_get(folder)) from error
     try:
         content = _ArrayUnpickler(io.BytesIO(raw), encoding="bytes").load()
-    except Exception as error:  # a broken pickle raises almost anything
+    except Exception as error:  # a broken pickle can raise almost any exception
         raise _not_cifar(path, str(error) or type(error).__name__) from error
     if not isinstance(content, dict):
         raise _not_cifar(path, f"it holds a {type(content).__name__}, expected a dictionary")
@@ -148,5 +148,5 @@ def _read_member(folder: Path, member: str) -> tuple[Mapping[bytes, Any], bool]:
 def _not_cifar(path: Path, cause: str) -> ArtifactError:
     return ArtifactError(
         f"`{path}` is not a file of CIFAR-100's python version: {cause}",
-        hint=f"delete it; `icdctl fetch-data cifar100` then brings it again from {URL} (md5 {ARCHIVE_MD5})",
+        hint=f"delete it; `icdctl fetch-data cifar100` then downloads it again from {URL} (md5 {ARCHIVE_MD5})",
     )

@@ -81,15 +81,15 @@ Red_headed_Woodpecker Downy_Woodpecker Bewick_Wren Cactus_Wren Carolina_Wren Hou
 Winter_Wren Common_Yellowthroat
 """
 CLASS_NAMES = tuple(_CLASS_NAMES.split())
-"""In the order of the labels; the publisher's spelling, without the number in front."""
+"""Class names in the order of the labels, in the publisher's spelling, without the number in front."""
 DESCRIPTION = DatasetInfo(
     "cub200", CLASS_NAMES, Preprocessing((SIDE, SIDE), MEAN, STD, (RESIZED, RESIZED)), SOURCE, LICENCE
 )
 
 
 @dataclass(frozen=True)
-class Split:
-    """Half of the data set by its own lists."""
+class ListedImages:
+    """The training or the test images, as the data set's own lists name them."""
 
     names: tuple[str, ...]
     """N paths below `images/`, in the order of the list."""
@@ -98,14 +98,14 @@ class Split:
 
 
 def load(wanted: Request, on_images: OnImages) -> Dataset:
-    """From the unpacked archive, decoded once: training images whole, for crops; test images cut to their centre.
+    """Read the unpacked archive, decoded once: training images whole, for crops; test images cropped to their centre.
 
     Raises:
         ArtifactError: a file is missing or broken.
     """
     train, test = read_lists(wanted.folder)
     place = wanted.folder / FOLDER
-    content = None  # the archive's hash, where what is here is what was published
+    content = None  # the archive's hash, where the files are the published ones
     if (len(train.names), len(test.names)) == (NUM_TRAIN, NUM_TEST):
         is_right = release.look(RELEASE, wanted.folder)[0] == "right"
         content = RELEASE.archive.sha256 if is_right else None
@@ -114,27 +114,27 @@ def load(wanted: Request, on_images: OnImages) -> Dataset:
     decoded = [
         decode_files(
             place / "images",
-            split.names,
+            listed.names,
             resize=(RESIZED, RESIZED),
             crop=crop,
             content_key=content,
             label=label,
             skip_broken=False,
-            remedy=how_to_mend(wanted.folder),
+            remedy=how_to_fix(wanted.folder),
             on_images=on_images,
         )
-        for split, crop, label in ((train, None, "cub200-train"), (test, (SIDE, SIDE), "cub200-test"))
+        for listed, crop, label in ((train, None, "cub200-train"), (test, (SIDE, SIDE), "cub200-test"))
     ]
     tensors = (decoded[0].images, train.labels, decoded[1].images, test.labels)
     sha256 = fingerprint_of([part.sha256 for part in decoded], train.labels, test.labels)
     return of_halves(DESCRIPTION, tensors, wanted, sha256=sha256, caveat=caveat)
 
 
-def read_lists(folder: Path) -> tuple[Split, Split]:
-    """What is for training and what for testing.
+def read_lists(folder: Path) -> tuple[ListedImages, ListedImages]:
+    """The training images and the test images.
 
     Args:
-        folder: what holds `CUB_200_2011`.
+        folder: the folder that holds `CUB_200_2011`.
 
     Raises:
         ArtifactError: a list is missing, malformed, or contradicts another.
@@ -151,54 +151,54 @@ def read_lists(folder: Path) -> tuple[Split, Split]:
         raise _not_cub(home / "images.txt", "it names an image twice")
     for number, path in paths.items():
         if path.startswith("/") or ".." in path.split("/") or not path.isprintable():
-            raise _not_cub(home / "images.txt", f"`{path}` is no path below `images`")
+            raise _not_cub(home / "images.txt", f"`{path}` is not a path below `images`")
         if sides[number] not in ("0", "1"):
             raise _not_cub(home / "train_test_split.txt", f"image `{number}` is on side `{sides[number]}`, not 0 or 1")
         if classes.get(labels[number]) != path.partition("/")[0]:
             raise _not_cub(home / "image_class_labels.txt", f"`{path}` has the label `{labels[number]}`")
     train, test = (_split(paths, labels, [number for number in paths if sides[number] == side]) for side in "10")
     if not (train.names and test.names):
-        raise _not_cub(home / "train_test_split.txt", "one side has no image")
+        raise _not_cub(home / "train_test_split.txt", "there are no training images or no test images")
     return train, test
 
 
 def how_to_get(folder: Path) -> str:
-    """What a person does to have the data in place."""
+    """The hint for users who do not have the data yet."""
     return (
-        f"`icdctl fetch-data cub200` brings it ({RELEASE.archive.facts}); if it is elsewhere already, pass the folder "
+        f"`icdctl fetch-data cub200` downloads it ({RELEASE.archive.facts}); if you have it elsewhere, pass the folder "
         f"that holds `{FOLDER}` (here `{folder}`) with `--data-dir`"
     )
 
 
-def _split(paths: dict[str, str], labels: dict[str, str], numbers: list[str]) -> Split:
+def _split(paths: dict[str, str], labels: dict[str, str], numbers: list[str]) -> ListedImages:
     chosen = torch.tensor([int(labels[number]) - 1 for number in numbers], dtype=torch.int64)
-    return Split(tuple(paths[number] for number in numbers), chosen)
+    return ListedImages(tuple(paths[number] for number in numbers), chosen)
 
 
 def _read_list(folder: Path, name: str) -> dict[str, str]:
-    """Lines of a number and what it stands for."""
+    """A list file as a dictionary from each line's number to the rest of the line."""
     path = folder / FOLDER / name
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
-        raise ArtifactError(f"CUB-200-2011 is not there: `{path}` does not exist", hint=how_to_get(folder)) from error
+        raise ArtifactError(f"CUB-200-2011 is missing: `{path}` does not exist", hint=how_to_get(folder)) from error
     except (OSError, UnicodeDecodeError) as error:
         raise _not_cub(path, str(error)) from error
     rows: dict[str, str] = {}
     for line in lines:
         number, space, value = line.strip().partition(" ")
         if not (number.isdecimal() and space and value):
-            raise _not_cub(path, f"line `{line[:60]}` is no number and value")
+            raise _not_cub(path, f"line `{line[:60]}` is not a number and a value")
         if number in rows:
-            raise _not_cub(path, f"number `{number}` stands in it twice")
+            raise _not_cub(path, f"it has number `{number}` twice")
         rows[number] = value
     return rows
 
 
-def how_to_mend(folder: Path) -> str:
-    """What a person does where a file of it is missing or damaged."""
-    return f"move `{folder / FOLDER}` away; `icdctl fetch-data cub200` then brings it again"
+def how_to_fix(folder: Path) -> str:
+    """The hint for users who have a file that is missing or damaged."""
+    return f"move `{folder / FOLDER}` away; `icdctl fetch-data cub200` then downloads it again"
 
 
 def _not_cub(path: Path, cause: str) -> ArtifactError:
-    return ArtifactError(f"`{path}` is not a file of CUB-200-2011: {cause}", hint=how_to_mend(path.parents[1]))
+    return ArtifactError(f"`{path}` is not a file of CUB-200-2011: {cause}", hint=how_to_fix(path.parents[1]))

@@ -1,4 +1,4 @@
-"""What a data set is to the rest of icdctl: what is asked for, what is known of it, and its images and labels."""
+"""The types of a data set: what a caller asks for, what is known without images, and the images with their labels."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ UNLABELED = -1
 """The label of an image that has none."""
 
 OnImages = Callable[[int, int | None], None]
-"""(images that are decoded, images in all)."""
+"""Called with (images decoded so far, images in all)."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Which images are wanted, and how they are divided. `icdctl.data.request` makes it, with everything checked."""
+    """Which images are wanted and how they are divided; `icdctl.data.request` checks it all and makes one."""
 
     name: str
     """A name in `DATASETS`, or `imagefolder:` and an absolute path."""
     folder: Path
-    """What holds the folders of published data sets."""
+    """The folder that holds the folders of published data sets."""
     train_images: int | None = None
-    """How many to make; `digits100` alone."""
+    """Training images to make; only `digits100` has this setting."""
     test_images: int | None = None
-    """Likewise, for testing."""
+    """Test images to make; only `digits100` has this setting."""
     image_size: int | None = None
-    """Side of the square that images are resized to; `imagefolder` alone."""
+    """Side in pixels of the square that images are resized to; only `imagefolder` has this setting."""
     test_split: float | None = None
-    """Share of each class for testing, where the folder brings no test images; `imagefolder` alone."""
+    """Share of each class for testing where the folder has no test images; only `imagefolder` has this setting."""
     skip_broken: bool | None = None
-    """Leave out images that can't be decoded; `imagefolder` alone."""
+    """Leave out images that can't be decoded; only `imagefolder` has this setting."""
     val_split: float = 0.0
     """Share of each class's training images that is held out for validation."""
     split_seed: int = 0
-    """Which images are held out, for validation and for testing."""
+    """Seed that decides which images are held out, for validation and for testing."""
     room_to_crop: bool = False
-    """Keep training images an eighth larger than what a model reads, for crops of changing size."""
+    """Keep training images about an eighth larger than the model's input, for crops of varying size."""
     unlabeled: bool = False
-    """Bring the images without labels too."""
+    """Load the images without labels too."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,16 @@ class Preprocessing:
     """How an 8-bit RGB image becomes a model's input: resize, divide by 255, subtract the mean, divide by the std."""
 
     size: tuple[int, int]
-    """Height and width of what the model reads."""
+    """Height and width of the model's input, in pixels."""
     mean: tuple[float, float, float]
-    """Of the training set, red, green, blue, in [0, 1]."""
+    """Mean of red, green and blue over the training set, for pixels in [0, 1]."""
     std: tuple[float, float, float]
-    """Of the training set, red, green, blue, in [0, 1]."""
+    """Standard deviation of red, green and blue over the training set, for pixels in [0, 1]."""
     resize: tuple[int, int] | None = None
-    """Height and width that an image is resized to, where `size` is then cut out of its centre."""
+    """Height and width that an image is resized to before `size` is cropped from its centre; None without a crop."""
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Bit for bit what torchvision's ToTensor and Normalize give.
+        """Normalise images exactly, bit for bit, as torchvision's ToTensor and Normalize do.
 
         Args:
             images: [B, H, W, 3] uint8.
@@ -72,21 +72,26 @@ class Preprocessing:
         return self.normaliser(images.device)(images)
 
     def normaliser(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """`normalise` for images on one device, with its numbers there already: a call copies nothing to it."""
+        """`normalise` for images on one device; mean and std are there already, so a call copies nothing to it."""
         mean, std = torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
         return lambda images: ((images.to(torch.float32) / 255 - mean) / std).permute(0, 3, 1, 2)
 
-    def as_json(self) -> dict[str, Any]:
-        """A plain value for metadata."""
-        stated = {"colour": "RGB", "size": list(self.size), "mean": list(self.mean), "std": list(self.std)}
+    def as_json(self) -> dict[str, object]:
+        """The JSON object that metadata hold."""
+        stated: dict[str, object] = {
+            "colour": "RGB",
+            "size": list(self.size),
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
         return stated if self.resize is None else {**stated, "resize": list(self.resize)}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of `as_json`.
+        """Read back what `as_json` gave.
 
         Raises:
-            KeyError, TypeError, ValueError: it is not what `as_json` made.
+            KeyError, TypeError, ValueError: `value` is not what `as_json` gives.
         """
         height, width = (int(side) for side in value["size"])
         resize = None
@@ -110,21 +115,21 @@ class DatasetInfo:
     """What is known of a data set without its images."""
 
     name: str
-    """As weights and reports say it: a name in `DATASETS`, or `imagefolder:` and the folder's own name."""
+    """The public name, for weights and reports: a name in `DATASETS`, or `imagefolder:` and the folder's last part."""
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
     source: str
     """Where the pixels come from."""
     licence: str
-    """What their publisher says on their use."""
+    """What the publisher says about their use."""
 
     @property
     def num_classes(self) -> int:
         """K."""
         return len(self.class_names)
 
-    def weights_metadata(self, model: str) -> dict[str, Any]:
-        """The metadata of the weights of a model trained on this data: enough to use them with nothing beside them."""
+    def weights_metadata(self, model: str) -> dict[str, object]:
+        """The metadata for weights of a model trained on this data: enough to use the weights file by itself."""
         return {
             "class_names": list(self.class_names),
             "dataset": self.name,
@@ -136,30 +141,30 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class Dataset(DatasetInfo):
-    """Images and labels, whole, on the CPU, in memory or in memory-mapped files."""
+    """All images and labels, on the CPU, in memory or in memory-mapped files."""
 
     train_images: Tensor
-    """[N, H, W, 3] uint8, of the size that the model reads or larger, for crops."""
+    """[N, H, W, 3] uint8, of the model's input size, or larger for crops."""
     train_labels: Tensor
-    """[N] int64; `UNLABELED` for images without one."""
+    """[N] int64; `UNLABELED` for images without a label."""
     test_images: Tensor
-    """[M, H, W, 3] uint8, of the size that the model reads."""
+    """[M, H, W, 3] uint8, of the model's input size."""
     test_labels: Tensor
     """[M] int64."""
     sha256: str
-    """Of all pixels and labels."""
+    """Hash of all pixels and labels."""
     val_images: Tensor | None = None
-    """[V, H, W, 3] uint8, of the size that the model reads; None where nothing is held out for validation."""
+    """[V, H, W, 3] uint8, of the model's input size; None where nothing is held out for validation."""
     val_labels: Tensor | None = None
-    """[V] int64."""
+    """[V] int64; None where nothing is held out for validation."""
     caveat: str | None = None
-    """What a reader of the results must know of these files."""
+    """What readers of the results must know about these files; None where they are as published."""
     notes: tuple[str, ...] = ()
-    """What a person who starts a run should know of how the images are used."""
+    """What users should know, at the start of a run, about how the images are used."""
     skipped_images: int = 0
-    """Left out because they can't be decoded."""
+    """Number of images left out because they can't be decoded."""
 
     @property
     def has_unlabeled(self) -> bool:
-        """Whether training images without a label are among them."""
+        """Whether some training images have no label."""
         return bool((self.train_labels == UNLABELED).any())

@@ -1,4 +1,4 @@
-"""Image files of any size and mode as 8-bit RGB of one size."""
+"""Decoding of image files of any size and mode to 8-bit RGB of one size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,16 +30,16 @@ Size = tuple[int, int]
 Pixels = npt.NDArray[np.uint8]
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-"""No other is tried, whatever Pillow could read: EPS, for one, runs a program."""
-_NO_IMAGE = "no JPEG, PNG, BMP, GIF, WebP, TIFF or PPM image"
+"""The only formats that are tried. Pillow reads more, but some are unsafe: EPS runs a program."""
+_NO_IMAGE = "not a JPEG, PNG, BMP, GIF, WebP, TIFF or PPM image"
 _MOST_PIXELS = 178_956_970
-"""Where Pillow sees a decompression bomb; held here too, since another library may have lifted Pillow's limit."""
+"""Pillow's own limit for decompression bombs; checked here too, since another library may have lifted Pillow's."""
 _MANY_PIXELS = 1 << 25
 _LONGEST_REASON = 120
 _NAMED_FILES = 3
 _MOST_THREADS = 16
 _ONE_LARGE_IMAGE = threading.Lock()
-"""Held while an image of more than `_MANY_PIXELS` is decoded: one may need a GB, and each thread could have one."""
+"""Held while an image of more than `_MANY_PIXELS` is decoded: each may need 1 GB, so only one is decoded at a time."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,14 +49,14 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what undoes it."""
+"""EXIF orientation -> the transpose that undoes it."""
 
 
 class BrokenImageError(ArtifactError):
-    """A file whose content is no image that can be decoded."""
+    """The content of a file can't be decoded as an image."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"`{path}` can't be decoded: {reason}", hint="mend or delete it")
+        super().__init__(f"`{path}` can't be decoded: {reason}", hint="fix or delete it")
         self.reason = reason
 
 
@@ -67,27 +66,27 @@ class BrokenImage:
 
     path: Path
     reason: str
-    """A few words, in one line."""
+    """Why, in a few words on one line."""
 
 
 def decode_image(path: Path, *, resize: Size, crop: Size | None) -> Pixels:
-    """One image file as 8-bit RGB: turned upright, resized (bilinear, antialiased, aspect not kept), centre-cropped.
+    """Decode an image file to 8-bit RGB: turned upright, resized (bilinear, antialiased, aspect not kept) and cropped.
 
-    Bit for bit what torchvision's Resize and CenterCrop give for Pillow's `convert("RGB")`. Alpha is dropped; of an
-    animation, the first frame is taken; of 16-bit grey, the higher byte, as Pillow does for 16-bit colour.
+    The result equals, bit for bit, torchvision's Resize and CenterCrop of Pillow's `convert("RGB")`. Alpha is dropped.
+    An animation gives its first frame. 16-bit grey gives its higher byte, as Pillow does for 16-bit colour.
 
     Args:
         path: the file; its suffix does not matter.
         resize: height and width to resize to.
-        crop: height and width to cut out of that; None for all of it.
+        crop: height and width to crop from the centre of that; None keeps all of it.
 
     Returns:
         [h, w, 3] uint8.
 
     Raises:
-        BrokenImageError: the content can't be decoded: empty, cut short, no image, too large, floating-point.
-        ArtifactError: it is missing, can't be read or is no file.
-        UsageError: the sizes can't be.
+        BrokenImageError: the content can't be decoded: empty, cut short, not an image, too large, floating-point.
+        ArtifactError: the file is missing, can't be read or is not a regular file.
+        UsageError: the sizes are impossible.
     """
     check_sizes(resize, crop)
     with _quiet_pillow():
@@ -95,9 +94,9 @@ def decode_image(path: Path, *, resize: Size, crop: Size | None) -> Pixels:
 
 
 def images_below(base: Path) -> Iterator[Path]:
-    """The images at any depth below a folder, by their suffixes; links are followed, but never in circles.
+    """The image files at any depth below a folder, found by suffix; links are followed, but never in circles.
 
-    A link upwards would bring in the images of other classes, so what `base` lies in counts as seen.
+    A link upwards would bring in the images of other classes, so the folders above `base` count as visited.
 
     Raises:
         ArtifactError: a folder can't be read.
@@ -118,25 +117,25 @@ def images_below(base: Path) -> Iterator[Path]:
 
 
 def _refuse_unreadable(error: OSError) -> None:
-    """A folder that is left out in silence would be a data set of another size."""
+    """Stop at an unreadable folder: without it, the data set would silently have another size."""
     raise ArtifactError(
         f"image folder `{error.filename}` can't be read: {error.strerror or error}", hint="check its permissions"
     ) from error
 
 
 def check_sizes(resize: Size, crop: Size | None) -> None:
-    """Whether images can be resized and cropped so.
+    """Check that images can be resized and cropped to these sizes.
 
     Raises:
-        UsageError: a side is less than 1, or the crop is larger than what it is cut from.
+        UsageError: a side is less than 1, or the crop is larger than the resized image.
     """
     for size in (resize, crop or resize):
         if min(size) < 1:
-            raise UsageError(f"images of {_shown(size)}", hint="a side is at least 1 pixel")
+            raise UsageError(f"images of {_shown(size)} are impossible", hint="pass sides of at least 1 pixel")
     if crop is not None and (crop[0] > resize[0] or crop[1] > resize[1]):
         raise UsageError(
             f"a crop of {_shown(crop)} can't be cut out of {_shown(resize)}",
-            hint="make the crop smaller, or resize to more",
+            hint="make the crop smaller, or resize to a larger size",
         )
 
 
@@ -145,7 +144,7 @@ def _shown(size: Size) -> str:
 
 
 def _decode(path: Path, resize: Size, crop: Size | None) -> Pixels:
-    """`decode_image` without its care for warnings, whose filters all threads share."""
+    """`decode_image` without silencing warnings: all threads share the warning filters, so the caller does it once."""
     content = _read(path)
     if not content:
         raise BrokenImageError(path, "the file is empty")
@@ -157,12 +156,12 @@ def _decode(path: Path, resize: Size, crop: Size | None) -> Pixels:
             with _ONE_LARGE_IMAGE if num_pixels > _MANY_PIXELS else nullcontext():
                 small = _upright_rgb(image).resize((resize[1], resize[0]), Image.Resampling.BILINEAR)
         return np.array(small if crop is None else _centre(small, crop))
-    except Exception as error:  # Pillow's readers raise nearly anything on content that they did not foresee
+    except Exception as error:  # Pillow's readers can raise almost any exception on broken content
         raise BrokenImageError(path, _reason(error)) from error
 
 
 def _read(path: Path) -> bytes:
-    """The whole file. Apart from decoding, so that a disk's or a permission's error is not taken for a broken image."""
+    """The whole file. Reading is separate from decoding so that a disk error is not reported as a broken image."""
     state_of(path)
     try:
         return path.read_bytes()
@@ -171,28 +170,28 @@ def _read(path: Path) -> bytes:
 
 
 def state_of(path: Path, remedy: str | None = None) -> os.stat_result:
-    """What the file system says of an image file.
+    """The file system's facts about an image file.
 
     Args:
         path: the file.
-        remedy: what a person does where it is missing.
+        remedy: the hint where the file is missing; None gives a general one.
 
     Raises:
-        ArtifactError: it is missing, no file, too large or can't be looked at.
+        ArtifactError: the file is missing, not a regular file, larger than 2 GiB, or not accessible.
     """
     try:
         state = path.stat()
     except OSError as error:
         raise _unreadable(path, error, remedy) from error
     if not stat.S_ISREG(state.st_mode):  # a device or a pipe never ends
-        raise ArtifactError(f"image `{path}` is no file", hint="leave it out")
+        raise ArtifactError(f"image `{path}` is not a regular file", hint="leave it out")
     if state.st_size > files.LARGEST_FOREIGN_BYTES:
         raise ArtifactError(f"image `{path}` is refused: it is larger than 2 GiB", hint="leave it out")
     return state
 
 
-def broken_images_told(broken: Sequence[BrokenImage], total: int, *, folder: Path | None = None) -> str:
-    """How many of how many files can't be decoded, and why the first ones: by their paths in a folder."""
+def broken_images_message(broken: Sequence[BrokenImage], total: int, *, folder: Path | None = None) -> str:
+    """How many of `total` files can't be decoded, and why for the first few; paths relative to `folder` if given."""
     paths = [image.path if folder is None else image.path.relative_to(folder) for image in broken[:_NAMED_FILES]]
     named = [f"`{path.as_posix()}`: {image.reason}" for path, image in zip(paths, broken, strict=False)]
     more = ["..."] if len(broken) > _NAMED_FILES else []
@@ -201,7 +200,7 @@ def broken_images_told(broken: Sequence[BrokenImage], total: int, *, folder: Pat
 
 def _unreadable(path: Path, error: OSError, remedy: str | None = None) -> ArtifactError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        hint = remedy or "put it back, or get the data set again"
+        hint = remedy or "restore it, or get the data set again"
         return ArtifactError(f"image `{path}` does not exist", hint=hint)
     return ArtifactError(
         f"image `{path}` can't be read: {error.strerror or error}", hint="check its permissions and the disk"
@@ -209,20 +208,20 @@ def _unreadable(path: Path, error: OSError, remedy: str | None = None) -> Artifa
 
 
 def _reason(error: Exception) -> str:
-    """A few words on why an image can't be decoded."""
+    """Why an image can't be decoded, in a few words on one line."""
     if isinstance(error, UnidentifiedImageError):
         return _NO_IMAGE
     if isinstance(error, Image.DecompressionBombError):
         return f"too many pixels, more than {_MOST_PIXELS:,}"
     if isinstance(error, MemoryError):
         return "it does not fit into memory"
-    told = " ".join(str(error).split()).encode("ascii", "replace").decode("ascii")
-    return told[:_LONGEST_REASON] or type(error).__name__
+    reason = " ".join(str(error).split()).encode("ascii", "replace").decode("ascii")
+    return reason[:_LONGEST_REASON] or type(error).__name__
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    image.load()  # also what may follow the pixels, EXIF in a PNG; a TIFF turns itself upright
-    # `convert` warns of transparency or fails over it, and would not make use of it.
+    image.load()  # also reads what may follow the pixels, such as EXIF in a PNG; a TIFF turns itself upright
+    # `convert` warns about transparency or fails because of it, and does not use it.
     image.info.pop("transparency", None)
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose range is not known")
@@ -233,24 +232,26 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
-    """What turns it as EXIF asks for; None where it is upright. `ImageOps.exif_transpose` does the same, but fails
-    where other entries are damaged."""
+    """The transpose that makes an image upright, from its EXIF data; None where it is upright already.
+
+    `ImageOps.exif_transpose` does the same, but fails where other EXIF entries are damaged.
+    """
     try:
         return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF, of any kind; the pixels are well
+    except Exception:  # damaged EXIF can raise almost any exception; the pixels are intact
         return None
 
 
 def _higher_byte(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits as grey of 8; `convert` would clip it."""
-    values: npt.NDArray[Any] = np.asarray(image)
+    """16-bit grey as 8-bit grey: the higher byte. `convert` would clip the values instead."""
+    values: npt.NDArray[np.integer] = np.asarray(image)
     if values.min() < 0 or values.max() > 0xFFFF:
-        raise ValueError(f"grey values {values.min()} to {values.max()}, not of 16 bits")
+        raise ValueError(f"grey values {values.min()} to {values.max()}, expected 0 to 65535")
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def _centre(image: Image.Image, size: Size) -> Image.Image:
-    """The middle of an image, rounded as torchvision's CenterCrop does: half a pixel goes to the even side."""
+    """The centre of an image, rounded as torchvision's CenterCrop does: half a pixel goes to the even side."""
     height, width = size
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
     return image.crop((left, top, left + width, top + height))
@@ -258,9 +259,9 @@ def _centre(image: Image.Image, size: Size) -> Image.Image:
 
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
-    """Pillow warns of images that it reads all the same, and its log goes to stderr where nobody takes it.
+    """Silence Pillow's warnings about images that it reads all the same, and its log, which would go to stderr.
 
-    What libtiff itself prints of a damaged TIFF stays: to stop it would take stderr from all threads.
+    What libtiff itself prints about a damaged TIFF still appears: stopping it would take stderr from all threads.
     """
     log, silence = logging.getLogger("PIL"), logging.NullHandler()
     log.addHandler(silence)
@@ -275,15 +276,15 @@ def _quiet_pillow() -> Iterator[None]:
 def decode_in_order(
     paths: Iterable[Path], *, resize: Size, crop: Size | None
 ) -> Generator[Pixels | BrokenImage, None, None]:
-    """What each file gives, decoded by as many threads as there are cores: Pillow holds no lock meanwhile.
+    """Decode files and give the results in the order of `paths`, with a thread per core, 16 at most.
 
     Args:
         paths: the files.
-        resize: as for `decode_image`; `check_sizes` accepts both.
+        resize: as for `decode_image`; the caller has checked both sizes with `check_sizes`.
         crop: as for `decode_image`.
 
     Raises:
-        ArtifactError: one is missing or can't be read.
+        ArtifactError: a file is missing or can't be read.
     """
 
     def decode_one(path: Path) -> Pixels | BrokenImage:
@@ -299,9 +300,9 @@ def decode_in_order(
         try:
             for path in paths:
                 pending.append(pool.submit(decode_one, path))
-                if len(pending) > 8 * num_threads:  # bounds the memory where a slow image is waited for
+                if len(pending) > 8 * num_threads:  # bounds the memory while a slow image holds up the others
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-        finally:  # also after Ctrl-C: what has begun takes milliseconds, the rest is dropped
+        finally:  # also after Ctrl-C: images under way take milliseconds, the rest are dropped
             pool.shutdown(wait=True, cancel_futures=True)

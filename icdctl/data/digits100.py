@@ -1,12 +1,12 @@
 """digits100: an embedded data set, shaped like CIFAR-100, that needs no download.
 
-Each image shows two real handwritten digits side by side on a coloured, cluttered ground; the class is the two-digit
-number they spell. The digits are the 8x8 images of "Optical Recognition of Handwritten Digits" that scikit-learn
-carries; what is synthetic is their composition. Source digits of train and test are disjoint (their writers are not:
-the source does not name them).
+Each image shows two real handwritten digits side by side on a coloured, cluttered background; the class is the
+two-digit number that they spell. The digits are the 8x8 images of "Optical Recognition of Handwritten Digits" from
+scikit-learn; only their composition is synthetic. Training and test images use different source digits (but maybe of
+the same writers, whom the source does not name).
 
-Only uniform draws and elementwise arithmetic are used, so that every machine makes the same bytes, and image n of a
-split is the same however many are made.
+Only uniform draws and elementwise arithmetic are used, so that every machine makes the same bytes, and image n is the
+same however many images are made.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +35,7 @@ STD = (0.187, 0.187, 0.187)
 SOURCE = "composed of the handwritten digits of UCI Optical Recognition of Handwritten Digits, from scikit-learn"
 LICENCE = "CC BY 4.0 (Alpaydin and Kaynak, 1998, https://doi.org/10.24432/C50P49)"
 RECIPE_VERSION = 1
-"""Part of the cache's name: raise it whenever the pixels change."""
+"""Version of the pixels, part of the cache file's name: raise it whenever they change."""
 DESCRIPTION = DatasetInfo("digits100", CLASS_NAMES, Preprocessing((SIDE, SIDE), MEAN, STD), SOURCE, LICENCE)
 
 _CLUTTER_OPACITY = 0.3
@@ -47,23 +46,23 @@ _Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Split:
-    """Images [N, 32, 32, 3] uint8 and labels [N] int64."""
+class DigitImages:
+    """Images [N, 32, 32, 3] uint8 and labels [N] int64, for training or for testing."""
 
     images: _Pixels
     labels: _Labels
 
 
 def load(wanted: Request, on_images: OnImages) -> Dataset:
-    """From the cache, or made (in about two seconds) and cached."""
+    """Read the images from the cache, or make them (in about two seconds) and cache them."""
     train_images, test_images = int(wanted.train_images or 0), int(wanted.test_images or 0)
     name = f"digits100-v{RECIPE_VERSION}-{train_images}-{test_images}.safetensors"
     path = files.cache_folder() / name
     keys = ("train_images", "train_labels", "test_images", "test_labels")
     tensors, sha256 = _read_cache(path, keys)
-    if not tensors or fingerprint(*tensors) != sha256:  # absent or damaged: made anew
-        train = make_split(train_images, seed=1, test=False)
-        test = make_split(test_images, seed=2, test=True)
+    if not tensors or fingerprint(*tensors) != sha256:  # absent or damaged
+        train = make_images(train_images, seed=1, test=False)
+        test = make_images(test_images, seed=2, test=True)
         arrays = (train.images, train.labels, test.images, test.labels)
         tensors = tuple(torch.from_numpy(array) for array in arrays)
         sha256 = fingerprint(*tensors)
@@ -72,10 +71,10 @@ def load(wanted: Request, on_images: OnImages) -> Dataset:
 
 
 def _read_cache(path: Path, keys: Sequence[str]) -> tuple[tuple[Tensor, ...], str]:
-    """The tensors of a cache file and the hash that it states, or nothing where it can't be read."""
+    """The tensors of a cache file and the hash in its metadata; `((), "")` where it can't be read."""
     try:
         with safe_open(path, framework="pt") as cache:
-            # Copied, for what is mapped would keep its room on the disk when `icdctl clean` deletes it.
+            # Copied: a mapped file would keep its disk space after `icdctl clean` deletes it.
             found = tuple(cache.get_tensor(key).clone() for key in keys), str(cache.metadata()["sha256"])
     except (OSError, SafetensorError, KeyError, TypeError):
         return (), ""
@@ -83,13 +82,13 @@ def _read_cache(path: Path, keys: Sequence[str]) -> tuple[tuple[Tensor, ...], st
     return found
 
 
-def make_split(num_images: int, *, seed: int, test: bool) -> Split:
-    """Draw one split; each run of 100 images holds every class once.
+def make_images(num_images: int, *, seed: int, test: bool) -> DigitImages:
+    """Compose images for training or testing; each run of 100 images holds every class once.
 
     Args:
         num_images: N.
-        seed: of the composition.
-        test: take the digits that are kept for testing, one in five.
+        seed: seed of the composition.
+        test: use the source digits that are reserved for testing, one in five.
     """
     pool = _digit_pool(test)
     random = np.random.RandomState(seed)
@@ -102,25 +101,25 @@ def make_split(num_images: int, *, seed: int, test: bool) -> Split:
         label = int(order[position % NUM_CLASSES])
         images[position] = _compose(label, pool, random)
         labels[position] = label
-    return Split(images, labels)
+    return DigitImages(images, labels)
 
 
 def _digit_pool(test: bool) -> list[list[Image.Image]]:
-    """The source digits by class, as 8x8 grey images."""
+    """The source digits by class, 0 to 9, as 8x8 grey images."""
     from sklearn.datasets import load_digits
 
-    digits: Any = load_digits()
-    pixels = (digits.images * 255 / 16).astype(np.uint8)
+    flat_images, digit_of = load_digits(return_X_y=True)
+    pixels = (flat_images.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)
     pool: list[list[Image.Image]] = [[] for _ in range(10)]
-    for index, (image, digit) in enumerate(zip(pixels, digits.target, strict=True)):
+    for index, (image, digit) in enumerate(zip(pixels, digit_of, strict=True)):
         if (index % 5 == 4) == test:
             pool[int(digit)].append(Image.fromarray(image))
     return pool
 
 
 def _compose(label: int, pool: list[list[Image.Image]], random: np.random.RandomState) -> _Pixels:
-    """One image: ground, clutter, the left and the right digit, noise."""
-    canvas = _ground(random)
+    """One image: background, clutter, the left and the right digit, noise."""
+    canvas = _background(random)
     for _ in range(random.randint(2, 5)):
         _paste_clutter(canvas, pool, random)
     half = SIDE // 2
@@ -130,14 +129,14 @@ def _compose(label: int, pool: list[list[Image.Image]], random: np.random.Random
         top = random.randint(0, SIDE - height + 1)
         left = left_edge + random.randint(0, half - width + 1)
         _blend(canvas, _resized(source, width, height), top, left, random.uniform(0.6, 1.0, 3))
-    # The sum of four uniform draws is near to normal, and exact on every machine.
+    # The sum of four uniform draws is nearly normal, and the same on every machine.
     noise = random.randint(0, 256, (4, SIDE, SIDE, 3)).sum(axis=0) / 255.0 - 2.0
     noisy = canvas + noise * (_NOISE_STD * 3.0**0.5)
     pixels: _Pixels = (noisy.clip(0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
     return pixels
 
 
-def _ground(random: np.random.RandomState) -> npt.NDArray[np.float64]:
+def _background(random: np.random.RandomState) -> npt.NDArray[np.float64]:
     """A dark gradient between two colours, across or down: [32, 32, 3]."""
     first, last = random.uniform(0.0, 0.45, (2, 3))
     ramp = np.arange(SIDE)[:, None, None] / (SIDE - 1)
@@ -148,7 +147,7 @@ def _ground(random: np.random.RandomState) -> npt.NDArray[np.float64]:
 def _paste_clutter(
     canvas: npt.NDArray[np.float64], pool: list[list[Image.Image]], random: np.random.RandomState
 ) -> None:
-    """A faint part of some digit, anywhere."""
+    """Paint a faint part of a random digit at a random place, in place."""
     digits = pool[random.randint(10)]
     digit = _resized(digits[random.randint(len(digits))], 16, 16)
     height, width = random.randint(5, 11, 2)
@@ -158,7 +157,7 @@ def _paste_clutter(
 
 
 def _resized(digit: Image.Image, width: int, height: int) -> npt.NDArray[np.float64]:
-    """Opacity in [0, 1]: [height, width]."""
+    """A digit as opacity in [0, 1]: [height, width]."""
     return np.asarray(digit.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float64) / 255.0
 
 
@@ -171,5 +170,5 @@ def _blend(
 ) -> None:
     """Paint `colour` through `opacity` [h, w] at (top, left), in place."""
     height, width = opacity.shape
-    region = canvas[top : top + height, left : left + width]
-    region += opacity[:, :, None] * (colour - region)
+    area = canvas[top : top + height, left : left + width]
+    area += opacity[:, :, None] * (colour - area)

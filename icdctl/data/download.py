@@ -1,7 +1,7 @@
-"""Verified downloads: a file is either absent or whole and checked.
+"""Verified downloads: a file is either absent or complete and checked.
 
-`fetch` tries the mirrors in order; what one of them sends is kept under a temporary name until its size and hashes are
-right, then renamed. Wrong bytes are deleted, and the next mirror is asked.
+`fetch` tries the mirrors in order. A download keeps a temporary name until its size and hashes are right, then it is
+renamed. Wrong bytes are deleted, and the next mirror is tried.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ __all__ = ["USUAL_PATIENCE", "OnBytes", "Origin", "Patience", "RemoteFile", "fet
 
 MIRROR_VARIABLE = "ICDCTL_MIRROR"
 _LONGEST_ARCHIVE = 8 * 1024**3
-"""Of an archive that one member is wanted from; only its members' sizes are known."""
+"""Most bytes of an archive of which one member is wanted; only the sizes of members are known in advance."""
 
 Check = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A published file, and what its bytes must be."""
+    """A published file: where it is, and the size and hashes that its bytes must have; None where not known."""
 
     name: str
-    """Where it lies on a mirror: `<mirror>/<name>`."""
+    """Its path on a mirror: `<mirror>/<name>`."""
     urls: tuple[str, ...]
-    """Where it is published, in the order to be tried; `ARCHIVE_URL#MEMBER` is a member of a tar archive."""
+    """Addresses of the publisher, in the order to try; `ARCHIVE_URL#MEMBER` is a member of a tar archive."""
     num_bytes: int | None = None
     sha256: str | None = None
     md5: str | None = None
     pinned_by: str = "the published one"
-    """Whose hash it is, for the message where the bytes have another."""
+    """What the hashes belong to, for the message where the bytes have others."""
 
     @property
     def carry_over(self) -> str:
-        """The hint where it can't be downloaded."""
-        return f"carry it over from a machine that has it: {self.facts}; then name it with `--from FILE`"
+        """The hint where the file can't be downloaded."""
+        return f"copy it from a machine that has it: {self.facts}; then name it with `--from FILE`"
 
     @property
     def facts(self) -> str:
-        """Name, size and hash, for a person who carries the file over."""
+        """Name, size and hashes, as one phrase for messages."""
         size = "" if self.num_bytes is None else f", {self.num_bytes:,} bytes"
         hashes = [f"{kind} {value}" for kind, value in (("md5", self.md5), ("sha256", self.sha256)) if value]
         return f"`{self.name}`{size}, {', '.join(hashes) if hashes else 'no hash is published'}"
@@ -64,18 +64,18 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Origin:
-    """A file that is here, and where it came from."""
+    """A file on this machine, and where it came from."""
 
     path: Path
     url: str | None
-    """None where it was here already."""
+    """The URL that it was downloaded from; None where the file existed already."""
 
 
 def mirrors_in_order(given: str | None) -> tuple[str, ...]:
-    """The mirrors to ask before the publisher: the one that was given, then the one that `ICDCTL_MIRROR` names.
+    """The mirrors to try before the publisher: the given one, then the one in `ICDCTL_MIRROR`.
 
     Raises:
-        UsageError: one is no http, https or file URL.
+        UsageError: a mirror is not an http, https or file URL.
     """
     named = [mirror for mirror in (given, os.environ.get(MIRROR_VARIABLE)) if mirror]
     for mirror in named:
@@ -83,28 +83,28 @@ def mirrors_in_order(given: str | None) -> tuple[str, ...]:
         is_folder = parts.scheme == "file" and parts.path.startswith("/") and parts.netloc in ("", "localhost")
         if not is_folder and not (parts.scheme in ("http", "https") and parts.netloc):
             raise UsageError(
-                f"`{mirror}` is no mirror: expected an http, https or file URL",
+                f"`{mirror}` is not a mirror: expected an http, https or file URL",
                 hint="e.g. `--mirror https://files.example.org/icdctl` or `--mirror file:///mnt/share/icdctl`",
             )
     return tuple(dict.fromkeys(named))
 
 
 def verify(file: RemoteFile, path: Path) -> None:
-    """Compare size and hashes.
+    """Compare size and hashes of the file at `path` with the published ones.
 
     Raises:
-        ArtifactError: one differs; expected and got are said.
+        ArtifactError: one differs (the message says expected and got), or the file can't be read.
     """
     if path.exists() and not path.is_file():  # reading a device or a pipe might never end
-        raise ArtifactError(f"`{path}` is no file", hint=f"name the file itself: {file.facts}")
-    questions: tuple[tuple[str, object, Callable[[Path], object]], ...] = (
+        raise ArtifactError(f"`{path}` is not a regular file", hint=f"name the file itself: {file.facts}")
+    checks: tuple[tuple[str, object, Callable[[Path], object]], ...] = (
         ("size", file.num_bytes, lambda path: path.stat().st_size),
         ("md5", file.md5, files.md5_file),
         ("sha256", file.sha256, files.sha256_file),
     )
-    for what, expected, ask in questions:
+    for what, expected, measure in checks:
         try:
-            got = ask(path) if expected is not None else None
+            got = measure(path) if expected is not None else None
         except OSError as error:
             raise ArtifactError(
                 f"`{path}` can't be read: {error.strerror or error}", hint="check the path and its permissions"
@@ -112,7 +112,7 @@ def verify(file: RemoteFile, path: Path) -> None:
         if got != expected:
             raise ArtifactError(
                 f"`{path}` is not {file.pinned_by} `{file.name}`: {what} {got}, expected {expected}",
-                hint="it is broken, cut short or another version; get it again",
+                hint="it is broken, cut short or another version; download it again",
             )
 
 
@@ -126,19 +126,19 @@ def fetch(
     check: Check = lambda path: None,
     patience: Patience = USUAL_PATIENCE,
 ) -> Origin:
-    """Have `file` at `destination`, downloaded where it is not there yet; two processes that want it fetch it once.
+    """Download `file` to `destination`, unless it is there already; two processes at once download it only once.
 
     Args:
-        file: what it must be.
-        destination: where it goes, under this name only when it is whole and right.
-        mirrors: asked before the publisher.
-        offline: nothing is downloaded; mirrors that are folders are still read.
-        on_bytes: told of the progress.
-        check: a further look at a file whose hashes are right; it raises ArtifactError where the content is wrong.
-        patience: how long each source is waited for.
+        file: the published file.
+        destination: the final path; a file has this name only once it is complete and verified.
+        mirrors: URLs to try before the publisher.
+        offline: download nothing; mirrors that are folders are still read.
+        on_bytes: called with the progress.
+        check: a further check of a file whose hashes are right; it raises ArtifactError where the content is wrong.
+        patience: how long to wait for each source.
 
     Raises:
-        ArtifactError: no source gives it, or it can't be written. Nothing is left under the final name.
+        ArtifactError: no source gives the file, or it can't be written. Nothing is left under the final name.
     """
     files.make_folder(destination.parent)
     with files.waited_lock(destination.with_name(f".{destination.name}.lock")):
@@ -147,23 +147,23 @@ def fetch(
             check(destination)
             return Origin(destination, None)
         urls = [f"{mirror.rstrip('/')}/{file.name}" for mirror in mirrors] + list(file.urls)
-        asked = [url for url in urls if not offline or url.startswith("file:")]
+        allowed = [url for url in urls if not offline or url.startswith("file:")]
         attempt = _Attempt(file, destination, on_bytes, check, patience)
         failures: list[str] = []
-        for url in asked:
+        for url in allowed:
             try:
                 attempt.take(url)
                 return Origin(destination, shown(url))
             except (SourceError, ArtifactError) as error:
                 failures.append(f"{shown(url)}: {error}")
             except OSError as error:
-                attempt.partial.delete()  # or the disk would stay full
+                attempt.partial.delete()  # otherwise a full disk would stay full
                 raise files.not_writable(destination, error) from error
-        raise _not_to_be_had(file, destination, failures, offline=offline)
+        raise _fetch_failed(file, destination, failures, offline=offline)
 
 
 class _Attempt:
-    """One file on its way from one source after another."""
+    """The download of one file, tried from one source after another."""
 
     def __init__(
         self, file: RemoteFile, destination: Path, on_bytes: OnBytes, check: Check, patience: Patience
@@ -176,38 +176,38 @@ class _Attempt:
         self._patience = patience
 
     def take(self, url: str) -> None:
-        """From this source, through all checks, to its final name.
+        """Download from this source, check the bytes, and rename the file to its final name.
 
         Raises:
-            SourceError, ArtifactError: it does not give it, or gives something else, which is deleted.
-            OSError: it can't be written.
+            SourceError, ArtifactError: the source does not give the file, or gives wrong bytes, which are deleted.
+            OSError: the file can't be written.
         """
         if self.file.num_bytes is None or self.partial.size != self.file.num_bytes:
-            self._bring(url)
+            self._download(url)
         try:
             verify(self.file, self.partial.path)
             self._check(self.partial.path)
         except ArtifactError as error:
             self.partial.delete()
-            told = error.message.replace(f"`{self.partial.path}`", "what it sends")
-            raise ArtifactError(f"{told}; deleted", hint=error.hint) from error
+            message = error.message.replace(f"`{self.partial.path}`", "what it sends")
+            raise ArtifactError(f"{message}; deleted", hint=error.hint) from error
         with self.partial.path.open("rb") as content:
             os.fsync(content.fileno())
         self.partial.path.replace(self.destination)
         self.partial.delete()
 
-    def _bring(self, url: str) -> None:
+    def _download(self, url: str) -> None:
         most_bytes = self.file.num_bytes or files.LARGEST_FOREIGN_BYTES
         if self.file.num_bytes is not None:
             check_room(self.file.num_bytes - self.partial.size, self.destination.parent)
         source, _, member = url.partition("#")
         if member:
-            self._bring_member(source, member, most_bytes)
+            self._download_member(source, member, most_bytes)
         else:
             retrieve(url, self.partial, most_bytes=most_bytes, patience=self._patience, on_bytes=self._on_bytes)
 
-    def _bring_member(self, url: str, member: str, most_bytes: int) -> None:
-        """The archive is kept beside the file, for the next member that is wanted from it."""
+    def _download_member(self, url: str, member: str, most_bytes: int) -> None:
+        """Extract the member from its archive, which is kept beside the file because other members may be wanted."""
         name = Path(urllib.parse.urlsplit(url).path).name
         whole = self.destination.with_name(name)
         with files.waited_lock(whole.with_name(f".{name}.lock")):
@@ -230,13 +230,13 @@ class _Attempt:
                 raise
 
 
-def _not_to_be_had(file: RemoteFile, destination: Path, failures: list[str], *, offline: bool) -> ArtifactError:
+def _fetch_failed(file: RemoteFile, destination: Path, failures: list[str], *, offline: bool) -> ArtifactError:
     hint = file.carry_over
     if offline and not failures:
-        return ArtifactError(f"`{destination}` is not there, and `--offline` forbids to download it", hint=hint)
+        return ArtifactError(f"`{destination}` does not exist, and `--offline` forbids downloading it", hint=hint)
     if not failures:
         return ArtifactError(f"there is no address to download `{file.name}` from", hint=hint)
     return ArtifactError(
-        f"`{file.name}` can't be had: {'; '.join(failures)}",
-        hint=f"try again later (what has arrived is kept), name another source with `--mirror URL`, or {hint}",
+        f"`{file.name}` could not be fetched: {'; '.join(failures)}",
+        hint=f"try again later (the part that has arrived is kept), name another source with `--mirror URL`, or {hint}",
     )

@@ -1,8 +1,8 @@
-"""Many image files as one uint8 array on disk, decoded once and memory-mapped from then on.
+"""Cache of decoded images: many image files as one uint8 array on disk, decoded once and memory-mapped from then on.
 
-The array lies in the state folder under a name that states what it was made of, so that other images, another size
-or another Pillow make another array. Beside it lies what can't be seen from the pixels: their hash, and the files that
-could not be decoded.
+The array is in the state folder. Its name includes a hash of everything it was made from, so other images, another
+size or another version of Pillow make another array. A JSON file beside it holds what the pixels do not show: their
+hash, and the files that could not be decoded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import filelock
 import numpy as np
@@ -27,25 +26,25 @@ from torch import Tensor
 
 from icdctl import files
 from icdctl.data.dataset import OnImages
-from icdctl.data.decode import BrokenImage, Pixels, Size, broken_images_told, check_sizes, decode_in_order, state_of
+from icdctl.data.decode import BrokenImage, Pixels, Size, broken_images_message, check_sizes, decode_in_order, state_of
 from icdctl.errors import ArtifactError
 
 _SCHEME = 1
-"""Part of the name: raise it whenever the pixels or the files change."""
+"""Version of the pixels and of the file format, part of the name: raise it whenever either changes."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """The images of those files that could be decoded."""
+    """Decoded images, and the files that could not be decoded."""
 
     images: Tensor
-    """[M, H, W, 3] uint8, mapped from disk copy-on-write: what is written to it never reaches the file."""
+    """[M, H, W, 3] uint8, mapped from disk copy-on-write: changes to it never reach the file."""
     rows: Tensor
-    """[M] int64, ascending: which of the names each image belongs to."""
+    """[M] int64, ascending: the position in `names` of each image."""
     broken: tuple[BrokenImage, ...]
-    """The others, in the order of the names."""
+    """Files that could not be decoded, in the order of `names`."""
     sha256: str
-    """Of the pixels in `images`."""
+    """Hash of the pixels in `images`."""
 
 
 def decode_files(
@@ -60,24 +59,24 @@ def decode_files(
     remedy: str | None = None,
     on_images: OnImages = lambda done, total: None,
 ) -> Decoded:
-    """Many image files as one array, from the cache or decoded into it; two processes decode them once.
+    """Many image files as one array, from the cache or decoded into it; two processes at once decode them only once.
 
     Args:
-        folder: what the names start from.
-        names: POSIX paths relative to `folder`, in the order that the images shall have.
+        folder: the folder that the names are relative to.
+        names: POSIX paths relative to `folder`, in the order of the images.
         resize: as for `decode_image`.
         crop: as for `decode_image`.
-        content_key: what stands for the content of all files, e.g. the hash of the archive that they come from. None:
-            the folder, and size and time of change of each file.
-        label: starts the name of the cache's files, for a person who looks at them.
-        skip_broken: leave out what can't be decoded.
-        remedy: what a person does about files that are missing or broken, where these are not their own.
-        on_images: told of the progress, by the calling thread; not called where the cache has them.
+        content_key: identifies the content of all files, e.g. the hash of the archive that they come from. None uses
+            the folder's path, and the size and modification time of each file.
+        label: start of the name of the cache's files, for users who look into the cache.
+        skip_broken: leave out images that can't be decoded.
+        remedy: the hint where files of a published data set are missing or broken; None for the user's own files.
+        on_images: called with the progress, in the calling thread; not called where the cache has the images.
 
     Raises:
-        ArtifactError: a file is missing or can't be read; one can't be decoded and `skip_broken` is not set; none can;
-            or the cache can't be written.
-        UsageError: the sizes can't be.
+        ArtifactError: a file is missing or can't be read; an image can't be decoded and `skip_broken` is not set; no
+            image can be decoded; or the cache can't be written.
+        UsageError: the sizes are impossible.
     """
     check_sizes(resize, crop)
     if not names:
@@ -92,23 +91,23 @@ def decode_files(
             if decoded is None:
                 _clear_remains(cache.home, cache.stem)
                 cache.delete()
-                _states(folder, names, remedy)  # a missing file is told now, not when its turn comes
+                _states(folder, names, remedy)  # reports a missing file now, not after minutes of decoding
                 with closing(decode_in_order((folder / name for name in names), resize=resize, crop=crop)) as results:
                     decoded = cache.fill(results, on_images)
                 if decoded.broken and content_key is not None:
-                    cache.delete()  # a mended file would not make another key
+                    cache.delete()  # the key would not change when the file is fixed
     if decoded.broken and not skip_broken:
         raise _broken_files(decoded.broken, folder, len(names), remedy)
     return decoded
 
 
-def _states(folder: Path, names: Sequence[str], remedy: str | None) -> list[Any]:
-    """What stands for the content of files without reading them: the folder, and size and time of change of each.
+def _states(folder: Path, names: Sequence[str], remedy: str | None) -> list[object]:
+    """Identifies the content of files without reading them: the folder, and each file's size and modification time.
 
     Raises:
-        ArtifactError: one is missing or no file.
+        ArtifactError: a file is missing or not a regular file.
     """
-    facts: list[Any] = [str(folder.resolve())]
+    facts: list[object] = [str(folder.resolve())]
     for name in names:
         state = state_of(folder / name, remedy)
         facts.append([state.st_size, state.st_mtime_ns])
@@ -116,14 +115,14 @@ def _states(folder: Path, names: Sequence[str], remedy: str | None) -> list[Any]
 
 
 def _stem(label: str, names: Sequence[str], resize: Size, crop: Size | None, content: object) -> str:
-    """The name of the cache's files, without a suffix; it holds no dot. Another Pillow may make other pixels."""
+    """The name of the cache's files, without a suffix or a dot. It depends on Pillow's version, as the pixels may."""
     facts = [_SCHEME, PIL.__version__, list(names), list(resize), None if crop is None else list(crop), content]
     key = files.sha256_bytes(json.dumps(facts).encode("ascii"))
     return f"{re.sub('[^A-Za-z0-9_-]', '_', label)[:60]}-{key[:32]}"
 
 
 class _Cache:
-    """The array of some images on disk, `<stem>.npy`, and what is to be known of it, `<stem>.json`."""
+    """Two files on disk: the array of the images, `<stem>.npy`, and the facts about it, `<stem>.json`."""
 
     def __init__(self, stem: str, folder: Path, names: Sequence[str], size: Size) -> None:
         self.home = files.cache_folder() / "images"
@@ -137,7 +136,7 @@ class _Cache:
         self._size = size
 
     def read(self) -> Decoded | None:
-        """What it holds; None where it is absent, damaged or cut short."""
+        """The cached images; None where the cache is absent, damaged or cut short."""
         try:
             facts = files.read_json(self._facts, what="cache", hint="")
             reasons = {int(row): str(reason) for row, reason in facts["broken"]}
@@ -152,7 +151,7 @@ class _Cache:
         return decoded if whole else None
 
     def delete(self) -> None:
-        """Give the room of a damaged one back."""
+        """Delete both files, to free the disk space of a damaged cache."""
         try:
             self._array.unlink(missing_ok=True)
             self._facts.unlink(missing_ok=True)
@@ -160,10 +159,10 @@ class _Cache:
             raise files.not_writable(self._array, error) from error
 
     def fill(self, results: Iterator[Pixels | BrokenImage], on_images: OnImages) -> Decoded:
-        """Write what the files give, in their order, and map it.
+        """Write the decoded images, in their order, and map the array.
 
         Raises:
-            ArtifactError: it can't be written, or no image could be decoded. Nothing is left then.
+            ArtifactError: the cache can't be written, or no image could be decoded. No file is left then.
         """
         broken: dict[int, BrokenImage] = {}
         digest = hashlib.sha256()
@@ -187,34 +186,34 @@ class _Cache:
 
     @contextmanager
     def _opened(self) -> Iterator[io.FileIO]:
-        """The file under its temporary name, at the place of the first pixel, with room for all images."""
+        """The file under its temporary name, with space reserved for all images, positioned at the first pixel."""
         header = _npy_header((len(self._names), *self._size, 3))
         num_bytes = len(header) + len(self._names) * self._size[0] * self._size[1] * 3
-        with self._told(), self._partial.open("wb", buffering=0):
-            pass  # a place that can't be written to is told before the first image is decoded
+        with self._reporting(), self._partial.open("wb", buffering=0):
+            pass  # an unwritable place is reported before the first image is decoded
         with self._partial.open("r+b", buffering=0) as file:
-            with self._told():
+            with self._reporting():
                 _reserve(file.fileno(), num_bytes)
                 file.seek(len(header))
             yield file
 
     def _write(self, file: io.FileIO, pixels: Pixels) -> None:
         rest = pixels.data.cast("B")
-        with self._told():
-            while rest:  # an unbuffered file may take a part
+        with self._reporting():
+            while rest:  # an unbuffered file may write only a part
                 rest = rest[file.write(rest) :]
 
     def _finish(self, file: io.FileIO, num_images: int) -> None:
-        """Cut off the room that broken images left, and state the shape; numpy's header is as long for any count."""
-        with self._told():
+        """Cut off the space that broken images did not use, and write the shape; numpy's header has a fixed length."""
+        with self._reporting():
             file.truncate()
             file.seek(0)
             file.write(_npy_header((num_images, *self._size, 3)))
             os.fsync(file.fileno())
 
     def _publish(self, reasons: dict[int, str], sha256: str) -> Decoded:
-        """Give the file its name. The facts come last: pixels without them are decoded anew."""
-        with self._told():
+        """Give the file its final name. The facts are written last: pixels without facts are decoded again."""
+        with self._reporting():
             self._partial.replace(self._array)
         try:
             facts = {
@@ -224,17 +223,17 @@ class _Cache:
                 "check": _check(reasons, sha256),
             }
             files.write_json(self._facts, facts)
-            with self._told():
+            with self._reporting():
                 return self._map(reasons, sha256)
         except BaseException:
             self._array.unlink(missing_ok=True)
             raise
 
     def _map(self, reasons: dict[int, str], sha256: str) -> Decoded:
-        """The array as it lies on disk.
+        """Map the array on disk.
 
         Raises:
-            OSError, ValueError: it is missing, or has not the header and the length that these facts ask for.
+            OSError, ValueError: the file is missing, or its header or length does not match the facts.
         """
         rows = [row for row in range(len(self._names)) if row not in reasons]
         shape = (len(rows), *self._size, 3)
@@ -253,8 +252,8 @@ class _Cache:
         )
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """What the disk refuses, as the error that a person sees."""
+    def _reporting(self) -> Iterator[None]:
+        """Turn errors of the disk into the error that users see."""
         try:
             yield
         except OSError as error:
@@ -262,22 +261,22 @@ class _Cache:
 
 
 def _check(reasons: dict[int, str], sha256: str) -> str:
-    """A hash of the facts themselves: a row number that changed on disk would give images the labels of others."""
+    """A hash of the facts themselves: a row number that changed on disk would give images wrong labels."""
     return files.sha256_bytes(json.dumps([sha256, sorted(reasons.items())]).encode("ascii"))
 
 
 def _npy_header(shape: tuple[int, ...]) -> bytes:
-    """How a `.npy` file of uint8 starts."""
+    """The header of a `.npy` file of uint8 with this shape."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return header.getvalue()
 
 
 def _reserve(descriptor: int, num_bytes: int) -> None:
-    """Have the room before the work. A file system that can't promise it fails at the write instead.
+    """Reserve disk space before the work. On a file system that can't reserve it, the write may fail instead.
 
     Raises:
-        OSError: there is not so much.
+        OSError: there is not enough space.
     """
     if not hasattr(os, "posix_fallocate"):
         return
@@ -289,7 +288,7 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
 
 
 def _clear_remains(home: Path, own: str) -> None:
-    """Delete the temporary files of killed runs, of these images or others: one whose lock is free has no owner.
+    """Delete the temporary files of killed processes, for these images or others: those whose lock is free.
 
     Args:
         home: the folder of the caches.
@@ -306,8 +305,8 @@ def _clear_remains(home: Path, own: str) -> None:
 
 
 def _broken_files(broken: Sequence[BrokenImage], folder: Path, total: int, remedy: str | None = None) -> ArtifactError:
-    own = "mend or delete them, or leave them out with `--skip-broken`"
+    own = "fix or delete them, or leave them out with `--skip-broken`"
     return ArtifactError(
-        broken_images_told(broken, total, folder=folder),
+        broken_images_message(broken, total, folder=folder),
         hint=remedy or (own if len(broken) < total else "name a folder of images that can be decoded"),
     )

@@ -1,8 +1,8 @@
-"""A folder of a person's own images: a folder a class, of any sizes and formats.
+"""A folder of the user's own images: one folder per class, images of any size and format.
 
 DIR/train/<class>/...   and DIR/val/<class>/..., which is the test set;
                         with DIR/test/ as well, DIR/val/ is for validation
-DIR/<class>/...         alone: a share of each class becomes the test set
+DIR/<class>/...         without train/: a share of each class becomes the test set
 DIR/unlabeled/...       images without a label, for distillation
 """
 
@@ -19,14 +19,15 @@ from icdctl.data.assemble import fingerprint_of
 from icdctl.data.dataset import UNLABELED, Dataset, DatasetInfo, OnImages, Preprocessing, Request
 from icdctl.data.decode import SUFFIXES, images_below
 from icdctl.data.image_cache import Decoded, decode_files
+from icdctl.data.names import IMAGE_FOLDER, DatasetName
 from icdctl.data.split import stratified
 from icdctl.errors import ArtifactError
 
-PREFIX = "imagefolder:"
+PREFIX = f"{IMAGE_FOLDER}:"
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-"""ImageNet's, as is the custom: known before any image is read, and what pretrained models expect."""
-SOURCE = "a folder of one's own images"
+"""ImageNet's numbers: known before any image is read, and what pretrained models expect."""
+SOURCE = "a folder of the user's own images"
 LICENCE = "not known to icdctl"
 DEFAULT_TEST_SPLIT = 0.2
 DEFAULT_IMAGE_SIZE = 32
@@ -34,15 +35,15 @@ _TRAIN, _TEST = "train", "test"
 _VAL = ("val", "valid", "validation")
 _UNLABELED = ("unlabeled", "unlabelled")
 _PARTS = frozenset({_TRAIN, _TEST, *_VAL, "training", "testing"})
-"""Never classes, in capitals or not: a model that tells `Train` from `Val` is nobody's wish."""
+"""Names of folders that are never classes, in capitals or not: a model that tells `Train` from `Val` is a mistake."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the images."""
+    """The images for training, for validation or for testing."""
 
     names: tuple[str, ...]
-    """N paths below DIR, in POSIX form."""
+    """N paths relative to DIR, in POSIX form."""
     labels: Tensor
     """[N] int64."""
 
@@ -52,26 +53,26 @@ class Part:
 
 @dataclass(frozen=True)
 class Division:
-    """Which images are for what."""
+    """Which images are for training, testing and validation."""
 
     train: Part
     test: Part
     val: Part | None
     unlabeled: tuple[str, ...]
     has_own_test: bool
-    """False where test images were taken from the training images' classes."""
+    """False where the test images were split off the training images."""
 
 
 def folder_of(name: str) -> Path:
     """DIR of `imagefolder:DIR`."""
-    return Path(name.removeprefix(PREFIX))
+    return Path(DatasetName.parse(name).folder or "")
 
 
 def describe(wanted: Request) -> DatasetInfo:
-    """What the folder shows without an image being opened.
+    """What is known of the folder without opening an image.
 
     Raises:
-        ArtifactError: it is not there, or has no classes.
+        ArtifactError: the folder does not exist, or has no classes.
     """
     folder = folder_of(wanted.name)
     side = wanted.image_size or DEFAULT_IMAGE_SIZE
@@ -85,7 +86,7 @@ def describe(wanted: Request) -> DatasetInfo:
 
 
 def load(wanted: Request, on_images: OnImages) -> Dataset:
-    """Divided by the files' names, then decoded part by part, each once.
+    """Divide the images by their files' names, then decode each part once.
 
     Raises:
         ArtifactError: the folder or its images can't be used.
@@ -94,7 +95,7 @@ def load(wanted: Request, on_images: OnImages) -> Dataset:
     description = describe(wanted)
     division = divide(folder, test_split=wanted.test_split or 0.0, val_split=wanted.val_split, seed=wanted.split_seed)
     side = description.preprocessing.size[0]
-    larger = side + 2 * round(side / 14) if wanted.room_to_crop else side  # 224 -> 256, as is the custom
+    larger = side + 2 * round(side / 14) if wanted.room_to_crop else side  # 224 -> 256, as is usual for ImageNet
 
     def decoded(names: Sequence[str], size: int, label: str) -> Decoded:
         return decode_files(
@@ -139,7 +140,7 @@ def _check_all_classes_left(folder: Path, labels: Tensor, class_names: Sequence[
     empty = [name for name, count in zip(class_names, counts, strict=True) if count == 0]
     if empty:
         raise ArtifactError(
-            f"no training image of class `{empty[0]}` in `{folder}` can be decoded", hint="mend them or add others"
+            f"no training image of class `{empty[0]}` in `{folder}` can be decoded", hint="fix them or add others"
         )
 
 
@@ -155,7 +156,7 @@ def _notes(wanted: Request, division: Division, side: int, *, num_classes: int) 
     if division.unlabeled and wanted.unlabeled:
         notes.append(f"images without labels, in the distillation terms alone: {len(division.unlabeled)}")
     elif division.unlabeled:
-        notes.append(f"images without labels, left out for there is no teacher: {len(division.unlabeled)}")
+        notes.append(f"images without labels, left out because there is no teacher: {len(division.unlabeled)}")
     return tuple(notes)
 
 
@@ -169,10 +170,10 @@ def _broken_caveat(parts: Sequence[Decoded]) -> str | None:
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
-    """The names of the classes, sorted: those of the folders that training images lie in.
+    """The names of the classes, sorted: those of the folders of training images.
 
     Raises:
-        ArtifactError: the folder is not there, has fewer than two classes, or a class has a name that is no text.
+        ArtifactError: the folder does not exist, has fewer than two classes, or a class name can't be printed.
     """
     base = folder / _TRAIN if (folder / _TRAIN).is_dir() else folder
     found = _folders_in(base)
@@ -182,12 +183,12 @@ def class_names(folder: Path) -> tuple[str, ...]:
         if misplaced:
             raise ArtifactError(
                 f"`{folder}` has a folder `{misplaced[0]}` but no folder `{_TRAIN}`",
-                hint=f"put the training images into `{_TRAIN}/`, with a folder for each class",
+                hint=f"put the training images into `{_TRAIN}/`, with one folder per class",
             )
     if len(found) < 2:
         raise ArtifactError(
             f"`{base}` has {len(found)} folders of images, a classifier needs 2 classes or more",
-            hint="put the images of each class into a folder of their own, named like the class",
+            hint="put the images of each class into a separate folder with the name of the class",
         )
     unreadable = [name for name in found if not name.isprintable()]
     if unreadable:
@@ -198,27 +199,28 @@ def class_names(folder: Path) -> tuple[str, ...]:
 
 
 def _folders_in(base: Path) -> list[str]:
-    """Names of the folders in `base`, sorted, without hidden ones."""
+    """The names of the folders in `base`, sorted, without hidden ones."""
     try:
         return sorted(path.name for path in base.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
         raise ArtifactError(
             f"image folder `{base}` can't be read: {error.strerror or error}",
-            hint="name a folder with `train/` and `val/`, or with a folder for each class: `--dataset imagefolder:DIR`",
+            hint="name a folder with `train/` and `val/`, or with one folder per class: `--dataset imagefolder:DIR`",
         ) from error
 
 
 def divide(folder: Path, *, test_split: float, val_split: float, seed: int) -> Division:
-    """Say which images are for training, validation and testing. No image is opened.
+    """Decide which images are for training, validation and testing. No image is opened.
 
     Args:
         folder: DIR.
         test_split: share of each class for testing, where DIR has no `val/` or `test/`.
-        val_split: share of each class's training images for validation, 0 for none.
-        seed: of both.
+        val_split: share of each class's training images for validation; 0 for none.
+        seed: seed of both splits.
 
     Raises:
-        ArtifactError: the folder or a class has no images, or validation or test images have classes of their own.
+        ArtifactError: the folder or a class has no images, or validation or test images have classes that the training
+            images do not have.
     """
     classes = class_names(folder)
     has_train = (folder / _TRAIN).is_dir()
@@ -233,14 +235,14 @@ def divide(folder: Path, *, test_split: float, val_split: float, seed: int) -> D
         if not test.names:
             raise ArtifactError(
                 f"`{own_test}` holds no images",
-                hint=f"fill it, or remove it: {test_split:.0%} of each class are then taken for testing",
+                hint=f"fill it, or remove it: {test_split:.0%} of each class then become the test set",
             )
     else:
         kept, held = stratified(train.labels, test_split, seed=seed, names=train.names)
         train, test = train[kept], train[held]
         if not test.names:
             raise ArtifactError(
-                f"`{folder}` has one image a class: none is left for testing",
+                f"`{folder}` has one image per class: none is left for testing",
                 hint="add images, or put test images into `val/` beside `train/`",
             )
     val = None
@@ -277,7 +279,7 @@ def _part(folder: Path, base: Path, classes: Sequence[str]) -> Part:
     if base != folder and others:
         raise ArtifactError(
             f"`{base}` has classes that the training images do not have: {', '.join(sorted(others)[:5])}",
-            hint="name the folders of classes alike everywhere",
+            hint="use the same class folders everywhere",
         )
     names: list[str] = []
     labels: list[int] = []
@@ -305,5 +307,5 @@ def _unlabeled(folder: Path) -> tuple[str, ...]:
 
 
 def _paths_below(folder: Path, base: Path) -> Iterator[str]:
-    """The paths below `folder` of the images at any depth below `base`, in POSIX form."""
+    """The images at any depth below `base`, as POSIX paths relative to `folder`."""
     return (path.relative_to(folder).as_posix() for path in images_below(base))

@@ -1,7 +1,7 @@
-"""An archive that the project pins with DVC: `data.dvc` says which bytes, DVC's cache keeps them.
+"""An archive that the project pins with DVC: `data.dvc` holds its hash, DVC's cache holds its bytes.
 
-DVC never compares what a URL sends with the md5 in a .dvc file, and `dvc update` overwrites that md5 without a word. So
-the bytes are fetched and verified here, and DVC gets them as an object of its cache. `data.dvc` is never written.
+DVC never compares what a URL sends with the md5 in a .dvc file, and `dvc update` silently overwrites that md5. So this
+module fetches and verifies the bytes and puts them into DVC's cache. It never writes `data.dvc`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from icdctl.errors import ArtifactError
 
 FILE = "data.dvc"
 _OBJECT_MODE = 0o444
-"""DVC's mark of an object that it need not hash again."""
+"""File mode by which DVC knows that it need not hash an object again."""
 
 
 class _Out(BaseModel):
-    """What is read of an entry of `outs`."""
+    """The fields that are read of an entry of `outs`."""
 
     path: str
     md5: str | None = None
@@ -36,7 +36,7 @@ class _Out(BaseModel):
 
 
 class _Document(BaseModel):
-    """What is read of a .dvc file."""
+    """The fields that are read of a .dvc file."""
 
     outs: tuple[_Out, ...] = ()
 
@@ -48,12 +48,12 @@ class Pin:
     file: RemoteFile
     md5: str
     root: Path
-    """The project's."""
+    """The project's root folder."""
     place: Path
-    """Where DVC has it in the project."""
+    """The archive's path in the project, as `data.dvc` says."""
 
     def restore(self) -> None:
-        """Have the archive in its place, where DVC's cache has it.
+        """Check the archive out from DVC's cache, where the cache has it and the project does not.
 
         Raises:
             ArtifactError: another file is in its place, or dvc fails.
@@ -62,19 +62,19 @@ class Pin:
             self._dvc("checkout", FILE)
 
     def keep(self, archive: Path) -> None:
-        """Have the archive in DVC's cache and in its place, so that `dvc status` finds nothing to say.
+        """Put the archive into DVC's cache and into its place, so that `dvc status` reports no change.
 
         Args:
-            archive: a copy of it, which stays.
+            archive: a copy of the archive; it is not moved.
 
         Raises:
-            ArtifactError: the copy is not right, another file is in its place, the cache can't be written, dvc fails.
+            ArtifactError: the copy is wrong, another file is in the place, the cache can't be written, or dvc fails.
         """
         is_in_place, is_kept = self._is_in_place(), self._is_kept()
         if not is_kept:
             self._copy_into_cache(archive)
         if not (is_in_place and is_kept):
-            self._dvc("checkout", "--relink", FILE)  # relinked, the two share their disk space
+            self._dvc("checkout", "--relink", FILE)  # after relinking, the two share disk space
 
     @cached_property
     def _object(self) -> Path:
@@ -93,7 +93,7 @@ class Pin:
         return True
 
     def _is_kept(self) -> bool:
-        """By the bytes: DVC itself believes an object's name."""
+        """Whether DVC's cache has the archive, by its bytes; DVC itself only looks at an object's name."""
         try:
             download.verify(self.file, self._object)
         except ArtifactError:
@@ -101,11 +101,11 @@ class Pin:
         return True
 
     def _copy_into_cache(self, archive: Path) -> None:
-        # Not in the object's own folder: there DVC would take the name for another object's.
+        # Not in the object's own folder: there DVC would read the temporary name as the name of an object.
         temporary = self._object.parent.with_name(f".{self.md5}.part")
         with files.waited_lock(temporary.with_suffix(".lock")):
             try:
-                temporary.unlink(missing_ok=True)  # what a killed process left may be read-only
+                temporary.unlink(missing_ok=True)  # a file that a killed process left may be read-only
                 shutil.copyfile(archive, temporary)
                 download.verify(self.file, temporary)
                 with temporary.open("rb") as content:
@@ -122,7 +122,7 @@ class Pin:
                 temporary.unlink(missing_ok=True)
 
     def _dvc(self, *arguments: str) -> str:
-        """What a dvc command prints."""
+        """Run a dvc command and return what it prints."""
         result = subprocess.run(
             [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],
             cwd=self.root,
@@ -136,13 +136,13 @@ class Pin:
             reason = (result.stderr.strip() or result.stdout.strip() or "it did not say why").splitlines()[0]
             raise ArtifactError(
                 f"`dvc {' '.join(arguments)}` failed ({result.returncode}): {reason}",
-                hint="`dvc doctor` and `dvc status` tell more; then run the command again",
+                hint="`dvc doctor` and `dvc status` show more; then run the command again",
             )
         return result.stdout
 
 
 def find_pin(file: RemoteFile) -> Pin | None:
-    """The project's pin of `file`; None outside of a DVC project, and where `data.dvc` is of something else.
+    """The project's pin of `file`; None outside of a DVC project, and where `data.dvc` pins other files.
 
     Raises:
         ArtifactError: `data.dvc` can't be read, or pins another md5 or size.

@@ -1,4 +1,4 @@
-"""A data set that is published as one archive: is it here, is it right, and getting it."""
+"""A data set published as one archive: check whether it is installed and correct, and install it."""
 
 from __future__ import annotations
 
@@ -19,36 +19,40 @@ State = Literal["right", "absent", "other"]
 
 @dataclass(frozen=True)
 class Release:
-    """What was published, down to the hashes."""
+    """A published archive: where it is, its hashes, and the files in it."""
 
     archive: RemoteFile
     folder: str
-    """The one folder that the archive holds, and the name that it gets in the folder of data sets."""
+    """The one folder that the archive holds; it keeps this name in the folder of data sets."""
     member_md5: Mapping[str, str]
-    """File in the folder -> md5, for every file whose md5 is known."""
+    """File in the folder -> its md5, for every file whose md5 is known."""
     limits: Limits
     also_needed: tuple[str, ...] = ()
-    """Files that must be there too; nothing is published of their content but the archive's own hash."""
+    """More files that must exist; no hash of them is published, only that of the whole archive."""
     beside: tuple[str, ...] = ()
-    """Files beside the folder in the archive, which are not taken."""
+    """Files beside the folder in the archive; they are not unpacked."""
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """The files by which one sees that it is there."""
+        """The files whose presence shows that the data set is installed."""
         return (*self.member_md5, *self.also_needed)
 
 
 @dataclass(frozen=True)
 class Installed:
-    """A data set in its place."""
+    """An installed data set."""
 
     path: Path
     source: str | None
-    """The URL or the file that it came from; None where it was there already."""
+    """The URL or the file that it came from; None where it was installed already."""
 
 
 def look(release: Release, data_folder: Path) -> tuple[State, str]:
-    """Whether the published files are there, by their hashes, and the file that is not or is another."""
+    """Whether the published files exist with the right hashes, and the first one that is missing or wrong, or "".
+
+    Raises:
+        ArtifactError: a file can't be read.
+    """
     missing = ""
     for name in release.needed:
         path = data_folder / release.folder / name
@@ -73,21 +77,22 @@ def install(
     on_bytes: OnBytes = lambda here, total: None,
     patience: Patience = USUAL_PATIENCE,
 ) -> Installed:
-    """Have the data set in `data_folder`: nothing to do, or the archive brought, verified, unpacked and verified again.
+    """Install the data set in `data_folder`, unless it is there: fetch the archive, verify, unpack and verify again.
 
     Args:
-        release: what it must be.
-        data_folder: what holds the data sets' folders.
-        from_file: a copy of the archive; nothing is downloaded then, and the copy stays.
-        mirrors: as `download.fetch`.
-        offline: as `download.fetch`.
-        pin: of the archive, which then has its place there and stays; without one it is deleted when it is unpacked.
-        on_bytes: told of the progress.
-        patience: how long each source is waited for.
+        release: the published archive.
+        data_folder: the folder that holds the data sets' folders.
+        from_file: a copy of the archive; then nothing is downloaded, and the copy is not deleted.
+        mirrors: as for `download.fetch`.
+        offline: as for `download.fetch`.
+        pin: the project's pin of the archive, which is then kept there; without a pin the archive is deleted after it
+            is unpacked.
+        on_bytes: called with the progress.
+        patience: how long to wait for each source.
 
     Raises:
-        ArtifactError: it can't be had, is not what was published, or other files are in its place. What is there then
-            is as it was before.
+        ArtifactError: the archive could not be fetched, is not the published one, or other files are in its place.
+            Nothing has changed in the folder then.
     """
     target = data_folder / release.folder
     if from_file is not None:
@@ -96,7 +101,7 @@ def install(
         return Installed(target, None)
     files.make_folder(data_folder)
     with files.waited_lock(data_folder / f".{release.folder}.lock"):
-        if _is_there(release, data_folder):  # another process was faster
+        if _is_there(release, data_folder):  # another process has installed it meanwhile
             return Installed(target, None)
         own = data_folder / release.archive.name if pin is None else pin.place
         if from_file is not None:
@@ -107,7 +112,7 @@ def install(
             origin = _fetched(release, own, mirrors=mirrors, offline=offline, on_bytes=on_bytes, patience=patience)
             source, said = own, origin.url or own.name
         if pin is not None:
-            pin.keep(source)  # before it is unpacked, so that a kill can't leave the data set without its archive
+            pin.keep(source)  # before unpacking, so that a killed process can't leave the data set without its archive
         _unpack(release, source, target)
         if pin is None and from_file is None:
             own.unlink()
@@ -139,13 +144,13 @@ def _unpack(release: Release, source: Path, target: Path) -> None:
                 raise ArtifactError(
                     f"`{source}` is refused: `{name}` in it is missing or is not the published file"
                     + (f" (md5 {md5})" if md5 else ""),
-                    hint="get the archive again from where it is published",
+                    hint="download the archive again from its publisher",
                 )
         try:
             if not target.exists():
                 unpacked.rename(target)
                 return
-            # Some of them are there, and right. By the needed ones one sees that all are, so they come last.
+            # Some files exist already, and are right. The needed files show that all others exist, so they come last.
             last = {unpacked / name for name in release.needed}
             for path in sorted(unpacked.rglob("*"), key=last.__contains__):
                 place = target / path.relative_to(unpacked)
@@ -157,10 +162,10 @@ def _unpack(release: Release, source: Path, target: Path) -> None:
 
 
 def _differs(path: Path, md5: str | None) -> bool:
-    """Whether a file has another md5; where none is known, that it can be read is all that counts.
+    """Whether a file has another md5; False for any readable file where `md5` is None.
 
     Raises:
-        OSError: it is not there or can't be read.
+        OSError: the file is missing or can't be read.
     """
     found = files.md5_file(path)
     return md5 is not None and found != md5

@@ -1,4 +1,4 @@
-"""Which images are held out: a function of a seed and of the images' names alone."""
+"""Choice of the images to hold out: a function of a seed and of the images' names alone."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 def stratified(labels: Tensor, share: float, *, seed: int, names: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:
     """Hold out a share of each class.
 
-    Within a class, images are ordered by a hash of seed and name, and the first ones are held out: when images are
+    Within a class, images are ordered by a hash of seed and name, and the first ones are held out. So when images are
     added later, nearly all others stay on their side.
 
     Args:
         labels: [N] int64.
-        share: of each class, above 0 and below 1, rounded to whole images: at least one, and never all. A class with a
-            single image keeps it.
-        seed: another one gives another choice.
-        names: N different ones; by default the images' numbers.
+        share: share of each class to hold out, above 0 and below 1, rounded to whole images: at least one, never all.
+            A class with a single image keeps it.
+        seed: seed of the choice.
+        names: N distinct names; by default the images' numbers.
 
     Returns:
         The rows that stay and the rows that are held out, each ascending: [N - V] and [V] int64.
@@ -39,5 +39,5 @@ def stratified(labels: Tensor, share: float, *, seed: int, names: Sequence[str] 
 
 
 def _rank(seed: int, name: str) -> bytes:
-    """The place of an image among its class; file names need not be UTF-8."""
+    """The sort key of an image within its class; file names need not be UTF-8."""
     return hashlib.sha256(f"icdctl split {seed} {name}".encode("utf-8", "surrogateescape")).digest()

@@ -1,7 +1,7 @@
-"""One attempt after another to bring the bytes of a URL into a partial file; a cut one is gone on with.
+"""Downloads with retries into a partial file; an interrupted download continues where it stopped.
 
-A partial file is `.NAME.part`; beside it, `.NAME.part.json` says which URL it comes from and what the server called
-that version (ETag or Last-Modified), so that a later request goes on with the same bytes or starts anew.
+A partial file is `.NAME.part`. Beside it, `.NAME.part.json` holds its URL and the version that the server stated (ETag
+or Last-Modified), so that a later request either continues with the same bytes or starts over.
 """
 
 from __future__ import annotations
@@ -23,41 +23,42 @@ from urllib3.exceptions import NewConnectionError
 from icdctl import files
 
 OnBytes = Callable[[int, int | None], None]
-"""(bytes that are here, bytes in all where that is known)."""
+"""Called with (bytes received so far, bytes in all or None where that is not known)."""
 
 _CHUNK_BYTES = 1 << 18
 _RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _MOST_ROUNDS = 200
-"""Requests for one file, however little each of them brings."""
+"""Most requests for one file, however few bytes each of them brings."""
 _AGENT = "icdctl"
 
 
 class SourceError(Exception):
-    """This source does not give the file; another may."""
+    """This source does not give the file; another source may."""
 
 
 class _Again(Exception):
-    """It may work the next time."""
+    """This request failed; another one to the same source may work."""
 
     def __init__(self, message: str, *, unreachable: bool = False) -> None:
         super().__init__(message)
         self.unreachable = unreachable
-        """There was no connection at all: most likely the host is down, and another one should be asked soon."""
+        """No connection was made: the host is probably down, so the next source should be tried soon."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a source is waited for."""
+    """How long to wait for a source."""
 
     attempts: int = 4
-    """Requests in a row that bring nothing new, before the source is given up."""
+    """Requests in a row that may bring nothing new before the source is given up."""
     first_pause: float = 1.0
-    """Seconds after the first of them; each later pause is twice as long."""
+    """Seconds to pause after the first such request; each later pause is twice as long."""
     unreachable_attempts: int = 2
-    """The same, where no connection comes about."""
+    """Like `attempts`, where no connection is made."""
     connect_seconds: float = 10.0
+    """Seconds to wait for a connection."""
     read_seconds: float = 30.0
-    """Without a byte."""
+    """Seconds to wait for the next byte."""
 
 
 USUAL_PATIENCE = Patience()
@@ -65,25 +66,25 @@ USUAL_PATIENCE = Patience()
 
 @dataclass(frozen=True)
 class Partial:
-    """A file under way."""
+    """An unfinished download: a file, and a note on where its bytes come from."""
 
     path: Path
 
     @property
     def note(self) -> Path:
-        """What is known of where it comes from."""
+        """The path of the note."""
         return self.path.with_name(self.path.name + ".json")
 
     @property
     def size(self) -> int:
-        """Bytes that are here."""
+        """Number of bytes received so far."""
         try:
             return self.path.stat().st_size
         except FileNotFoundError:
             return 0
 
     def validator(self, url: str) -> str | None:
-        """What to ask `url` with so that it goes on with these bytes; None where they are not its."""
+        """The ETag or date with which `url` can continue these bytes; None where they come from elsewhere."""
         try:
             note = json.loads(self.note.read_text(encoding="utf-8"))
             return str(note["validator"]) if note["url"] == url and note["validator"] else None
@@ -91,35 +92,35 @@ class Partial:
             return None
 
     def begin(self, url: str, validator: str | None) -> None:
-        """Forget what is here, and remember where the next bytes come from."""
+        """Delete what has been received, and note where the next bytes come from."""
         self.delete()
         files.write_json(self.note, {"url": url, "validator": validator})
 
     def delete(self) -> None:
-        """Leave nothing of it."""
+        """Delete the file and its note."""
         self.path.unlink(missing_ok=True)
         self.note.unlink(missing_ok=True)
 
 
 def shown(url: str) -> str:
-    """A URL as it may be printed: without a user's name, password or query."""
+    """A URL that is safe to print: without user name, password or query."""
     parts = urllib.parse.urlsplit(url)
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", parts.fragment))
 
 
 def retrieve(url: str, partial: Partial, *, most_bytes: int, patience: Patience, on_bytes: OnBytes) -> None:
-    """Bring the whole of `url` into `partial`.
+    """Download the whole of `url` into `partial`.
 
     Args:
-        url: http, https or file.
-        partial: what an earlier attempt left is gone on with where the server allows it.
-        most_bytes: a longer file is refused.
+        url: an http, https or file URL.
+        partial: where the bytes go; an earlier, unfinished download continues where the server allows it.
+        most_bytes: limit on the file's size; a larger file is refused.
         patience: how long to try.
-        on_bytes: told of the progress.
+        on_bytes: called with the progress.
 
     Raises:
         SourceError: this source does not give the file.
-        OSError: it can't be written here.
+        OSError: the file can't be written.
     """
     if url.startswith("file:"):
         _copy(url, partial, most_bytes=most_bytes, on_bytes=on_bytes)
@@ -148,7 +149,7 @@ def _request(
     patience: Patience,
     on_bytes: OnBytes,
 ) -> None:
-    """One request, for all of it or for what is missing."""
+    """Make one request, for the whole file or for the missing part."""
     headers = {"Accept-Encoding": "identity", "User-Agent": _AGENT}
     offset, validator = partial.size, partial.validator(url)
     if offset and validator:
@@ -176,7 +177,7 @@ def _receive(
     response: requests.Response, url: str, partial: Partial, *, asked_from: int, most_bytes: int, on_bytes: OnBytes
 ) -> None:
     status = response.status_code
-    if status == 416:  # there is nothing from there on: what is here is no part of it
+    if status == 416:  # the file is shorter than what has been received, so that is wrong
         partial.delete()
         raise _Again("it does not know the rest of an earlier download")
     if status in _RETRIED_STATUS:
@@ -221,13 +222,13 @@ def _range_start(response: requests.Response) -> int | None:
 
 
 def _validator(response: requests.Response) -> str | None:
-    """What If-Range takes: a strong ETag, or else the date."""
+    """The value for an If-Range header: a strong ETag, or else the date."""
     etag = response.headers.get("ETag", "")
     return etag if etag.startswith('"') else response.headers.get("Last-Modified")
 
 
 def _copy(url: str, partial: Partial, *, most_bytes: int, on_bytes: OnBytes) -> None:
-    """From a folder of this machine or a mounted one."""
+    """Copy from a local or mounted folder."""
     path = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path))
     try:
         total = path.stat().st_size
@@ -246,10 +247,10 @@ def _copy(url: str, partial: Partial, *, most_bytes: int, on_bytes: OnBytes) -> 
 
 
 def check_room(num_bytes: int, folder: Path) -> None:
-    """Fail before a download that can't fit.
+    """Fail before a download that does not fit on the disk.
 
     Raises:
-        OSError: there is less room than that.
+        OSError: fewer than `num_bytes` bytes are free.
     """
     free = shutil.disk_usage(folder).free
     if free < num_bytes:

@@ -1,7 +1,7 @@
-"""Which image stands at each position of an epoch, cut and flipped how, and the pixels of such views.
+"""The order of images in an epoch, their random crops and flips, and the pixels of such views.
 
-Order, crops and flips are functions of (seed, epoch) alone, drawn by a generator on the CPU: a CPU, any GPU and any
-number of students see the same stream, and a resumed run continues it.
+Order, crops and flips are functions of (seed, epoch) alone, drawn by a generator on the CPU. So a CPU, any GPU and any
+number of students see the same views, and a resumed run continues with them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from icdctl.data.dataset import Preprocessing
 
 _CROP_ATTEMPTS = 10
-"""Boxes that are drawn for one crop; the first that lies inside the image is taken."""
+"""Boxes drawn for one crop; the first that lies inside the image is used."""
 
 
 @dataclass(frozen=True)
@@ -25,33 +25,34 @@ class Augmentation:
     """How training images are changed each time they are seen."""
 
     crop_padding: int = 0
-    """Zeros on each side before a crop back to size."""
+    """Zeros added on each side, in pixels, before a crop back to the input's size."""
     flip: bool = False
     """Mirror half of the views."""
     crop_scale: tuple[float, float] | None = None
-    """Least and greatest share of the image's area that is cut out and resized; None for crops of one size."""
+    """Least and greatest share of the image's area for a crop that is resized to the input; None for crops of one
+    size."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Least and greatest width by height of such a cut."""
+    """Least and greatest width divided by height of such a crop."""
     randaugment_ops: int = 0
-    """Random changes of colour and shape, one after the other; 0 for none."""
+    """Random changes of colour and shape per view, one after the other; 0 for none."""
     randaugment_magnitude: int = 9
-    """How strong they are, 0 to 30."""
+    """Strength of these changes, 0 to 30."""
 
 
 @dataclass(frozen=True)
 class Views:
-    """Views of images: entry i is image `index[i]`, cut out at (`top[i]`, `left[i]`), then flipped, then augmented."""
+    """Views of images: entry i is image `index[i]`, cropped at (`top[i]`, `left[i]`), flipped, then augmented."""
 
     index: Tensor
     """[N] int64."""
     top: Tensor
-    """[N] int64, of the padded image."""
+    """[N] int64: the crop's first row in the padded image."""
     left: Tensor
-    """[N] int64, of the padded image."""
+    """[N] int64: the crop's first column in the padded image."""
     flip: Tensor
     """[N] bool."""
     box: Tensor | None = None
-    """[N, 2] int64: height and width of the cut that is then resized; None where all have the size of the input."""
+    """[N, 2] int64: height and width of the crop before it is resized; None where all have the size of the input."""
     key: Tensor | None = None
     """[N] int64: the seed of each view's random augmentation; None where there is none."""
 
@@ -59,21 +60,21 @@ class Views:
         return self.index.shape[0]
 
     def __getitem__(self, part: slice | Tensor) -> Views:
-        """Some of the views: a slice, or [M] int64 places where the views are; a tensor can't choose seeds."""
+        """Some of the views: a slice, or [M] int64 positions on the views' device; seeds allow a slice only."""
         if self.key is not None and not isinstance(part, slice):
-            raise ValueError("the seeds of random augmentation stay on the CPU")
+            raise ValueError("views with seeds of random augmentation can only be sliced: the seeds stay on the CPU")
         box = None if self.box is None else self.box[part]
         key = self.key[part] if self.key is not None and isinstance(part, slice) else None
         return Views(self.index[part], self.top[part], self.left[part], self.flip[part], box, key)
 
     def to(self, device: torch.device) -> Views:
-        """The same views on a device; the seeds stay on the CPU, which reads them."""
+        """The same views on a device; the seeds stay on the CPU, where they are used."""
         box = None if self.box is None else self.box.to(device)
         index, top, left, flip = (field.to(device) for field in (self.index, self.top, self.left, self.flip))
         return Views(index, top, left, flip, box, self.key)
 
     def copy_(self, other: Views) -> None:
-        """Become as many other views, drawn on the CPU, in the same memory; a CUDA device is not waited for."""
+        """Overwrite these views in place by as many others from the CPU; does not wait for a CUDA device."""
         for name in ("index", "top", "left", "flip", "box"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine is not None:
@@ -89,8 +90,8 @@ class ImageStore:
         """
         Args:
             images: [N, H, W, 3] uint8, as large as the model's input or larger.
-            preprocessing: of the data set.
-            augmentation: of the run.
+            preprocessing: the data set's preprocessing.
+            augmentation: the run's augmentation.
             device: where the pixels stay.
 
         Raises:
@@ -104,7 +105,7 @@ class ImageStore:
         if min(self._spare) < 0:
             raise ValueError(f"images are {list(images.shape[1:3])}, the input is {list(preprocessing.size)}")
         held = images.to(device)
-        # Memory-mapped images stay where they are unless there is something to add to them.
+        # Without padding, memory-mapped images are used as they are, not copied into memory.
         self._images = F.pad(held, (0, 0, padding, padding, padding, padding)) if padding else held
         self._normalise = preprocessing.normaliser(device)
         self._augmentation = augmentation
@@ -114,7 +115,7 @@ class ImageStore:
 
     @property
     def num_views(self) -> int | None:
-        """Views of one image, all different; None where they are too many to count."""
+        """Number of distinct views of one image; None where they are too many to count."""
         augmentation = self._augmentation
         if augmentation.crop_scale is not None or augmentation.randaugment_ops:
             return None
@@ -123,7 +124,7 @@ class ImageStore:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that decides which views there are, the pixels aside."""
+        """A text that names everything that decides which views there are, except the pixels."""
         return f"{tuple(self._images.shape[1:3])} {(self.height, self.width)} {self._augmentation}"
 
     @property
@@ -132,17 +133,17 @@ class ImageStore:
         return self._spare[0] + 2 * self._padding, self._spare[1] + 2 * self._padding
 
     def epoch(self, *, seed: int, epoch: int) -> Views:
-        """One epoch, on the CPU: every image once, in random order, each cut, flipped and augmented in its own way.
+        """The views of one epoch, on the CPU: every image once, in random order, randomly cropped and flipped.
 
         Args:
-            seed: of the run.
-            epoch: counted from 1.
+            seed: the run's seed.
+            epoch: number of the epoch, from 1.
         """
         augmentation, count = self._augmentation, self.num_images
         digest = hashlib.sha256(f"icdctl views {seed} {epoch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         index = torch.randperm(count, generator=generator)
-        # Drawn even where the recipe has no crop or flip, so that switching one off leaves the order as it is.
+        # Drawn even where the recipe has no crop or flip, so that switching one off does not change the other draws.
         unit = torch.rand((3, count), generator=generator, dtype=torch.float64)
         room = torch.tensor([[margin + 1] for margin in self._margins])
         box, key = None, None
@@ -155,10 +156,10 @@ class ImageStore:
         return Views(index, offsets[0], offsets[1], (unit[2] < 0.5) & augmentation.flip, box, key)
 
     def numbered(self, numbers: Tensor) -> Views:
-        """The views of these numbers, 0 to `num_images * num_views - 1`, an image's own ones next to each other.
+        """The views with these numbers; views of one image have consecutive numbers.
 
         Args:
-            numbers: [N] int64, on the CPU.
+            numbers: [N] int64, on the CPU, 0 to `num_images * num_views - 1`.
 
         Raises:
             ValueError: the views are too many to count.
@@ -172,7 +173,7 @@ class ImageStore:
         return Views(index, top, left, flip.bool())
 
     def numbers(self, views: Views) -> Tensor:
-        """The inverse of `numbered`: [N] int64, where the views are."""
+        """The inverse of `numbered`: [N] int64, on the views' device."""
         sides = 2 if self._augmentation.flip else 1
         across = self._margins[1] + 1
         place = (views.top * across + views.left) * sides
@@ -186,7 +187,7 @@ class ImageStore:
         return pixels
 
     def inputs(self, views: Views) -> Tensor:
-        """What a model reads: [B, 3, H, W] float32, channels last in memory."""
+        """The model's input for views: [B, 3, H, W] float32, normalised, channels last in memory."""
         return self._normalise(self.pixels(views))
 
     def _cut(self, views: Views) -> Tensor:
@@ -196,7 +197,7 @@ class ImageStore:
         return self._images[views.index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
     def _cut_and_resized(self, views: Views, box: Tensor) -> Tensor:
-        """Bilinear, without a filter against aliasing: images are kept hardly larger than the input."""
+        """Bilinear, without an antialiasing filter: the stored images are hardly larger than the input."""
         images = self._images[views.index].permute(0, 3, 1, 2).float()  # [B, 3, H, W]
         rows = _sample_positions(views.top, box[:, 0], self._rows, images.shape[2])  # [B, H]
         columns = _sample_positions(views.left, box[:, 1], self._columns, images.shape[3])  # [B, W]
@@ -207,7 +208,7 @@ class ImageStore:
         return cut.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
     def _randomly_augmented(self, pixels: Tensor, key: Tensor) -> Tensor:
-        """RandAugment, each view by its own seed, so that its pixels do not depend on the batch it stands in.
+        """RandAugment with one seed per view, so that a view's pixels do not depend on its batch.
 
         Source: Cubuk et al. 2020, https://arxiv.org/abs/1909.13719
         """
@@ -230,9 +231,9 @@ def _boxes(
     ratio: tuple[float, float],
     generator: torch.Generator,
 ) -> Tensor:
-    """Height and width of random cuts, area uniform, ratio uniform by its logarithm: [N, 2] int64.
+    """Height and width of random crops, uniform in area and in the logarithm of the ratio: [N, 2] int64.
 
-    Source: torchvision's RandomResizedCrop; where no attempt fits, the whole image is taken.
+    Source: torchvision's RandomResizedCrop; where no attempt fits, the whole image is used.
     """
     height, width = image
     unit = torch.rand((2, count, _CROP_ATTEMPTS), generator=generator, dtype=torch.float64)
@@ -247,6 +248,6 @@ def _boxes(
 
 
 def _sample_positions(start: Tensor, length: Tensor, target: Tensor, whole: int) -> Tensor:
-    """Centres of the target's pixels in a cut, in grid_sample's coordinates of -1 to 1: [B], [B], [T] -> [B, T]."""
+    """Centres of the target's pixels in a crop, in grid_sample's coordinates of -1 to 1: [B], [B], [T] -> [B, T]."""
     centres = start[:, None] + (target + 0.5) * (length / target.shape[0])[:, None]
     return (2 * centres / whole - 1).float()

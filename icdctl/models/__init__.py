@@ -1,4 +1,4 @@
-"""Models: one class per architecture, one row per name in `MODELS`, and one contract, `Outputs`."""
+"""Models: one class per architecture, one row per name in `MODELS`, and `Outputs`, which every model returns."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ __all__ = [
 
 
 class Builder(Protocol):
-    """What makes a model of a given number of classes, for 32 x 32 images or for CUB-200."""
+    """A function that builds a model with a given number of classes, for 32 x 32 images or for large ones."""
 
-    def __call__(self, num_classes: int, *, cub200: bool = ...) -> Classifier: ...
+    def __call__(self, num_classes: int, *, large_images: bool = ...) -> Classifier: ...
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Model:
     build: Builder
     family: str
     num_params: int
-    """Trainable numbers with 100 classes."""
+    """Number of trainable parameters with 100 classes."""
     aliases: tuple[str, ...]
-    """The reference's spelling."""
+    """The name in the reference code."""
 
 
 MODELS: dict[str, Model] = {
@@ -80,13 +80,14 @@ MODELS: dict[str, Model] = {
 
 
 _LARGE_IMAGE = 128
+"""Shorter side, in pixels, from which on a model for large images is built."""
 
 
 def resolve(name: str) -> str:
-    """The name in `MODELS` of a model given by that name or by the reference's, in any case, with or without `_sdd`.
+    """The name in `MODELS` for any spelling: upper or lower case, the reference's name, with or without `_sdd`.
 
     Raises:
-        UsageError: no model has that name.
+        UsageError: no model has this name.
     """
     folded = name.lower().removesuffix("_sdd")
     for canonical, model in MODELS.items():
@@ -98,27 +99,28 @@ def resolve(name: str) -> str:
 def create(
     name: str, num_classes: int, *, dataset: str | None = None, image_size: tuple[int, int] | None = None
 ) -> Classifier:
-    """A model with fresh weights, from torch's global random state.
+    """Build a model with random weights, drawn from torch's global random state.
+
+    Every model has a variant for large images, made for 224 x 224, with a stem of stride 2 (except vgg). The reference
+    has seven of these: res32x4, vgg13 and res50 as teachers, mv2, shuv1, vgg8 and res8x4 as students; the others follow
+    the rule of their family.
 
     Args:
-        name: a key of `MODELS` or the reference's spelling.
-        num_classes: at least 2.
-        dataset: "cub200" gives the variant for 224 x 224 images, with a stem of stride 2 (but for vgg). The reference
-            has seven of these: res32x4, vgg13 and res50 as teachers, mv2, shuv1, vgg8 and res8x4 as students; here
-            every model has one, by the rule of its family. Any other data set, or none, gives the model for 32 x 32
-            images.
-        image_size: height and width; images of 128 x 128 or larger get the variant for 224 x 224 too.
+        name: a key of `MODELS` or the reference's name.
+        num_classes: K, at least 2.
+        dataset: "cub200" gives the variant for large images; any other data set, or None, the model for 32 x 32.
+        image_size: height and width; 128 x 128 or larger gives the variant for large images too.
 
     Raises:
-        UsageError: an unknown name, or fewer than 2 classes.
+        UsageError: the name is unknown, or there are fewer than 2 classes.
     """
     canonical = resolve(name)
     if num_classes < 2:
         raise UsageError(
             f"`{canonical}` can't classify into {num_classes} classes",
-            hint="a classifier needs 2 classes or more; check the data set",
+            hint="a classifier needs at least 2 classes; check the data set",
         )
     is_large = image_size is not None and min(image_size) >= _LARGE_IMAGE
-    model = MODELS[canonical].build(num_classes, cub200=is_large or dataset == "cub200")
+    model = MODELS[canonical].build(num_classes, large_images=is_large or dataset == "cub200")
     model.name = canonical
     return model

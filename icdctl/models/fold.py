@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them: the same function with fewer layers, for inference."""
+"""Folding of batch norms into the convolutions before them: the same function with fewer layers, for inference."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def fold_batch_norms(model: _Model) -> _Model:
     """A frozen copy in eval mode, with every pair of `conv_bn_pairs()` fused into one convolution with a bias.
 
-    The fused weights are computed in float64 and cast back, so what is left is rounding (1e-5 of the largest logit in
-    float32). A module that is no `Classifier` names no pairs and is only copied and frozen.
+    The fused weights are computed in float64 and cast back, so the results differ by rounding only (1e-5 of the largest
+    logit in float32). A module that is not a `Classifier` names no pairs; it is only copied and frozen.
 
     Args:
-        model: any module; it is left as it is.
+        model: any module; it is not changed.
     """
     folded = copy.deepcopy(model).eval().requires_grad_(False)
     pairs = folded.conv_bn_pairs() if isinstance(folded, Classifier) else []

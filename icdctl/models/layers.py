@@ -1,7 +1,7 @@
-"""Pieces that several architectures share: convolutions, the stem for large images, initialisation.
+"""Parts that several architectures share: convolutions, the stem for large images, initialisation.
 
-Sums and ReLUs are done in place where nobody else reads what they overwrite: a fresh map of the same size costs a CPU
-more than the arithmetic.
+Sums and ReLUs work in place where nothing else reads the tensor that they overwrite: on a CPU, allocating a new map
+costs more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def conv1x1(in_channels: int, out_channels: int, *, stride: int = 1, groups: int
 
 
 def large_image_stem(out_channels: int) -> nn.Conv2d:
-    """The first convolution of the CUB-200 variants, 224 -> 112, with torch's default initialisation."""
+    """The first convolution of the variants for large images, 224 -> 112, with torch's default initialisation."""
     return nn.Conv2d(3, out_channels, 7, stride=2, padding=3, bias=False)
 
 
 def run_blocks(blocks: Iterable[nn.Module], features: Tensor) -> tuple[Tensor, Tensor]:
-    """A stage whose blocks return what is before their last ReLU.
+    """Run a stage whose blocks return their output before its ReLU.
 
     Returns:
         The output of the last block before its ReLU, and after it.
@@ -54,7 +54,7 @@ def shuffle_channels(features: Tensor, groups: int) -> Tensor:
 
 @torch.no_grad()
 def initialise_convolutions(model: nn.Module) -> None:
-    """Normal weights of variance 2 / (k * k * C_out), zero biases.
+    """Initialise convolutions with normal weights of variance 2 / (k * k * C_out) and zero biases.
 
     C_out counts all the groups, as in the reference: the depthwise convolutions of MobileNetV2 start at about 0.02
     where an unscaled fan-out would give 0.47. Source: He et al. 2015, https://arxiv.org/abs/1502.01852

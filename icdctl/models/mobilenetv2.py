@@ -14,7 +14,7 @@ from icdctl.models.outputs import Classifier, Features
 
 _STEM_WIDTH = 16
 _HEAD_WIDTH = 1280
-# expansion, channels, number of blocks, stride of the first
+# Expansion, channels, number of blocks, stride of the first block.
 _GROUPS = (
     (1, 8, 1, 1),
     (6, 12, 2, 1),
@@ -29,7 +29,7 @@ _STAGE_ENDS = (1, 2, 4, 6)
 
 
 class InvertedResidual(nn.Module):
-    """1 x 1 up, 3 x 3 depthwise, 1 x 1 down without activation, and a residual where the shape stays."""
+    """1 x 1 up, 3 x 3 depthwise, 1 x 1 down without activation, and a residual where the shape stays the same."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class InvertedResidual(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, C_in, H, W] -> [B, C, H / stride, W / stride], not activated."""
+        """[B, C_in, H, W] -> [B, C, H / stride, W / stride], without activation."""
         out: Tensor = self.conv(features)
         return out.add_(features) if self.has_residual else out
 
@@ -57,17 +57,17 @@ class MobileNetV2(Classifier):
 
     Stages: the stem and the outputs of groups 1, 2, 4 and 6, which are linear (no ReLU, so their pre-activations are
     themselves): 16 x 16, 16 x 16, 8 x 8, 4 x 4, 2 x 2 for a 32 x 32 image. `feature_map` is the 1280-channel map after
-    the last stage; at 2 x 2 the 16 patches of scale 4 are 4 distinct ones, each four times.
+    the last stage; where it is 2 x 2, the 16 patches of scale 4 are only 4 distinct ones, each four times.
 
     Args:
         num_classes: K.
-        cub200: the 224 x 224 variant, as in the reference: the stem is a 7 x 7 convolution of stride 2, norm, ReLU and
-            a max pooling by 2, which starts from torch's default.
+        large_images: build the variant for 224 x 224, as in the reference: the stem is a 7 x 7 convolution of stride 2
+            (with torch's default initialisation), norm, ReLU and a max pooling by 2.
     """
 
     smallest_image = 16
 
-    def __init__(self, num_classes: int, *, cub200: bool = False) -> None:
+    def __init__(self, num_classes: int, *, large_images: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Sequential(
             conv3x3(3, _STEM_WIDTH, stride=2), nn.BatchNorm2d(_STEM_WIDTH), nn.ReLU(inplace=True)
@@ -88,7 +88,7 @@ class MobileNetV2(Classifier):
         initialise_convolutions(self)
         nn.init.normal_(self.head.weight, 0.0, 0.01)
         nn.init.zeros_(self.head.bias)
-        if cub200:
+        if large_images:
             self.conv1 = nn.Sequential(
                 large_image_stem(_STEM_WIDTH), nn.BatchNorm2d(_STEM_WIDTH), nn.ReLU(inplace=True), nn.MaxPool2d(2)
             )

@@ -1,4 +1,4 @@
-"""What every model gives: `Outputs`, and the base class `Classifier` that all architectures share.
+"""`Outputs`, which every model returns, and `Classifier`, the base class of all architectures.
 
 Shapes: B images, K classes, C channels, H rows, W columns.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Features(NamedTuple):
-    """What an architecture computes before pooling and head."""
+    """The part of a forward pass before global average and head; the fields are those of `Outputs`."""
 
     stages: tuple[Tensor, ...]
     preactivations: tuple[Tensor, ...]
@@ -20,7 +20,7 @@ class Features(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """One pass through a model, with what the distillation losses read."""
+    """The results of one forward pass: logits, and the tensors that distillation losses read."""
 
     logits: Tensor
     """[B, K], before softmax."""
@@ -31,20 +31,20 @@ class Outputs(NamedTuple):
     pooled: Tensor
     """[B, C]: the global average of `feature_map`; `head(pooled)` is `logits`."""
     preactivations: tuple[Tensor, ...] = ()
-    """One map per entry of `stages`, of the same shape, as it was before the last ReLU of that stage
-    (the stem has no separate one: there it is the stage itself). Empty for a model that has none to give."""
+    """One map per entry of `stages`, of the same shape: the stage before its last ReLU; for the stem, the stage itself.
+    Empty for custom modules."""
 
 
 class Classifier(nn.Module, ABC):
     """An image classifier: `features`, then the global average, then a linear head.
 
-    The average is taken over the whole map whatever its size, so any image works that the strides leave something of.
+    The average is taken over the whole map, whatever its size, so images of any size work from `smallest_image` on.
     """
 
     name: str = ""
-    """The name in `MODELS`, set by `create`; messages use it."""
+    """The name in `MODELS`, set by `create`, for messages."""
     smallest_image: int = 1
-    """The total stride: a smaller image has no whole cell left in `feature_map`."""
+    """Smallest height and width of an image, which is the total stride; `feature_map` is then 1 x 1."""
 
     @property
     @abstractmethod
@@ -53,10 +53,10 @@ class Classifier(nn.Module, ABC):
 
     @abstractmethod
     def features(self, images: Tensor) -> Features:
-        """The part of the pass that differs between architectures; `images` have been checked."""
+        """The part of the forward pass that differs between architectures: images [B, 3, H, W], already checked."""
 
     def outputs(self, images: Tensor) -> Outputs:
-        """[B, 3, H, W] -> logits and all that the losses read.
+        """[B, 3, H, W] -> logits, and the tensors that distillation losses read.
 
         Raises:
             ValueError: the images are not [B, 3, H, W], or smaller than the model's total stride.
@@ -68,15 +68,14 @@ class Classifier(nn.Module, ABC):
         return Outputs(logits, features.stages, features.feature_map, pooled, features.preactivations)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> logits [B, K]. What evaluation and export run."""
+        """[B, 3, H, W] -> logits [B, K]; evaluation and export use it."""
         return self.outputs(images).logits
 
     def conv_bn_pairs(self) -> list[tuple[str, str]]:
-        """Names of the (convolution, batch norm) pairs that may be fused once the model is in eval mode.
+        """Names of the (convolution, batch norm) pairs that can be fused in eval mode.
 
-        In all families but one a batch norm is registered right after the convolution it reads, and nothing else reads
-        that convolution, so the order of registration is the answer. WRN normalises before its convolutions and says
-        otherwise.
+        In all families except WRN, a batch norm is registered right after the convolution that it reads, and nothing
+        else reads that convolution, so the order of registration gives the pairs. WRN overrides this.
         """
         pairs: list[tuple[str, str]] = []
         previous: tuple[str, nn.Module] = ("", self)
@@ -87,9 +86,9 @@ class Classifier(nn.Module, ABC):
         return pairs
 
     def preactivation_norms(self) -> list[str]:
-        """Names of the batch norms that end in `preactivations[1:]`, whose weights tell how these are distributed.
+        """Names of the batch norms whose outputs are `preactivations[1:]`; their weights show its distribution.
 
-        Empty for the ShuffleNets: half of the channels of their pre-activations don't come from one norm.
+        Empty for the ShuffleNets, where half of the pre-activation's channels do not come from one norm.
         """
         return []
 

@@ -13,8 +13,9 @@ from icdctl.models.layers import conv1x1, conv3x3, initialise_convolutions, larg
 from icdctl.models.outputs import Classifier, Features
 
 
-class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a residual; returns the sum before its ReLU."""
+class CifarBlock(nn.Module):
+    """Two 3 x 3 convolutions and a residual; returns the sum before its ReLU. Unlike `resnetv2.BasicBlock`, its
+    residual is called `downsample` in the weights."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -35,7 +36,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(Classifier):
-    """A stem and three stages of basic blocks; depth = 6 * blocks_per_stage + 2.
+    """A stem and three stages of blocks; depth = 6 * blocks_per_stage + 2.
 
     Stages: the stem's ReLU and the last ReLU of each stage, 32 x 32, 32 x 32, 16 x 16, 8 x 8 for a 32 x 32 image.
 
@@ -43,14 +44,14 @@ class ResNet(Classifier):
         blocks_per_stage: 1 for res8, 18 for res110.
         widths: channels of the stem and of the three stages.
         num_classes: K.
-        cub200: the 224 x 224 variant: a 7 x 7 stem of stride 2 and the head start from torch's default. The reference
-            has it for res32x4 and res8x4.
+        large_images: build the variant for 224 x 224: a 7 x 7 stem of stride 2; stem and head have torch's default
+            initialisation. The reference has it for res32x4 and res8x4.
     """
 
     smallest_image = 4
 
     def __init__(
-        self, blocks_per_stage: int, widths: tuple[int, int, int, int], num_classes: int, *, cub200: bool = False
+        self, blocks_per_stage: int, widths: tuple[int, int, int, int], num_classes: int, *, large_images: bool = False
     ) -> None:
         super().__init__()
         stem, first, second, third = widths
@@ -61,7 +62,7 @@ class ResNet(Classifier):
         self.layer3 = _stage(blocks_per_stage, second, third, stride=2)
         self.fc = nn.Linear(third, num_classes)
         initialise_convolutions(self)
-        if cub200:
+        if large_images:
             self.conv1 = large_image_stem(stem)
             self.smallest_image = 8
 
@@ -85,16 +86,16 @@ class ResNet(Classifier):
 
 
 def _stage(num_blocks: int, in_channels: int, channels: int, *, stride: int) -> nn.Sequential:
-    blocks = [BasicBlock(in_channels, channels, stride)]
-    blocks += [BasicBlock(channels, channels, 1) for _ in range(num_blocks - 1)]
+    blocks = [CifarBlock(in_channels, channels, stride)]
+    blocks += [CifarBlock(channels, channels, 1) for _ in range(num_blocks - 1)]
     return nn.Sequential(*blocks)
 
 
-def narrow_resnet(depth: int, num_classes: int, *, cub200: bool = False) -> ResNet:
+def narrow_resnet(depth: int, num_classes: int, *, large_images: bool = False) -> ResNet:
     """res8 to res110: 16, 16, 32, 64 channels."""
-    return ResNet((depth - 2) // 6, (16, 16, 32, 64), num_classes, cub200=cub200)
+    return ResNet((depth - 2) // 6, (16, 16, 32, 64), num_classes, large_images=large_images)
 
 
-def wide_resnet(depth: int, num_classes: int, *, cub200: bool = False) -> ResNet:
-    """res8x4 and res32x4: 32, 64, 128, 256 channels (four times as wide, but for the stem)."""
-    return ResNet((depth - 2) // 6, (32, 64, 128, 256), num_classes, cub200=cub200)
+def wide_resnet(depth: int, num_classes: int, *, large_images: bool = False) -> ResNet:
+    """res8x4 and res32x4: 32, 64, 128, 256 channels (four times as wide, except the stem, which is twice)."""
+    return ResNet((depth - 2) // 6, (32, 64, 128, 256), num_classes, large_images=large_images)

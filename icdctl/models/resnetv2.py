@@ -76,11 +76,11 @@ class ResNetV2(Classifier):
     image.
 
     Args:
-        block: the kind of block.
-        num_blocks: blocks of each of the four stages.
+        block: the class of the blocks.
+        num_blocks: number of blocks in each of the four stages.
         num_classes: K.
-        cub200: the 224 x 224 variant: a 7 x 7 stem of stride 2 and the head start from torch's default. The reference
-            has it for res50.
+        large_images: build the variant for 224 x 224: a 7 x 7 stem of stride 2; stem and head have torch's default
+            initialisation. The reference has it for res50.
     """
 
     smallest_image = 8
@@ -91,7 +91,7 @@ class ResNetV2(Classifier):
         num_blocks: tuple[int, int, int, int],
         num_classes: int,
         *,
-        cub200: bool = False,
+        large_images: bool = False,
     ) -> None:
         super().__init__()
         stem = _STAGE_WIDTHS[0]
@@ -110,7 +110,7 @@ class ResNetV2(Classifier):
         self.linear = nn.Linear(in_channels, num_classes)
         self.last_norm = block.last_norm
         initialise_convolutions(self)
-        if cub200:
+        if large_images:
             self.conv1 = large_image_stem(stem)
             self.smallest_image = 16
 
@@ -135,11 +135,11 @@ class ResNetV2(Classifier):
         return [f"layer{number}.{len(stage) - 1}.{self.last_norm}" for number, stage in enumerate(stages, 1)]
 
 
-def res18(num_classes: int, *, cub200: bool = False) -> ResNetV2:
-    """Two basic blocks a stage, 512 channels at the end."""
-    return ResNetV2(BasicBlock, (2, 2, 2, 2), num_classes, cub200=cub200)
+def res18(num_classes: int, *, large_images: bool = False) -> ResNetV2:
+    """Two basic blocks per stage, 512 channels at the end."""
+    return ResNetV2(BasicBlock, (2, 2, 2, 2), num_classes, large_images=large_images)
 
 
-def res50(num_classes: int, *, cub200: bool = False) -> ResNetV2:
+def res50(num_classes: int, *, large_images: bool = False) -> ResNetV2:
     """Bottlenecks, 2048 channels at the end."""
-    return ResNetV2(Bottleneck, (3, 4, 6, 3), num_classes, cub200=cub200)
+    return ResNetV2(Bottleneck, (3, 4, 6, 3), num_classes, large_images=large_images)

@@ -1,7 +1,7 @@
 """ShuffleNet, three groups, Zhang et al. 2018, https://arxiv.org/abs/1707.01083
 
 Layer names and widths follow RepDistiller (CRD, ICLR 2020, https://github.com/HobbitLong/RepDistiller), whose weights
-load as they are. All layers start from torch's default.
+load as they are. All layers have torch's default initialisation.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from icdctl.models.outputs import Classifier, Features
 _GROUPS = 3
 _STEM_WIDTH = 24
 _STAGES = ((240, 4), (480, 8), (960, 4))
-"""Channels and number of units."""
+"""Channels and number of units of each stage."""
 
 
-class Unit(nn.Module):
-    """Grouped 1 x 1, shuffle, 3 x 3 depthwise, grouped 1 x 1; returns what is before the last ReLU.
+class ShuffleUnit(nn.Module):
+    """Grouped 1 x 1, shuffle, 3 x 3 depthwise, grouped 1 x 1; returns the output before the last ReLU.
 
-    At stride 1 the input is added; at stride 2 its 3 x 3 average is appended, so the convolutions make
+    At stride 1 the input is added. At stride 2 its 3 x 3 average is appended, so the convolutions give
     `channels - in_channels` channels.
     """
 
@@ -57,25 +57,25 @@ class ShuffleNetV1(Classifier):
 
     Args:
         num_classes: K.
-        cub200: the 224 x 224 variant, as in the reference: a 7 x 7 stem of stride 2.
+        large_images: build the variant for 224 x 224, as in the reference: a 7 x 7 stem of stride 2.
     """
 
     smallest_image = 8
 
-    def __init__(self, num_classes: int, *, cub200: bool = False) -> None:
+    def __init__(self, num_classes: int, *, large_images: bool = False) -> None:
         super().__init__()
-        self.conv1 = large_image_stem(_STEM_WIDTH) if cub200 else conv1x1(3, _STEM_WIDTH)
+        self.conv1 = large_image_stem(_STEM_WIDTH) if large_images else conv1x1(3, _STEM_WIDTH)
         self.bn1 = nn.BatchNorm2d(_STEM_WIDTH)
         stages = []
         in_channels = _STEM_WIDTH
         for channels, count in _STAGES:
-            units = [Unit(in_channels, channels, 2)]
-            units += [Unit(channels, channels, 1) for _ in range(count - 1)]
+            units = [ShuffleUnit(in_channels, channels, 2)]
+            units += [ShuffleUnit(channels, channels, 1) for _ in range(count - 1)]
             stages.append(nn.Sequential(*units))
             in_channels = channels
         self.layer1, self.layer2, self.layer3 = stages
         self.linear = nn.Linear(in_channels, num_classes)
-        if cub200:
+        if large_images:
             self.smallest_image = 16
 
     @property

@@ -1,7 +1,7 @@
 """ShuffleNetV2 at width 1, Ma et al. 2018, https://arxiv.org/abs/1807.11164
 
 Layer names and widths follow RepDistiller (CRD, ICLR 2020, https://github.com/HobbitLong/RepDistiller), whose weights
-load as they are. All layers start from torch's default.
+load as they are. All layers have torch's default initialisation.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from icdctl.models.outputs import Classifier, Features
 _STEM_WIDTH = 24
 _HEAD_WIDTH = 1024
 _STAGES = ((116, 3), (232, 7), (464, 3))
-"""Channels and number of basic units after the one that halves the size."""
+"""Channels of each stage, and number of basic units after the unit that halves the size."""
 
 
 class BasicUnit(nn.Module):
-    """Half the channels pass unchanged, the others go through 1 x 1, 3 x 3 depthwise, 1 x 1; then both are shuffled."""
+    """Half of the channels pass unchanged, the others through 1 x 1, 3 x 3 depthwise, 1 x 1; then all are shuffled."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class BasicUnit(nn.Module):
 
 
 class DownUnit(nn.Module):
-    """Two branches of stride 2, each half of the new channels, joined and shuffled."""
+    """Two branches of stride 2, each giving half of the new channels, which are joined and shuffled."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -78,15 +78,15 @@ class ShuffleNetV2(Classifier):
 
     Args:
         num_classes: K.
-        cub200: the 224 x 224 variant, by the rule of shuv1 (the reference's own change does not run): a 7 x 7 stem of
-            stride 2.
+        large_images: build the variant for 224 x 224, by the rule of shuv1 (the reference's variant does not run): a
+            7 x 7 stem of stride 2.
     """
 
     smallest_image = 8
 
-    def __init__(self, num_classes: int, *, cub200: bool = False) -> None:
+    def __init__(self, num_classes: int, *, large_images: bool = False) -> None:
         super().__init__()
-        self.conv1 = large_image_stem(_STEM_WIDTH) if cub200 else conv1x1(3, _STEM_WIDTH)
+        self.conv1 = large_image_stem(_STEM_WIDTH) if large_images else conv1x1(3, _STEM_WIDTH)
         self.bn1 = nn.BatchNorm2d(_STEM_WIDTH)
         stages = []
         in_channels = _STEM_WIDTH
@@ -98,7 +98,7 @@ class ShuffleNetV2(Classifier):
         self.conv2 = conv1x1(in_channels, _HEAD_WIDTH)
         self.bn2 = nn.BatchNorm2d(_HEAD_WIDTH)
         self.linear = nn.Linear(_HEAD_WIDTH, num_classes)
-        if cub200:
+        if large_images:
             self.smallest_image = 16
 
     @property

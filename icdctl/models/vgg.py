@@ -17,22 +17,22 @@ _CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 1
 
 
 class VGG(Classifier):
-    """Five blocks of 3 x 3 convolutions, halved by max pooling after the first three, and one linear layer.
+    """Five blocks of 3 x 3 convolutions, with max pooling by 2 after the first three, and one linear layer.
 
     Stages: the last ReLU of each block (block0 is the stem), 32 x 32, 16 x 16, 8 x 8, 4 x 4, 4 x 4 for a 32 x 32 image.
-    The fourth pooling happens only where the image is exactly 64 pixels high: the reference has that rule (for Tiny
-    ImageNet), numbers of both sizes depend on it, and 224 x 224 images keep a 28 x 28 map.
+    A fourth pooling happens only where the image is exactly 64 pixels high. The reference has this rule for Tiny
+    ImageNet, and the numbers of both image sizes depend on it; 224 x 224 images keep a 28 x 28 map.
 
     Args:
         depth: a key of the table of convolutions: 8, 11, 13, 16 or 19.
         num_classes: K.
-        cub200: the 224 x 224 variant: only the head differs, it starts from torch's default. The reference has it for
-            vgg13 and vgg8.
+        large_images: build the variant for 224 x 224: only the head differs, which has torch's default initialisation.
+            The reference has it for vgg13 and vgg8.
     """
 
     smallest_image = 8
 
-    def __init__(self, depth: int, num_classes: int, *, cub200: bool = False) -> None:
+    def __init__(self, depth: int, num_classes: int, *, large_images: bool = False) -> None:
         super().__init__()
         blocks = []
         in_channels = 3
@@ -42,7 +42,7 @@ class VGG(Classifier):
         self.block0, self.block1, self.block2, self.block3, self.block4 = blocks
         self.classifier = nn.Linear(in_channels, num_classes)
         initialise_convolutions(self)
-        if not cub200:
+        if not large_images:
             nn.init.normal_(self.classifier.weight, 0.0, 0.01)
             nn.init.zeros_(self.classifier.bias)
 
@@ -63,17 +63,17 @@ class VGG(Classifier):
             preactivations.append(before)
             stages.append(stage)
             features = F.max_pool2d(stage, 2) if pool else stage
-        preactivations[0] = stages[0]  # the stem has no separate one, in any family
+        preactivations[0] = stages[0]  # the stem has no separate pre-activation, in any family
         return Features(tuple(stages), tuple(preactivations), stages[-1])
 
     def preactivation_norms(self) -> list[str]:
-        """The last layer of each block but the stem."""
+        """The last norm of each block except the stem."""
         blocks = (self.block1, self.block2, self.block3, self.block4)
         return [f"block{number}.{len(block) - 1}" for number, block in enumerate(blocks, 1)]
 
 
 def _block(in_channels: int, channels: int, num_convolutions: int) -> nn.Sequential:
-    """Convolution, norm, ReLU, repeated; the last ReLU is left to `features`, so that the keys fit the weights."""
+    """Convolution, norm, ReLU, repeated; `features` applies the last ReLU, so that the keys fit the weights."""
     layers: list[nn.Module] = []
     for _ in range(num_convolutions):
         layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]

@@ -1,6 +1,6 @@
-"""Weight files: safetensors written; safetensors and the .pth of CRD, mdistiller and iCD read, and no code run.
+"""Weight files: safetensors, and for reading also the .pth files of CRD, mdistiller and iCD.
 
-This is the only place in the project that calls `torch.load`, always with `weights_only=True`.
+Code in a file is never run. Only this module calls `torch.load`, always with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from icdctl.files import LARGEST_FOREIGN_BYTES, read_foreign, sha256_bytes, writ
 from icdctl.models.outputs import Classifier
 
 _METADATA_KEY = "icdctl"
-_AGAIN_HINT = "download or copy it again from where it was made"
+_AGAIN_HINT = "download or copy it again from its source"
 _SAVE_HINT = "save it again as `model.state_dict()`, with the program that made it; icdctl never runs code from a file"
 
-# What old checkpoints hold beside tensors: the options of the run and a NumPy number (the best accuracy), whose
-# constructor NumPy 1 knew under another module name. Nothing in this list runs code when it is rebuilt.
+# Old checkpoints hold more than tensors: the options of the run and a NumPy number (the best accuracy), whose
+# constructor had another module name in NumPy 1. Rebuilding anything in this list runs no code from the file.
 _numpy_scalar = np.float64(0).__reduce__()[0]
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
@@ -46,36 +46,37 @@ _SAFE_GLOBALS: list[Any] = [
 
 @dataclass(frozen=True)
 class Weights:
-    """What a weight file holds."""
+    """The content of a weight file."""
 
     tensors: dict[str, Tensor]
-    """state_dict of one model, in the file's order, on the CPU, in the file's dtypes."""
+    """The state_dict of one model, in the file's order, on the CPU, with the file's dtypes."""
     metadata: dict[str, Any]
-    """What `save_weights` was given; empty for files of other programs."""
+    """The metadata that `save_weights` was given, a JSON object; empty for files of other programs."""
     sha256: str
-    """Of the whole file."""
+    """Hash of the whole file."""
     format: str
-    """"safetensors" or "pickle"."""
+    """The file's format: "safetensors" or "pickle"."""
 
 
 def read_weights(path: Path | str) -> Weights:
-    """The tensors of a weight file; the content decides on the format, not the name.
+    """Read the tensors of a weight file; the content decides the format, not the file's name.
 
     A checkpoint of CRD or mdistiller gives its model (`["model"]`), one of a whole distiller its student; the prefixes
-    `module.` and `student.` are cut off. Nothing in the file is executed, and no memory is taken beyond 2 GiB.
+    `module.` and `student.` are removed. No code in the file is run, and files of more than 2 GiB are refused.
 
     Raises:
-        ArtifactError: the file is missing, broken, refused, or holds no weights.
+        ArtifactError: the file is missing, broken, unsafe, or holds no weights.
     """
     path = Path(path)
     content = read_foreign(path, what="weight file", example="student.safetensors", again=_AGAIN_HINT)
+    loaded: object
     if content[8:9] == b"{":
-        tensors, metadata = _read_safetensors(path, content)
+        loaded, metadata = _read_safetensors(path, content)
         file_format = "safetensors"
     else:
-        tensors, metadata = _read_pickle(path, content), {}
+        loaded, metadata = _read_pickle(path, content), {}
         file_format = "pickle"
-    state = _student_state(path, tensors)
+    state = _student_state(path, loaded)
     _check_tensors(path, state)
     return Weights(state, metadata, sha256_bytes(content), file_format)
 
@@ -83,13 +84,14 @@ def read_weights(path: Path | str) -> Weights:
 def load_weights(model: nn.Module, path: Path | str) -> Weights:
     """Copy the weights of a file into `model`, all of them or none.
 
-    Keys, shapes and kinds of number are compared before anything is copied; half precision is cast to the model's.
+    Keys, shapes and number types are compared before anything is copied; half precision is cast to the model's dtype.
 
     Returns:
-        What was read, with its metadata and hash.
+        The file's content, with its metadata and hash.
 
     Raises:
-        ArtifactError: as `read_weights`; or the weights don't fit the model, or are not finite. The model is unchanged.
+        ArtifactError: as for `read_weights`; or the weights don't fit the model or are not finite. The model is then
+            unchanged.
     """
     weights = read_weights(path)
     own = model.state_dict()
@@ -105,20 +107,23 @@ def load_weights(model: nn.Module, path: Path | str) -> Weights:
     return weights
 
 
-def save_weights(path: Path | str, model: nn.Module | Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
-    """Write safetensors atomically: floating point as float32, counters as they are, equal content as equal bytes.
+def save_weights(path: Path | str, model: nn.Module | Mapping[str, Tensor], metadata: Mapping[str, object]) -> str:
+    """Write a safetensors file atomically; equal content gives equal bytes.
+
+    Floating point numbers are written as float32, others in their own dtype.
 
     Args:
         path: the file; its folder is created.
         model: a module or its state_dict.
-        metadata: what JSON can hold. It goes into one key, `icdctl`: with two or more, the order of the keys, and so
-            the bytes, would vary from run to run.
+        metadata: a JSON object. It goes into one key, `icdctl`: with two or more keys, their order, and so the bytes,
+            would vary from run to run.
 
     Returns:
         sha256 of the file, hex.
 
     Raises:
-        ArtifactError: the place can't be written to.
+        UsageError: the state_dict holds more than tensors.
+        ArtifactError: the file can't be written.
     """
     content = _content(model, metadata)
     write_bytes(Path(path), content)
@@ -126,12 +131,12 @@ def save_weights(path: Path | str, model: nn.Module | Mapping[str, Tensor], meta
 
 
 def hash_weights(model: nn.Module) -> str:
-    """sha256, hex, of the file that `save_weights` would write of a module, without metadata."""
+    """sha256, hex, of the file that `save_weights` would write for a module without metadata."""
     return sha256_bytes(_content(model, {}))
 
 
-def check_state(state: Mapping[str, Any]) -> None:
-    """Whether a state_dict can be kept in a weights file.
+def check_state(state: Mapping[str, object]) -> None:
+    """Check that a state_dict can be written to a weights file.
 
     Raises:
         UsageError: it holds more than tensors.
@@ -140,17 +145,17 @@ def check_state(state: Mapping[str, Any]) -> None:
         if not isinstance(value, Tensor):
             raise UsageError(
                 f"`{key}` of the module's state is a {type(value).__name__}, expected tensors alone",
-                hint="leave what is no tensor out of its state_dict (`get_extra_state`)",
+                hint="keep everything but tensors out of its state_dict (`get_extra_state`)",
             )
 
 
-def _content(model: nn.Module | Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+def _content(model: nn.Module | Mapping[str, Tensor], metadata: Mapping[str, object]) -> bytes:
     state = model.state_dict() if isinstance(model, nn.Module) else model
     check_state(state)
     tensors = {}
     for key, tensor in state.items():
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        # A clone, for safetensors refuses tensors that share memory.
+        # Cloned, because safetensors refuses tensors that share memory.
         tensors[key] = tensor.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
     text = json.dumps(dict(metadata), sort_keys=True, allow_nan=False)
     return safetensors.torch.save(tensors, {_METADATA_KEY: text})
@@ -160,7 +165,7 @@ def _read_safetensors(path: Path, content: bytes) -> tuple[dict[str, Tensor], di
     try:
         tensors = safetensors.torch.load(content)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ArtifactError(f"`{path}` is not a whole safetensors file: {error}", hint=_AGAIN_HINT) from error
+        raise ArtifactError(f"`{path}` is not a complete safetensors file: {error}", hint=_AGAIN_HINT) from error
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     text = (header.get("__metadata__") or {}).get(_METADATA_KEY, "{}")
     try:
@@ -172,19 +177,21 @@ def _read_safetensors(path: Path, content: bytes) -> tuple[dict[str, Tensor], di
     return tensors, metadata
 
 
-def _read_pickle(path: Path, content: bytes) -> Any:
+def _read_pickle(path: Path, content: bytes) -> object:
+    """The object in a file of `torch.save`, made of allowed types only."""
     if content.startswith(b"PK"):
         _check_zip(path, content)
     elif not content.startswith(b"\x80"):
         raise ArtifactError(
-            f"`{path}` is neither safetensors nor a file of torch.save",
-            hint="weights end in .safetensors, .pth or .pt; if this one should be such a file, the download is broken",
+            f"`{path}` is neither a safetensors file nor a file of torch.save",
+            hint="weight files end in .safetensors, .pth or .pt; if this should be one, the download is broken",
         )
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on odd files; what matters about them is checked here
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # broken files raise anything from EOFError to KeyError; none of them is a bug here
+            warnings.simplefilter("ignore")  # about unusual files; this module checks what matters
+            loaded: object = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return loaded
+    except Exception as error:  # broken files raise anything from EOFError to KeyError
         culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
         if culprit:
             raise _refused(path, f"it asks for `{culprit[1]}`, which is more than plain tensors") from error
@@ -196,7 +203,7 @@ def _read_pickle(path: Path, content: bytes) -> Any:
 
 
 def _check_zip(path: Path, content: bytes) -> None:
-    """torch.save stores without compression, so honest entries are never larger than the file that holds them."""
+    """Refuse zip bombs: torch.save stores without compression, so honest entries are never larger than the file."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
@@ -208,15 +215,15 @@ def _check_zip(path: Path, content: bytes) -> None:
         raise _refused(path, "its entries claim more bytes than the file has")
 
 
-def _student_state(path: Path, loaded: Any) -> dict[str, Tensor]:
-    """The state_dict in what was loaded: of the one model, or of the student where there is a teacher as well."""
+def _student_state(path: Path, loaded: object) -> dict[str, Tensor]:
+    """The state_dict in what was loaded: that of the only model, or of the student where there is a teacher too."""
     state = loaded
     for wrapper in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
             break
     if not isinstance(state, Mapping) or not state:
-        raise ArtifactError(f"`{path}` holds no weights but a {type(state).__name__}", hint=_SAVE_HINT)
+        raise ArtifactError(f"`{path}` holds no weights, only a {type(state).__name__}", hint=_SAVE_HINT)
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ArtifactError(
@@ -236,7 +243,7 @@ def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tenso
 
 
 def _check_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
-    """A small file can hold a view of 10^12 elements, which would explode on its first copy."""
+    """Refuse tensors that claim more memory than the file has: a small file can hold a view of 10^12 elements."""
     total = 0
     for key, tensor in state.items():
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.device.type != "cpu":
@@ -269,7 +276,7 @@ def _check_fit(model: nn.Module, own: Mapping[str, Tensor], loaded: Mapping[str,
 
 
 def _classes_hint(model: nn.Module, own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str | None:
-    """What to do where only the number of classes differs."""
+    """The hint where only the number of classes differs; None where more differs."""
     if not isinstance(model, Classifier):
         return None
     key = next(name for name, parameter in model.named_parameters() if parameter is model.head.weight)
@@ -282,7 +289,7 @@ def _classes_hint(model: nn.Module, own: Mapping[str, Tensor], loaded: Mapping[s
 
 
 def _quoted(key: object) -> str:
-    """A key from a file, which may hold anything, as it can be shown on a terminal."""
+    """A key from an untrusted file, shortened and escaped so that a terminal can show it."""
     return f"`{str(key)[:80].encode('unicode_escape').decode('ascii')}`"
 
 

@@ -26,12 +26,12 @@ class PreactivationBlock(nn.Module):
         self.conv1 = conv3x3(in_channels, channels, stride=stride)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv2 = conv3x3(channels, channels)
-        self.convShortcut: nn.Conv2d | None = None  # the weights' name for it
+        self.convShortcut: nn.Conv2d | None = None  # its name in the weights
         if in_channels != channels:
             self.convShortcut = conv1x1(in_channels, channels, stride=stride)
 
     def forward(self, features: Tensor, normalised: Tensor) -> Tensor:
-        """[B, C_in, H, W] and `bn1` of it -> [B, C, H / stride, W / stride], not activated."""
+        """[B, C_in, H, W] and `bn1` of it -> [B, C, H / stride, W / stride], without activation."""
         activated = F.relu(normalised)
         out = F.relu(self.bn2(self.conv1(activated)), inplace=True)
         residual: Tensor = features if self.convShortcut is None else self.convShortcut(activated)
@@ -39,8 +39,8 @@ class PreactivationBlock(nn.Module):
         return convolved.add_(residual)
 
 
-class Group(nn.Module):
-    """The blocks of one stage, under the weights' name `layer`."""
+class BlockGroup(nn.Module):
+    """The blocks of one stage, called `layer` in the weights."""
 
     def __init__(self, num_blocks: int, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Group(nn.Module):
         self.layer = nn.Sequential(*blocks)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, C_in, H, W] -> what the first norm made of it, and the raw output of the last block."""
+        """[B, C_in, H, W] -> the output of the first block's norm, and the raw output of the last block."""
         first_normalised = features
         for index, block in enumerate(self.layer):
             assert isinstance(block, PreactivationBlock)
@@ -63,36 +63,36 @@ class Group(nn.Module):
 class WideResNet(Classifier):
     """A stem and three groups; depth = 6 * blocks_per_group + 4.
 
-    Stages: the stem's convolution and the raw output of each group (negative values occur). Their pre-activations are
-    what the norm that follows makes of them, and `feature_map` is relu(bn1(last stage)).
+    Stages: the stem's convolution and the raw output of each group (negative values occur). A pre-activation is the
+    output of the norm that follows its stage, and `feature_map` is relu(bn1(last stage)).
 
-    Every norm runs once per pass. The reference runs three of them a second time to get the pre-activations, which in
-    training moves their running statistics twice per step (and sets `num_batches_tracked` to 2); losses and gradients
-    are the same, evaluation after training is not. That is an accident of its code and is not repeated here.
+    Every norm runs once per forward pass. The reference runs three of them a second time to get the pre-activations,
+    which in training updates their running statistics twice per step (and sets `num_batches_tracked` to 2). Losses and
+    gradients are the same, evaluation after training is not. This is an accident of its code, not repeated here.
 
     Args:
         depth: 16 or 40.
         widen_factor: the stages have 16, 32 and 64 times this many channels.
         num_classes: K.
-        cub200: the 224 x 224 variant, by the rule of the other families (the reference has none): a 7 x 7 stem of
-            stride 2 and the head start from torch's default.
+        large_images: build the variant for 224 x 224, by the rule of the other families (the reference has none): a
+            7 x 7 stem of stride 2; stem and head have torch's default initialisation.
     """
 
     smallest_image = 4
 
-    def __init__(self, depth: int, widen_factor: int, num_classes: int, *, cub200: bool = False) -> None:
+    def __init__(self, depth: int, widen_factor: int, num_classes: int, *, large_images: bool = False) -> None:
         super().__init__()
         num_blocks = (depth - 4) // 6
         first, second, third = (width * widen_factor for width in (16, 32, 64))
         self.conv1 = conv3x3(3, 16)
-        self.block1 = Group(num_blocks, 16, first, stride=1)
-        self.block2 = Group(num_blocks, first, second, stride=2)
-        self.block3 = Group(num_blocks, second, third, stride=2)
+        self.block1 = BlockGroup(num_blocks, 16, first, stride=1)
+        self.block2 = BlockGroup(num_blocks, first, second, stride=2)
+        self.block3 = BlockGroup(num_blocks, second, third, stride=2)
         self.bn1 = nn.BatchNorm2d(third)
         self.fc = nn.Linear(third, num_classes)
         initialise_convolutions(self)
         nn.init.zeros_(self.fc.bias)
-        if cub200:
+        if large_images:
             self.conv1 = large_image_stem(16)
             self.fc = nn.Linear(third, num_classes)
             self.smallest_image = 8
@@ -116,7 +116,7 @@ class WideResNet(Classifier):
         return ["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"]
 
     def conv_bn_pairs(self) -> list[tuple[str, str]]:
-        """Only conv1 and bn2 inside each block: every other norm reads a sum that the residual path reads as well."""
+        """The pairs conv1 and bn2 of each block; every other norm reads a sum that the residual path reads too."""
         return [
             (f"{name}.conv1", f"{name}.bn2")
             for name, module in self.named_modules()
