@@ -38,6 +38,7 @@ from icdctl.commands import (
     validate,
     verify,
 )
+from icdctl.commands.setting_flags import SettingsCommand
 from icdctl.errors import IcdctlError
 
 _LONGEST_PATH = 120
@@ -56,8 +57,8 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("fetch-data")(fetch_data.fetch_data)
 app.command("fetch-teachers")(fetch_teachers.fetch_teachers)
-app.command("train")(train.train)
-app.command("distill")(distill.distill)
+app.command("train", cls=SettingsCommand)(train.train)
+app.command("distill", cls=SettingsCommand)(distill.distill)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("verify")(verify.verify)

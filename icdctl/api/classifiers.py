@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from icdctl import data, evaluation, files, teachers
-from icdctl.config.run import DATASET_SETTINGS, RunConfig
+from icdctl.config.lookup import Owner, names_owned_by
+from icdctl.config.run import RunConfig
 from icdctl.data import Dataset, DatasetInfo, Preprocessing, Request
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting import OnnxClassifier
@@ -55,7 +56,7 @@ class Subject:
         kind = name.partition(":")[0]
         settings: dict[str, Any] = {}
         if run is not None and run.dataset.partition(":")[0] == kind:
-            settings = {key: getattr(run, key) for key in (*DATASET_SETTINGS, "split_seed")}
+            settings = {key: getattr(run, key) for key in (*names_owned_by(Owner.DATASET), "split_seed")}
             if kind == "imagefolder" and run.dataset == name:  # what the run decoded is then found again
                 held = run.images
                 settings |= {key: getattr(held, key) for key in ("val_split", "room_to_crop", "unlabeled")}

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from icdctl.commands import console, options
+from icdctl.commands.setting_flags import parse_settings
 from icdctl.errors import IcdctlError, UsageError
 
 _WHAT, _HOW = "What", "How long"
@@ -102,7 +103,7 @@ def bench(
         teacher_mode=teacher_mode,
         teacher_precision=teacher_precision,
         scales=scales,
-        settings=options.parse_settings(settings),
+        settings=parse_settings(settings),
         recipe=recipe,
         seed=seed,
         threads=threads,

@@ -72,7 +72,7 @@ def reproduce(
     chosen = tables.load(table)
     wanted = reproduce.select(chosen, texts=cells or [], family=family)
     compared = _compared(epoch)
-    given = options.given_options(data_dir=data_dir)
+    given = {} if data_dir is None else {"data_dir": data_dir}
     plain = reproduce.grid_of(wanted, num_seeds=_number_of(seeds), options=given)
     grid = reproduce.with_own_teachers(plain)
     if outcomes is None:
@@ -128,7 +128,7 @@ def _warn_of_changes(grid: Grid) -> None:
     from icdctl.config import sources
     from icdctl.papers.pipeline import changed_by
 
-    train = {key: value for key, value in sources.gather({}).model_dump().items() if value is not None}
+    train = sources.gather({}).given
     changed: dict[str, None] = {}
     num_changed = 0
     for cell in grid.cells if train else ():

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from icdctl import files, methods
 from icdctl.config import sources
 from icdctl.config.expand import parse_seeds
-from icdctl.config.sources import Options
+from icdctl.config.lookup import OPTIONS
 from icdctl.errors import ArtifactError, UsageError, unknown_name
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -39,7 +39,7 @@ class GridCell:
 
     name: str
     options: Mapping[str, Any]
-    """Of `icdctl.config.sources.Options`, but `seed` and `out`."""
+    """Options of its runs (`icdctl.config.lookup.OPTIONS`), but `seed` and `out`."""
     method: str
     """A name in `METHODS`, the project's default where the cell states none; as typed where there is no such method."""
 
@@ -161,10 +161,8 @@ def make_cell(name: str, options: Mapping[Any, Any], *, origin: str, method: str
             raise UsageError(
                 f"cell `{name}` in {origin} has `{key}`, which the grid gives each run", hint="leave it out"
             )
-        if key not in Options.model_fields:
-            raise unknown_name(
-                f"option of cell `{name}`", str(key), Options.model_fields, listing="icdctl distill --dry-run"
-            )
+        if key not in OPTIONS:
+            raise unknown_name(f"option of cell `{name}`", str(key), OPTIONS, listing="icdctl distill --dry-run")
     settings = own.get("settings")
     if settings is not None and not (isinstance(settings, dict) and all(isinstance(key, str) for key in settings)):
         raise UsageError(
@@ -204,7 +202,7 @@ def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
             f"`{path}` names no cells", hint="write e.g. `cells: {mine: {method: kd, teacher: res20, ...}}`"
         )
     origin = f"`{path}`"
-    usual = sources.gather({}).method
+    usual = sources.gather({}).text("method")
     made: dict[str, GridCell] = {}
     for name, options in cells.items():
         if not isinstance(options, dict):

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from icdctl.config.expand import parse_seeds
+from icdctl.config.lookup import OPTIONS
 from icdctl.config.recipes import RECIPES
-from icdctl.config.sources import Options
+from icdctl.config.settings import RecipeSettings
 from icdctl.errors import IcdctlError, UsageError, combine
 from icdctl.grid import params
 from icdctl.grid.cells import GridCell
@@ -102,9 +103,8 @@ def _write(
 def _not_taken(name: str, path: Path) -> list[str]:
     """Where the section `train` is not the recipe, number by number."""
     recipe = RECIPES[name]
-    stays = [
-        key for key in vars(recipe) if key in params.read(path)[_TRAIN] and key not in catalogue.training_options(name)
-    ]
+    section, taken = params.read(path)[_TRAIN], catalogue.training_options(name)
+    stays = [key for key in ("dataset", *RecipeSettings.model_fields) if key in section and key not in taken]
     found = [f"`{_TRAIN}.{key}` was there and stays; it is none of `{name}`" for key in stays]
     if recipe.lr_of_student:
         slow = ", ".join(f"{lr:g} for {student}" for student, lr in recipe.lr_of_student.items())
@@ -117,7 +117,7 @@ def _not_taken(name: str, path: Path) -> list[str]:
 
 def _changes(train: Mapping[str, Any], cells: Sequence[GridCell]) -> list[str]:
     """What the file's own `train` section makes of cells that were to be as published."""
-    known = {str(key): value for key, value in train.items() if key in Options.model_fields and value is not None}
+    known = {str(key): value for key, value in train.items() if key in OPTIONS and value is not None}
     found = []
     for cell in cells:
         try:
