@@ -15,7 +15,7 @@ from typing import Any, get_origin
 
 import yaml
 from pydantic import ValidationError, create_model
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from icdctl import files
 from icdctl.config.declare import Identity
@@ -114,8 +114,6 @@ def gather(given: Mapping[str, object], *, config_file: Path | None = None, comm
         read = _Reader(**values)
     except ValidationError as error:
         raise from_validation(error, lambda key: origins.get(key, f"`{key}`")) from error
-    except SettingsError as error:  # a variable that should hold JSON
-        raise UsageError(str(error), hint=f"write the `{_VARIABLE_PREFIX}...` variable as JSON") from error
     return Options({key: value for key, value in read if value is not None}, origins)
 
 
@@ -262,7 +260,7 @@ def options_of(stated: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def from_validation(error: ValidationError, origin: Callable[[str], str] = lambda key: f"`{key}`") -> UsageError:
+def from_validation(error: ValidationError, origin: Callable[[str], str] = lambda key: f"`{key}`") -> IcdctlError:
     """All that pydantic found wrong, a line a key.
 
     Args:
@@ -286,5 +284,4 @@ def from_validation(error: ValidationError, origin: Callable[[str], str] = lambd
             message = item["msg"].removeprefix("Value error, ")
             message = message[0].lower() + message[1:]
             problems[key] = UsageError(f"`{key}` is `{shown}`: {message}", hint=f"change {origin(key)}")
-    combined = combine(list(problems.values())[:_MOST_PRINTED])
-    return UsageError(combined.message, hint=combined.hint)
+    return combine(list(problems.values())[:_MOST_PRINTED])
