@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -41,7 +40,7 @@ class Planner:
     def __init__(self) -> None:
         self._found: dict[tuple[str, DatasetInfo], TrainedModel | IcdctlError] = {}
 
-    def plan(self, command: Command, options: Mapping[str, Any], *, stand_in: StandIn | None = None) -> RunConfig:
+    def plan(self, command: Command, options: Mapping[str, object], *, stand_in: StandIn | None = None) -> RunConfig:
         """As the function `plan`.
 
         Args:
@@ -70,7 +69,7 @@ class Planner:
         return known
 
 
-def plan(command: Command, options: Mapping[str, Any], config_file: Path | None = None) -> RunConfig:
+def plan(command: Command, options: Mapping[str, object], config_file: Path | None = None) -> RunConfig:
     """The resolved configuration of a run that is not started; the teacher must be there, the data need not.
 
     Raises:
@@ -81,7 +80,7 @@ def plan(command: Command, options: Mapping[str, Any], config_file: Path | None 
 
 def plan_many(
     command: Command,
-    several: Sequence[Mapping[str, Any]],
+    several: Sequence[Mapping[str, object]],
     config_file: Path | None = None,
     *,
     in_folder: bool = False,
@@ -95,7 +94,7 @@ def plan_many(
 
 
 def make_jobs(
-    command: Command, several: Sequence[Mapping[str, Any]], config_file: Path | None, *, in_folder: bool
+    command: Command, several: Sequence[Mapping[str, object]], config_file: Path | None, *, in_folder: bool
 ) -> list[Job]:
     """Runs that share what they find.
 
@@ -124,7 +123,7 @@ class Job:
     def __init__(
         self,
         command: Command,
-        options: Mapping[str, Any],
+        options: Mapping[str, object],
         config_file: Path | None = None,
         *,
         find: FindTeacher | None = None,
@@ -210,7 +209,7 @@ def _check_same_teacher(target: TrainedModel, sha256: str | None) -> None:
         )
 
 
-def _take_module(given: dict[str, Any], key: str) -> nn.Module | None:
+def _take_module(given: dict[str, object], key: str) -> nn.Module | None:
     """An nn.Module among the options, replaced by a name there."""
     value = given.get(key)
     if isinstance(value, nn.Module):

@@ -40,16 +40,16 @@ def bench(
             rich_help_panel=_WHAT,
         ),
     ] = None,
-    scales: options.Scales = None,
-    settings: options.Settings = None,
-    recipe: options.Recipe = None,
-    batch_size: options.BatchSize = None,
+    scales: str | None = None,
+    settings: list[str] | None = None,
+    recipe: str | None = None,
+    batch_size: int | None = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 2, help="Of weights, images and labels.")] = 0,
-    device: options.Device = None,
-    precision: options.Precision = None,
-    teacher_mode: options.TeacherMode = None,
-    teacher_precision: options.TeacherPrecision = None,
-    compile_: options.Compile = None,
+    device: str | None = None,
+    precision: str | None = None,
+    teacher_mode: str | None = None,
+    teacher_precision: str | None = None,
+    compile: bool | None = None,
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 1,
     seconds: Annotated[
         float, typer.Option(min=0.01, help="Of timed steps, for each pair.", rich_help_panel=_HOW)
@@ -107,7 +107,7 @@ def bench(
         recipe=recipe,
         seed=seed,
         threads=threads,
-        compile=bool(compile_),
+        compile=bool(compile),
     )
     if against is None:
         from icdctl.benchmark import speed

@@ -22,42 +22,12 @@ DataDir = Annotated[
         rich_help_panel=_WHERE,
     ),
 ]
-Scales = Annotated[
-    str | None, typer.Option(help="Patch grids: some of 1, 2, 4.", show_default="1,2,4", rich_help_panel=_TRAINING)
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="A setting of the method (`gamma=8`, or several: `gamma=1,2,4`; `icdctl list methods`) or of the recipe "
-        "(`weight_decay=1e-4`, `label_smoothing=0.1`, ...; `--dry-run` shows them); may be repeated.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-BatchSize = Annotated[int | None, typer.Option(show_default="of the recipe", rich_help_panel=_TRAINING)]
 Seeds = Annotated[
     str | None,
     typer.Option(
         metavar="0-4",
         help="Several seeds: a run folder each, trained together, on one teacher.",
         show_default=False,
-        rich_help_panel=_TRAINING,
-    ),
-]
-TeacherPrecision = Annotated[
-    str | None,
-    typer.Option(
-        help="Of the teacher: `fp32`, `bf16` or `fp16`.",
-        show_default="auto: half where it saves seconds and its logits agree",
-        rich_help_panel=_WHERE,
-    ),
-]
-Recipe = Annotated[
-    str | None,
-    typer.Option(
-        help="Named set of training numbers; `icdctl list recipes`.",
-        show_default="the data set's",
         rich_help_panel=_TRAINING,
     ),
 ]
@@ -68,35 +38,9 @@ TestImages = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.", show_default="auto", rich_help_panel=_WHERE)
 ]
-Precision = Annotated[
-    str | None,
-    typer.Option(
-        help="`fp32`, `tf32` (CUDA) or `bf16` (student in autocast).",
-        show_default="auto: tf32 on CUDA, else fp32",
-        rich_help_panel=_WHERE,
-    ),
-]
-TeacherMode = Annotated[
-    str | None,
-    typer.Option(
-        help="`inline`: the teacher runs on each batch; `ahead`: on the batches of several steps at once; "
-        "`cache`: once on every crop and flip of every image.",
-        show_default="auto: cache where it is less work and fits, else ahead on CUDA, else inline",
-        rich_help_panel=_WHERE,
-    ),
-]
 Resume = Annotated[
     bool,
     typer.Option("--resume", help="Start, go on, or finish at once, whatever is there.", rich_help_panel=_WHERE),
-]
-Compile = Annotated[
-    bool | None,
-    typer.Option(
-        "--compile/--no-compile",
-        help="Have torch.compile fuse the student's kernels: minutes at first, other rounding; never tried on a GPU.",
-        show_default="no",
-        rich_help_panel=_WHERE,
-    ),
 ]
 ConfigFile = Annotated[
     Path | None,

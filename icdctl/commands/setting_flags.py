@@ -1,4 +1,4 @@
-"""Flags of `train` and `distill`: one for every setting that is declared to have one."""
+"""Flags that follow from the declarations of the settings."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from icdctl.config.lookup import Declared
 
 
-class SettingsCommand(TyperCommand):
-    """`train` or `distill`, with the flags of the settings before the parameters of its function.
+class WithSettings(TyperCommand):
+    """A command with parameters that say nothing but the name of a setting: they get its flag and its help.
 
-    The function takes the context and asks `given_settings` for what was given. The declarations are read when the
-    command runs or shows its help: they import pydantic, and `icdctl --help` must come at once.
+    The declarations are read when the command runs or shows its help, not when it is listed: they import pydantic, and
+    `icdctl --help` must come at once.
     """
 
     _own: Sequence[Any] = ()
@@ -28,14 +28,30 @@ class SettingsCommand(TyperCommand):
 
     @property
     def params(self) -> list[Any]:
-        """Typer's parameters, those of the settings first."""
+        """Typer's parameters; the setter takes those of the function."""
         if self._all is None:
-            self._all = [*_parameters("train" if self.name == "train" else "distill"), *self._own]
+            self._all = self._completed()
         return self._all
 
     @params.setter
     def params(self, own: list[Any]) -> None:
         self._own = own
+
+    def _completed(self) -> list[Any]:
+        declared = {parameter.name: parameter for parameter in _parameters("distill")}
+        return [
+            declared.get(parameter.name, parameter) if parameter.help is None else parameter for parameter in self._own
+        ]
+
+
+class WithAllSettings(WithSettings):
+    """`train` or `distill`: the flags of all its settings, then the parameters of its function.
+
+    The function takes the context and asks `given_settings` for what was given.
+    """
+
+    def _completed(self) -> list[Any]:
+        return [*_parameters("train" if self.name == "train" else "distill"), *self._own]
 
     def invoke(self, ctx: Any) -> Any:
         """Call the function with its own parameters. Typer keeps the type of the context to itself."""
@@ -44,7 +60,7 @@ class SettingsCommand(TyperCommand):
 
 
 def given_settings(context: typer.Context) -> dict[str, object]:
-    """The options of a run that the flags of a `SettingsCommand` give; a flag that was not typed gives none.
+    """The options of a run that the flags of `train` or `distill` give; a flag that was not typed gives none.
 
     Raises:
         UsageError: `--set` is not KEY=VALUE, or names a key twice.

@@ -101,8 +101,9 @@ def gather(given: Mapping[str, object], *, config_file: Path | None = None, comm
     for key, pinned in (("teacher", "teacher_sha256"), ("init_weights", "init_sha256")):
         if key in keywords:
             stated.pop(pinned, None)
-    if isinstance(own := keywords.get("settings"), Mapping) and isinstance(stated.get("settings"), Mapping):
-        keywords["settings"] = {**stated["settings"], **own}
+    own, held = keywords.get("settings"), stated.get("settings")
+    if isinstance(own, Mapping) and isinstance(held, Mapping):
+        keywords["settings"] = {**held, **own}
     variables = {key for key in OPTIONS if f"{_VARIABLE_PREFIX}{key.upper()}" in os.environ}
     tracked = _params_yaml()
     origins = {key: f"`{key}` in `params.yaml`" for key in tracked}
@@ -223,7 +224,7 @@ def _yaml_problem(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _from_config_file(path: Path, command: str | None) -> dict[str, Any]:
+def _from_config_file(path: Path, command: str | None) -> dict[str, object]:
     """The options that a config.json states; its run folder is not taken over, for it is in use."""
     hint = "pass the `config.json` of a run folder"
     stated = files.read_json(path, what="config", hint=hint)
@@ -240,7 +241,7 @@ def _from_config_file(path: Path, command: str | None) -> dict[str, Any]:
     return options
 
 
-def options_of(stated: Mapping[str, Any]) -> dict[str, Any]:
+def options_of(stated: Mapping[str, object]) -> dict[str, object]:
     """The options that lead to a resolved configuration, from its fields.
 
     One that a resolved configuration does not state had its default: the run began before there was such a setting.
