@@ -8,7 +8,7 @@ from typing import get_args, get_origin
 
 from icdctl.config.declare import Given
 from icdctl.config.lookup import SETTINGS, Declared, Owner
-from icdctl.config.settings import DatasetSettings, RecipeSettings, RunSettings, SessionSettings
+from icdctl.config.settings import DatasetSettings, ExecutionSettings, RecipeSettings, TaskSettings
 from icdctl.data import DATASETS
 from icdctl.methods import METHODS, VARIANTS
 
@@ -31,10 +31,10 @@ A value comes from the first of these that has one:
 continued with the same value: `--resume` refuses another one.
 """
 TITLES = {
-    RunSettings: "What is trained",
+    TaskSettings: "What is trained",
     RecipeSettings: "How it is trained: the recipe's settings",
     DatasetSettings: "Which images: settings of one data set",
-    SessionSettings: "How a run is watched, where it runs, and how long",
+    ExecutionSettings: "How the run is carried out",
 }
 COLUMNS = ("name", "values", "default", "given by", "sweep", "identity", "what it does")
 

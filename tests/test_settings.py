@@ -298,7 +298,7 @@ def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(Path(library.__file__).parent, copy / "icdctl", ignore=shutil.ignore_patterns("__pycache__"))
     path = copy / "icdctl" / "config" / "settings.py"
     text = path.read_text(encoding="utf-8")
-    for owner, added in (("RecipeSettings", _OF_THE_RECIPE), ("SessionSettings", _OF_THE_RUN)):
+    for owner, added in (("RecipeSettings", _OF_THE_RECIPE), ("ExecutionSettings", _OF_THE_RUN)):
         text, count = re.subn(rf'(class {owner}\(_Frozen\):\n    """[^"]*"""\n)', rf"\1{added}", text)
         assert count == 1
     path.write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from icdctl.config.declare import Command, Given, Identity, Setting
-from icdctl.config.settings import DatasetSettings, RecipeSettings, RunSettings, SessionSettings, Settings
+from icdctl.config.settings import DatasetSettings, ExecutionSettings, RecipeSettings, Settings, TaskSettings
 
 
 class Owner(Enum):
@@ -27,10 +27,10 @@ class Owner(Enum):
 
 
 _OWNERS: dict[type[BaseModel], Owner] = {
-    RunSettings: Owner.RUN,
+    TaskSettings: Owner.RUN,
     RecipeSettings: Owner.RECIPE,
     DatasetSettings: Owner.DATASET,
-    SessionSettings: Owner.RUN,
+    ExecutionSettings: Owner.RUN,
 }
 
 

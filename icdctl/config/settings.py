@@ -48,7 +48,7 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class RunSettings(_Frozen):
+class TaskSettings(_Frozen):
     """What is trained."""
 
     command: Annotated[Command, Setting("The command that trains.", Given.COMPUTED)]
@@ -246,8 +246,8 @@ class DatasetSettings(_Frozen):
     ] = None
 
 
-class SessionSettings(_Frozen):
-    """How it is watched, where it runs, and how long."""
+class ExecutionSettings(_Frozen):
+    """How the run is carried out: what it starts from, is evaluated on and stops at, where and how it computes."""
 
     val_split: Annotated[
         float,
@@ -378,5 +378,5 @@ class SessionSettings(_Frozen):
     ]
 
 
-class Settings(SessionSettings, DatasetSettings, RecipeSettings, RunSettings):
+class Settings(ExecutionSettings, DatasetSettings, RecipeSettings, TaskSettings):
     """All settings of a run. Pydantic takes the fields of the last base first."""

@@ -40,7 +40,11 @@ class Options:
     """Option -> where it came from."""
 
     def get(self, option: str) -> object:
-        """Its value; None where it was not given."""
+        """Its value; None where it was not given.
+
+        Raises:
+            KeyError: there is no such option.
+        """
         return self.given.get(OPTIONS[option].option)
 
     def text(self, option: str) -> str | None:
