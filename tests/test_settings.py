@@ -225,6 +225,19 @@ def test_the_help_of_a_command_shows_every_flag_that_is_declared(icdctl: Command
     assert shown == flags | own | ({"--as-teacher"} if command == "train" else set())
 
 
+def test_the_list_of_commands_comes_without_reading_the_settings() -> None:
+    code = "import sys; from icdctl.cli import main; main(['--help']); sys.exit('pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_the_benchmark_shows_the_help_of_the_settings_that_it_shares(icdctl: CommandLine) -> None:
+    code, out, _ = icdctl("bench", "--help")
+    words = " ".join(re.sub(r"[│\s]+", " ", out).split())
+    assert code == 0
+    assert "Number of images in a training step." in words
+    assert "Architecture of the teacher." in words, "what has its own help keeps it"
+
+
 def test_a_setting_without_a_flag_is_given_by_set(icdctl: CommandLine) -> None:
     named = [name for name, each in OPTIONS.items() if each.setting.given is Given.SET]
     assert {"ema_decay", "weight_decay"} <= set(named)
