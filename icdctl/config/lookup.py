@@ -8,7 +8,6 @@ from enum import Enum
 from functools import cached_property
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -89,12 +88,8 @@ class Declared:
     @property
     def bounds(self) -> dict[str, float]:
         """`ge`, `gt`, `le` and `lt` of a number, those that it has."""
-        found: dict[str, float] = {}
-        for each in self.field.metadata:
-            for key, kind in _BOUNDS.items():
-                if isinstance(each, kind):
-                    found[key] = getattr(each, key)
-        return found
+        keys = ("ge", "gt", "le", "lt")
+        return {key: getattr(each, key) for each in self.field.metadata for key in keys if hasattr(each, key)}
 
     def flag(self, command: Command | None = None) -> str | None:
         """Its flag on the command line; None where that command has none, or no command where none is named."""
@@ -109,14 +104,6 @@ class Declared:
         if self.setting.given is Given.SET:
             return f"`--set {self.option}`"
         return f"`{self.flag(command) or self.option}`"
-
-
-_BOUNDS: dict[str, type] = {
-    "ge": annotated_types.Ge,
-    "gt": annotated_types.Gt,
-    "le": annotated_types.Le,
-    "lt": annotated_types.Lt,
-}
 
 
 def _plain_type(annotation: Any) -> Any:
