@@ -38,6 +38,7 @@ from icdctl.commands import (
     validate,
     verify,
 )
+from icdctl.commands.setting_flags import WithAllSettings, WithSettings
 from icdctl.errors import IcdctlError
 
 _LONGEST_PATH = 120
@@ -56,8 +57,8 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("fetch-data")(fetch_data.fetch_data)
 app.command("fetch-teachers")(fetch_teachers.fetch_teachers)
-app.command("train")(train.train)
-app.command("distill")(distill.distill)
+app.command("train", cls=WithAllSettings)(train.train)
+app.command("distill", cls=WithAllSettings)(distill.distill)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("verify")(verify.verify)
@@ -67,7 +68,7 @@ app.command("list")(list_.list_)
 app.add_typer(recipes.app, name="recipes")
 app.command("validate")(validate.validate)
 app.command("doctor")(doctor.doctor)
-app.command("bench")(bench.bench)
+app.command("bench", cls=WithSettings)(bench.bench)
 app.command("clean")(clean.clean)
 app.add_typer(grid.app, name="grid")
 app.command("reproduce")(reproduce.reproduce)

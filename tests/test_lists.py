@@ -18,9 +18,9 @@ TINY = ("--dataset", "digits100", "--train-images", "100", "--test-images", "50"
 
 def test_every_combination_is_made_once_in_the_order_of_the_lists() -> None:
     given = {"method": "kd,cd_sdd_dkd", "student": ["res8", "res14"], "settings": {"gamma": "1,2"}, "epochs": 3}
+    several: list[dict[str, Any]] = [dict(each) for each in expand(given, seeds="0-1")]
     found = [
-        (each["method"], each["student"], each["seed"], (each.get("settings") or {}).get("gamma"))
-        for each in expand(given, seeds="0-1")
+        (each["method"], each["student"], each["seed"], (each.get("settings") or {}).get("gamma")) for each in several
     ]
     expected: list[tuple[Any, ...]] = [("kd", student, seed, None) for student in ("res8", "res14") for seed in (0, 1)]
     expected += [

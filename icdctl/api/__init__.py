@@ -14,9 +14,10 @@ from torch import nn
 
 from icdctl import data, evaluation, files, methods
 from icdctl.api.classifiers import Model, named_weights, ready, subject_of, weights_at
-from icdctl.api.planning import Command, Job, make_jobs
+from icdctl.api.planning import Job, make_jobs
 from icdctl.api.predicting import PredictionResult, image_files, predict_files
 from icdctl.config import sources
+from icdctl.config.declare import Command
 from icdctl.config.expand import expand
 from icdctl.config.run import RunConfig
 from icdctl.engine import run as engine
@@ -46,7 +47,7 @@ def train(
         resume: start, go on, or finish at once, whatever the state of the run folder is.
         observer: told of the progress.
         **options: `student` (a model's name or an nn.Module; `model` means the same), `dataset`, `out`, `epochs`, `lr`,
-            `seed`, ...: the fields of `icdctl.config.sources.Options`.
+            `seed`, ...: the names in docs/settings.md.
 
     Raises:
         IcdctlError: with a message and a hint.
@@ -71,8 +72,7 @@ def distill(
         resume: start, go on, or finish at once, whatever the state of the run folder is.
         observer: told of the progress.
         **options: `method`, `teacher` (a name, `registry:NAME`, a run folder, a weights file or an nn.Module),
-            `student` (a name or an nn.Module), `scales`, `settings`, ...: the fields of
-            `icdctl.config.sources.Options`.
+            `student` (a name or an nn.Module), `scales`, `settings`, ...: the names in docs/settings.md.
 
     Raises:
         IcdctlError: with a message and a hint.

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from icdctl import data, evaluation, files, teachers
-from icdctl.config.run import DATASET_SETTINGS, RunConfig
+from icdctl.config.lookup import Owner, names_owned_by
+from icdctl.config.run import RunConfig
 from icdctl.data import Dataset, DatasetInfo, DatasetName, Preprocessing, Request
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting import OnnxClassifier
@@ -60,7 +61,7 @@ class Subject:
         name = DatasetName.parse(data.resolve(str(name)))
         settings: dict[str, Any] = {}
         if run is not None and run_name is not None and run_name.kind == name.kind:
-            settings = {key: getattr(run, key) for key in (*DATASET_SETTINGS, "split_seed")}
+            settings = {key: getattr(run, key) for key in (*names_owned_by(Owner.DATASET), "split_seed")}
             if name.is_image_folder and run_name == name:  # the cache of images that the run decoded is then used
                 held = run.images
                 settings |= {key: getattr(held, key) for key in ("val_split", "room_to_crop", "unlabeled")}

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
 from torch import nn
 
 from icdctl import data, files, methods, models, teachers
 from icdctl.config import resolving, sources
+from icdctl.config.declare import Command
+from icdctl.config.lookup import OPTIONS
 from icdctl.config.run import RunConfig
 from icdctl.config.sources import Options
 from icdctl.data import Dataset, DatasetInfo, Request
@@ -20,7 +21,6 @@ from icdctl.models import Classifier
 from icdctl.models.external import CUSTOM_MODEL, adapt
 from icdctl.registry.trained import TrainedModel
 
-Command = Literal["train", "distill"]
 FindTeacher = Callable[[str, DatasetInfo], TrainedModel]
 
 
@@ -40,7 +40,7 @@ class Planner:
     def __init__(self) -> None:
         self._found: dict[tuple[str, DatasetInfo], TrainedModel | IcdctlError] = {}
 
-    def plan(self, command: Command, options: Mapping[str, Any], *, stand_in: StandIn | None = None) -> RunConfig:
+    def plan(self, command: Command, options: Mapping[str, object], *, stand_in: StandIn | None = None) -> RunConfig:
         """As the function `plan`.
 
         Args:
@@ -69,7 +69,7 @@ class Planner:
         return known
 
 
-def plan(command: Command, options: Mapping[str, Any], config_file: Path | None = None) -> RunConfig:
+def plan(command: Command, options: Mapping[str, object], config_file: Path | None = None) -> RunConfig:
     """The resolved configuration of a run that is not started; the teacher must be there, the data need not.
 
     Raises:
@@ -80,7 +80,7 @@ def plan(command: Command, options: Mapping[str, Any], config_file: Path | None 
 
 def plan_many(
     command: Command,
-    several: Sequence[Mapping[str, Any]],
+    several: Sequence[Mapping[str, object]],
     config_file: Path | None = None,
     *,
     in_folder: bool = False,
@@ -94,7 +94,7 @@ def plan_many(
 
 
 def make_jobs(
-    command: Command, several: Sequence[Mapping[str, Any]], config_file: Path | None, *, in_folder: bool
+    command: Command, several: Sequence[Mapping[str, object]], config_file: Path | None, *, in_folder: bool
 ) -> list[Job]:
     """Runs that share what they find.
 
@@ -123,7 +123,7 @@ class Job:
     def __init__(
         self,
         command: Command,
-        options: Mapping[str, Any],
+        options: Mapping[str, object],
         config_file: Path | None = None,
         *,
         find: FindTeacher | None = None,
@@ -137,15 +137,15 @@ class Job:
         self._stand_in: StandIn | None = None
         problems: list[IcdctlError] = []
         self.teacher_target: TrainedModel | None = None
-        self.scales_are_given = bool(gathered.scales)
+        self.scales_are_given = gathered.get("scales") is not None
         needs_teacher = command == "distill" and _needs_teacher(gathered)
-        self.teacher_is_ignored = command == "distill" and not needs_teacher and gathered.teacher is not None
+        self.teacher_is_ignored = command == "distill" and not needs_teacher and gathered.get("teacher") is not None
         if needs_teacher and self.teacher_module is None:
             try:
-                teachers.model_of(str(gathered.teacher))  # told even where the data set is wrong too
+                teachers.model_of(str(gathered.get("teacher")))  # reported even where the data set is wrong too
                 find = find or Planner().find_teacher
-                self.teacher_target = find(str(gathered.teacher), _described(gathered))
-                _check_same_teacher(self.teacher_target, gathered.teacher_sha256)
+                self.teacher_target = find(str(gathered.get("teacher")), _described(gathered))
+                _check_same_teacher(self.teacher_target, gathered.text("teacher_sha256"))
             except IcdctlError as error:
                 self._stand_in = stand_in
                 if stand_in is None:
@@ -153,9 +153,10 @@ class Job:
         if problems and not any(isinstance(problem, UsageError) for problem in problems):
             problems += _missing_data(gathered)
         build = partial(resolving.make_config, command, teacher=self._teacher_identity(), problems=problems)
-        if stand_in is not None and gathered.init_weights is not None and not _is_file(gathered.init_weights):
-            without = gathered.model_copy(update={"init_weights": None})
-            self.config = build(without).model_copy(update={"init_sha256": stand_in.init_sha256})
+        first_weights = gathered.text("init_weights")
+        if stand_in is not None and first_weights is not None and not files.user_path(first_weights).is_file():
+            config = build(gathered.without("init_weights"))
+            self.config = config.model_copy(update={"init_sha256": stand_in.init_sha256})
         else:
             self.config = build(gathered)
 
@@ -183,13 +184,13 @@ class Job:
         return found
 
     def teacher(self, dataset: Dataset, needs_patches: bool) -> Classifier | None:
-        """The teacher's weights, or a module of one's own; None where the method reads none."""
+        """The teacher's weights, or a custom module; None where the method reads none."""
         if self.teacher_target is not None:
             return self.teacher_target.load()
         return self._adapted(self.teacher_module, dataset, needs_patches)
 
     def own_student(self, dataset: Dataset) -> Classifier | None:
-        """A module of one's own in place of a named student."""
+        """A custom module in place of a named student."""
         return self._adapted(self.student_module, dataset, methods.METHODS[self.config.method].needs_patches)
 
     def _adapted(self, module: nn.Module | None, dataset: Dataset, needs_patches: bool) -> Classifier | None:
@@ -197,10 +198,6 @@ class Job:
             return None
         size = dataset.preprocessing.size
         return adapt(module, image_size=size, num_classes=dataset.num_classes, needs_patches=needs_patches)
-
-
-def _is_file(name: str) -> bool:
-    return files.user_path(name).is_file()
 
 
 def _check_same_teacher(target: TrainedModel, sha256: str | None) -> None:
@@ -212,7 +209,7 @@ def _check_same_teacher(target: TrainedModel, sha256: str | None) -> None:
         )
 
 
-def _take_module(given: dict[str, Any], key: str) -> nn.Module | None:
+def _take_module(given: dict[str, object], key: str) -> nn.Module | None:
     """An nn.Module among the options, replaced by a name there."""
     value = given.get(key)
     if isinstance(value, nn.Module):
@@ -223,14 +220,14 @@ def _take_module(given: dict[str, Any], key: str) -> nn.Module | None:
     return None
 
 
-def _check_needed(command: str, options: Options) -> None:
+def _check_needed(command: Command, options: Options) -> None:
     """A student always; a method and a teacher for `distill`."""
     needed = ["student"] if command == "train" else ["method", "student"]
     if command == "distill" and _needs_teacher(options):
         needed.append("teacher")
-    missing = [name for name in needed if getattr(options, name) is None]
+    missing = [name for name in needed if options.get(name) is None]
     if missing:
-        flags = ", ".join(f"`--{'model' if command == 'train' else name}`" for name in missing)
+        flags = ", ".join(OPTIONS[name].shown(command) for name in missing)
         example = (
             "icdctl train --model res20 --dataset digits100"
             if command == "train"
@@ -245,14 +242,15 @@ def _described(options: Options) -> DatasetInfo:
 
 
 def _requested(options: Options) -> Request:
-    name = data.resolve(resolving.DEFAULT_DATASET if options.dataset is None else options.dataset)
-    folder = None if options.data_dir is None else files.user_path(options.data_dir)
-    return data.request(name, folder=folder, **resolving.dataset_settings(name, options.student, options))
+    dataset, data_dir = options.text("dataset"), options.text("data_dir")
+    name = data.resolve(resolving.DEFAULT_DATASET if dataset is None else dataset)
+    folder = None if data_dir is None else files.user_path(data_dir)
+    return data.request(name, folder=folder, **resolving.dataset_settings(name, options.text("student"), options))
 
 
 def _needs_teacher(options: Options) -> bool:
     try:
-        return methods.METHODS[methods.resolve(options.method or "")].needs_teacher
+        return methods.METHODS[methods.resolve(options.text("method") or "")].needs_teacher
     except UsageError:
         return True  # the name is reported later, together with what else is wrong
 

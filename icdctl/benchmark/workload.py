@@ -58,7 +58,8 @@ class Plan:
     teacher_mode: str | None = None
     teacher_precision: str | None = None
     scales: str | None = None
-    settings: Mapping[str, str] | None = None
+    settings: Mapping[str, object] | None = None
+    """What `--set` gives, as options of a run."""
     recipe: str | None = None
     seed: int = 0
     threads: int = 1
@@ -91,22 +92,23 @@ def build_config(plan: Plan, pair: Pair) -> RunConfig:
     Raises:
         UsageError: a name is unknown, a value is wrong, or the method has no teacher.
     """
-    options = Options.model_construct(
-        method=plan.method,
-        dataset=DATASET,
-        student=pair.student,
-        scales=plan.scales,
-        settings=None if plan.settings is None else dict(plan.settings),
-        recipe=plan.recipe,
-        seed=plan.seed,
-        batch_size=plan.batch_size,
-        device=plan.device,
-        precision=plan.precision,
-        teacher_mode=plan.teacher_mode,
-        teacher_precision=plan.teacher_precision,
-        compile=plan.compile,
-        out="bench",
-    )
+    wanted = {
+        "method": plan.method,
+        "dataset": DATASET,
+        "student": pair.student,
+        "scales": plan.scales,
+        **(plan.settings or {}),
+        "recipe": plan.recipe,
+        "seed": plan.seed,
+        "batch_size": plan.batch_size,
+        "device": plan.device,
+        "precision": plan.precision,
+        "teacher_mode": plan.teacher_mode,
+        "teacher_precision": plan.teacher_precision,
+        "compile": plan.compile,
+        "out": "bench",
+    }
+    options = Options({key: value for key, value in wanted.items() if value is not None})
     config = resolving.make_config("distill", options, teacher=(pair.teacher, "", ""))
     if not methods.METHODS[config.method].needs_teacher:
         raise UsageError(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from icdctl.commands import console, options
+from icdctl.commands.setting_flags import parse_settings
 from icdctl.errors import IcdctlError, UsageError
 from icdctl.files import JsonObject
 
@@ -39,16 +40,16 @@ def bench(
             rich_help_panel=_WHAT,
         ),
     ] = None,
-    scales: options.Scales = None,
-    settings: options.Settings = None,
-    recipe: options.Recipe = None,
-    batch_size: options.BatchSize = None,
+    scales: str | None = None,
+    settings: list[str] | None = None,
+    recipe: str | None = None,
+    batch_size: int | None = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 2, help="Seed of the random weights, images and labels.")] = 0,
-    device: options.Device = None,
-    precision: options.Precision = None,
-    teacher_mode: options.TeacherMode = None,
-    teacher_precision: options.TeacherPrecision = None,
-    compile_: options.Compile = None,
+    device: str | None = None,
+    precision: str | None = None,
+    teacher_mode: str | None = None,
+    teacher_precision: str | None = None,
+    compile: bool | None = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads to use.")] = 1,
     seconds: Annotated[
         float, typer.Option(min=0.01, help="Seconds of timed steps for each pair.", rich_help_panel=_HOW)
@@ -111,11 +112,11 @@ def bench(
         teacher_mode=teacher_mode,
         teacher_precision=teacher_precision,
         scales=scales,
-        settings=options.parse_settings(settings),
+        settings=parse_settings(settings),
         recipe=recipe,
         seed=seed,
         threads=threads,
-        compile=bool(compile_),
+        compile=bool(compile),
     )
     if against is None:
         from icdctl.benchmark import speed

@@ -272,7 +272,7 @@ def _grid(
     from icdctl.grid.sweeps import parse_sweeps, swept
 
     whole = read_grid(files.project_root(), seeds=seeds)
-    grid = whole.chosen(cells or []).with_usual(options.given_options(data_dir=data_dir))
+    grid = whole.chosen(cells or []).with_usual({} if data_dir is None else {"data_dir": data_dir})
     if not sweep:
         return grid
     made, left_out = swept(grid, parse_sweeps(sweep), taken={cell.name for cell in whole.cells})

@@ -77,7 +77,7 @@ def reproduce(
     result = rerun_table(
         Wanted(table, tuple(cells or ()), family, _number_of(seeds)),
         observer=_Display(),
-        options=options.given_options(data_dir=data_dir),
+        options={} if data_dir is None else {"data_dir": data_dir},
         trains=train,
         executor=grid_training.make_executor(jobs, gpus) if train else None,
         together=together,

@@ -7,86 +7,33 @@ from typing import Annotated
 import typer
 
 from icdctl.commands import options
+from icdctl.commands.setting_flags import given_settings
 from icdctl.commands.training import run_training
 
 
 def train(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Model to train, or several: `res8,res20`; `icdctl list models`.", rich_help_panel="What"),
-    ] = None,
-    dataset: options.Dataset = None,
-    recipe: options.Recipe = None,
-    settings: options.Settings = None,
-    epochs: options.Epochs = None,
-    batch_size: options.BatchSize = None,
-    lr: options.LearningRate = None,
-    seed: options.Seed = None,
-    seeds: options.Seeds = None,
-    init_weights: options.InitWeights = None,
-    optimizer: options.Optimizer = None,
-    train_images: options.TrainImages = None,
-    test_images: options.TestImages = None,
-    image_size: options.ImageSize = None,
-    val_split: options.ValSplit = None,
-    test_split: options.TestSplit = None,
-    split_seed: options.SplitSeed = None,
-    skip_broken: options.SkipBroken = False,
-    data_dir: options.DataDir = None,
-    device: options.Device = None,
-    precision: options.Precision = None,
-    deterministic: options.Deterministic = False,
-    compile_: options.Compile = None,
-    max_steps: options.MaxSteps = None,
-    time_limit: options.TimeLimit = None,
-    out: options.Out = None,
-    resume: options.Resume = False,
-    config: options.ConfigFile = None,
-    dry_run: options.DryRun = False,
+    context: typer.Context,
     as_teacher: Annotated[
         bool,
         typer.Option(
             "--as-teacher",
-            help="Register the result, so that `distill --teacher MODEL` finds it.",
+            help="Register the trained model, so that `distill --teacher MODEL` finds it.",
             rich_help_panel="What",
         ),
     ] = False,
+    seeds: options.Seeds = None,
+    resume: options.Resume = False,
+    config: options.ConfigFile = None,
+    dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
     """Train a model on labels alone: a teacher of your own, or a student's baseline.
 
     Example: icdctl train --model res20 --dataset digits100 --recipe digits100-teacher
     """
-    given = options.given_options(
-        student=model,
-        dataset=dataset,
-        recipe=recipe,
-        **options.parse_settings(settings),
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        seed=seed,
-        init_weights=init_weights,
-        optimizer=optimizer,
-        train_images=train_images,
-        test_images=test_images,
-        image_size=image_size,
-        val_split=val_split,
-        test_split=test_split,
-        split_seed=split_seed,
-        skip_broken=skip_broken,
-        data_dir=data_dir,
-        device=device,
-        precision=precision,
-        deterministic=deterministic,
-        compile=compile_,
-        max_steps=max_steps,
-        time_limit=time_limit,
-        out=out,
-    )
     run_training(
         "train",
-        given,
+        given_settings(context),
         config_file=config,
         resume=resume,
         dry_run=dry_run,

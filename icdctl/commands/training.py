@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from icdctl.commands import console
 from icdctl.errors import IcdctlError, UsageError, combine
@@ -14,6 +14,7 @@ from icdctl.errors import IcdctlError, UsageError, combine
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from icdctl.config.declare import Command
     from icdctl.engine.run import Failure
     from icdctl.engine.run_output import RunResult
 
@@ -63,8 +64,8 @@ def observed(label: str = "") -> Iterator[ProgressObserver]:
 
 
 def run_training(
-    command: Literal["train", "distill"],
-    options: dict[str, Any],
+    command: Command,
+    options: dict[str, object],
     *,
     config_file: Path | None,
     resume: bool,

@@ -5,23 +5,23 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from icdctl import methods
+from icdctl.config.lookup import OPTIONS
 from icdctl.errors import UsageError, unknown_name
 
-_LISTED = ("method", "student", "scales")
+_LISTED = tuple(name for name, each in OPTIONS.items() if each.setting.listed)
 _MOST_RUNS = 1000
 
 
-def expand(options: Mapping[str, Any], *, seeds: str | None = None) -> list[dict[str, Any]]:
+def expand(options: Mapping[str, object], *, seeds: str | None = None) -> list[dict[str, object]]:
     """Every combination of the listed values.
 
     A setting goes to the methods that have it; one that none of them has is an error.
 
     Args:
-        options: of `icdctl.config.sources.Options`; `method`, `student` and values of `settings` may be lists (`a,b`
-            or a sequence), `scales` a list with `;` between its entries.
+        options: by name, as in `icdctl.config.lookup.OPTIONS`; `method`, `student` and values of `settings` may be
+            lists (`a,b` or a sequence), `scales` a list with `;` between its entries.
         seeds: `0-4`, `0,2,5` or both.
 
     Returns:
@@ -32,21 +32,22 @@ def expand(options: Mapping[str, Any], *, seeds: str | None = None) -> list[dict
     """
     if seeds is not None and options.get("seed") is not None:
         raise UsageError("`--seed` and `--seeds` are both given", hint="give one of them")
-    axes: dict[str, list[Any]] = {}
+    axes: dict[str, list[object]] = {}
     for key in _LISTED:
         if options.get(key) is not None:
             axes[key] = _entries(key, options[key])
     if seeds is not None:
-        axes["seed"] = parse_seeds(seeds)
-    settings = {key: _entries(key, value) for key, value in (options.get("settings") or {}).items()}
+        axes["seed"] = list(parse_seeds(seeds))
+    given = options.get("settings")
+    settings = {key: _entries(key, value) for key, value in given.items()} if isinstance(given, Mapping) else {}
     _check_settings_known(settings, axes.get("method"))
-    expanded: list[dict[str, Any]] = []
+    expanded: list[dict[str, object]] = []
     for values in itertools.product(*axes.values()):
         chosen = {**options, **dict(zip(axes, values, strict=True))}
         own = _own_settings(settings, chosen.get("method"), num_methods=len(axes.get("method", [None])))
         for combination in itertools.product(*own.values()):
             held = dict(zip(own, combination, strict=True))
-            expanded.append({**chosen, "settings": held} if held else {**chosen, "settings": None})
+            expanded.append({**chosen, "settings": held or (None if isinstance(given, Mapping) else given)})
             if len(expanded) > _MOST_RUNS:
                 raise UsageError(f"these lists make more than {_MOST_RUNS:,} runs", hint="give fewer values")
     return [{key: value for key, value in one.items() if value is not None} for one in expanded]
@@ -72,11 +73,12 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def _entries(key: str, value: Any) -> list[Any]:
+def _entries(key: str, value: object) -> list[object]:
     """The entries of a list, or the one value that it is."""
+    one_is_a_list = key in _LISTED and OPTIONS[key].is_list
     if isinstance(value, str):
-        entries: list[Any] = [part.strip() for part in value.split(";" if key == "scales" else ",")]
-    elif isinstance(value, Sequence) and key != "scales":
+        entries: list[object] = [part.strip() for part in value.split(";" if one_is_a_list else ",")]
+    elif isinstance(value, Sequence) and not one_is_a_list:
         entries = list(value)
     else:
         return [value]
@@ -89,7 +91,7 @@ def _entries(key: str, value: Any) -> list[Any]:
     return entries
 
 
-def _check_settings_known(settings: Mapping[str, list[Any]], names: list[Any] | None) -> None:
+def _check_settings_known(settings: Mapping[str, list[object]], names: list[object] | None) -> None:
     """With several methods, every setting is that of one of them; a single method's settings are checked later."""
     if names is None or len(names) < 2:
         return
@@ -99,15 +101,15 @@ def _check_settings_known(settings: Mapping[str, list[Any]], names: list[Any] | 
             raise unknown_name("setting of these methods", key, known, listing="icdctl list methods")
 
 
-def _own_settings(settings: Mapping[str, list[Any]], method: Any, *, num_methods: int) -> dict[str, list[Any]]:
+def _own_settings(settings: Mapping[str, list[object]], method: object, *, num_methods: int) -> dict[str, list[object]]:
     if num_methods < 2:
         return dict(settings)
     known = settings_of(method)
     return {key: values for key, values in settings.items() if key in known}
 
 
-def settings_of(method: Any) -> set[str]:
-    """What `--set` can set of a method; nothing of an unknown one, which is told later."""
+def settings_of(method: object) -> set[str]:
+    """What `--set` can set of a method; nothing of an unknown one, which is reported later."""
     try:
         return {*methods.METHODS[methods.resolve(str(method))].defaults, "variant"}
     except UsageError:

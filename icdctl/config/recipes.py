@@ -3,64 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
 
+from icdctl.config.settings import RecipeSettings
 from icdctl.errors import UsageError, unknown_name
 
-Schedule = Literal["step", "cosine"]
-ClassWeights = Literal["none", "balanced"]
 
+class Recipe(RecipeSettings):
+    """A row of `icdctl list recipes`. Flags, environment and params.yaml override it setting by setting.
 
-@dataclass(frozen=True)
-class Recipe:
-    """A row of `icdctl list recipes`. Flags, environment and params.yaml override it field by field."""
+    Pydantic refuses a row with a name that is no setting of a recipe, and a value that the setting can't have.
+    """
 
     about: str
     source: str
     """Whose numbers they are."""
     dataset: str
     """What it was made for; it is the default of that data set unless another row comes first."""
-    epochs: int
-    batch_size: int
-    lr: float
-    """Learning rate for students that `lr_of_student` does not name."""
-    lr_of_student: Mapping[str, float] = field(default_factory=dict)
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 5e-4
-    """On every parameter, biases and batch norm included."""
-    clip_norm: float = 40.0
-    """The gradient's global L2 norm is scaled down to this."""
-    schedule: Schedule = "step"
-    lr_decay_epochs: tuple[int, ...] = ()
-    """`step`: the rate falls in the epoch after each of these."""
-    lr_decay_rate: float = 0.1
-    """`step`: by this factor."""
-    lr_warmup_share: float = 0.0
-    """`cosine`: the share of all steps in which the rate rises linearly from 0."""
-    crop_padding: int = 0
-    """Zeros on each side before a random crop back to size; 0 for no crop."""
-    flip: bool = False
-    """Mirror half of the images."""
-    crop_scale: tuple[float, float] | None = None
-    """Least and greatest share of an image's area that is cut out at random and resized; None for crops of one size."""
-    crop_ratio: tuple[float, float] = (0.75, 1.3333)
-    """Least and greatest width by height of such a cut."""
-    randaugment_ops: int = 0
-    """Random changes of colour and shape an image, one after the other."""
-    randaugment_magnitude: int = 9
-    """How strong they are, 0 to 30."""
-    label_smoothing: float = 0.0
-    """Share of the target that the cross-entropy spreads over all classes."""
-    class_weights: ClassWeights = "none"
-    """`balanced`: the cross-entropy weighs a class by the inverse of its number of images."""
-    drop_last: bool = False
-    """Leave out an epoch's last batch where it is not full."""
+    lr_of_student: Mapping[str, float] = {}
+    """Learning rate of the students that `lr` is not for."""
     distillation_warmup_share: float | None = None
     """Distillation warm-up as a share of the epochs, rounded down, at least one epoch, for the methods that have a
     warm-up; None keeps the method's own number of epochs."""
+
+    def numbers(self, student: str | None = None) -> dict[str, object]:
+        """The recipe's value of every setting that a recipe owns.
+
+        Args:
+            student: name of the model; None for the learning rate that most have.
+
+        Returns:
+            By name, the learning rate last: default names of run folders go by this order.
+        """
+        found: dict[str, object] = {key: getattr(self, key) for key in RecipeSettings.model_fields if key != "lr"}
+        return {**found, "lr": self.lr_of_student.get(student or "", self.lr)}
 
 
 _REFERENCE = "iCD reference, commit 6dbf193:"

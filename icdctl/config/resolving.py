@@ -1,4 +1,4 @@
-"""Options to a configuration: names looked up, defaults filled in, all that is wrong told at once."""
+"""Options to a configuration: names looked up, defaults filled in, everything that is wrong reported at once."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from icdctl import data, files, methods, models
 from icdctl.config import recipes
+from icdctl.config.declare import Command, Given
+from icdctl.config.lookup import OPTIONS, SETTINGS, Declared, Owner, names_owned_by
 from icdctl.config.recipes import RECIPES, Recipe
-from icdctl.config.run import DATASET_SETTINGS, RunConfig, check_device, parse_duration
-from icdctl.config.sources import WITHOUT_FLAG, Options, flag_of, from_validation
+from icdctl.config.run import RunConfig, check_device, parse_duration
+from icdctl.config.sources import Options, from_validation
 from icdctl.errors import ArtifactError, IcdctlError, UsageError, combine, unknown_name
 from icdctl.methods import SCALES
 from icdctl.models.external import CUSTOM_MODEL
 
+G = TypeVar("G")
 T = TypeVar("T")
 
 DEFAULT_DATASET = "cifar100"
@@ -27,7 +30,7 @@ _FOREIGN_IMAGE_SIZE = 224
 
 
 def make_config(
-    command: Literal["train", "distill"],
+    command: Command,
     options: Options,
     *,
     teacher: tuple[str, str, str] | None = None,
@@ -45,56 +48,61 @@ def make_config(
         UsageError, ArtifactError: all problems at once.
     """
     found = list(problems or [])
-    dataset = _attempt(found, data.resolve, _given(options.dataset, DEFAULT_DATASET)) or DEFAULT_DATASET
-    method = "ce" if command == "train" else _attempt(found, methods.resolve, options.method or "") or "ce"
-    student = options.student or ""
+    dataset = _attempt(found, data.resolve, _given(options.text("dataset"), DEFAULT_DATASET)) or DEFAULT_DATASET
+    method = "ce" if command == "train" else _attempt(found, methods.resolve, options.text("method") or "") or "ce"
+    student = options.text("student") or ""
     if student != CUSTOM_MODEL:
         student = _attempt(found, models.resolve, student) or ""
     default_recipe = recipes.default_for(dataset)
-    recipe = _attempt(found, recipes.resolve, _given(options.recipe, default_recipe)) or default_recipe
-    scales = _attempt(found, _scales, options.scales) or SCALES
+    name_of_recipe = _attempt(found, recipes.resolve, _given(options.text("recipe"), default_recipe)) or default_recipe
+    recipe = RECIPES[name_of_recipe]
+    scales = _attempt(found, _scales, options.get("scales")) or SCALES
     settings: dict[str, float | str] = {}
     if not found:  # a wrong method would make every setting wrong
-        settings = _attempt(found, partial(_method_settings, method), options.settings or {}) or {}
-    name, weights, sha256 = teacher or (None, None, None)
+        settings = _attempt(found, partial(_method_settings, method), options.settings) or {}
+    model, weights, sha256 = teacher or (None, None, None)
     values = {
-        **_values(options, RECIPES[recipe], student),
-        **(_attempt(found, partial(dataset_settings, dataset, student), options) or dict.fromkeys(DATASET_SETTINGS)),
+        **recipe.numbers(student),
+        **_stated(options),
+        **(_attempt(found, partial(dataset_settings, dataset, student), options) or {}),
         "command": command,
         "method": method,
         "dataset": dataset,
         "student": student,
-        "teacher": name,
+        "teacher": model,
         "teacher_weights": weights,
         "teacher_sha256": sha256,
         "scales": scales if methods.METHODS[method].needs_patches else (),
         "settings": settings,
-        "recipe": recipe,
-        "device": _attempt(found, check_device, _given(options.device, "auto")) or "auto",
-        "time_limit_seconds": _attempt(found, parse_duration, options.time_limit),
-        "out": options.out or "",
+        "recipe": name_of_recipe,
+        "device": _attempt(found, check_device, _given(options.text("device"), "auto")) or "auto",
+        "time_limit_seconds": _attempt(found, parse_duration, options.get("time_limit")),
+        "out": options.text("out") or "",
     }
     try:
-        config = RunConfig(**values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
         found.append(from_validation(error, options.origin))
-    values_of_init = _attempt(found, _first_weights, options) if options.init_weights is not None else {}
+    first_weights = _attempt(found, _first_weights, options) if options.get("init_weights") is not None else {}
     if found:
         raise combine(found)
-    config = config.model_copy(update=values_of_init or {})
-    _fill_warmup(settings, options, RECIPES[recipe], config.epochs)
-    config = config.model_copy(update={"settings": settings})
-    if not config.out:
-        kind, colon, folder = dataset.partition(":")
-        place = f"{kind}-{Path(folder).name}" if colon else kind
-        out = files.project_root() / "runs" / place / default_run_name(config)
-        config = config.model_copy(update={"out": str(out)})
-    return config
+    _fill_warmup(settings, options.settings, recipe, config.epochs)
+    config = config.model_copy(update={**(first_weights or {}), "settings": settings})
+    return config if config.out else config.model_copy(update={"out": str(_default_folder(config))})
+
+
+def _stated(options: Options) -> dict[str, object]:
+    """Settings that are given as they are; those of data sets are checked elsewhere."""
+    return {
+        each.name: options.get(name)
+        for name, each in OPTIONS.items()
+        if name == each.name and each.owner is not Owner.DATASET and options.get(name) is not None
+    }
 
 
 def dataset_settings(dataset: str, student: str | None, options: Options) -> dict[str, Any]:
-    """The settings that the data set alone has: as asked for, or as usual; None for those of others."""
-    given = {key: getattr(options, key) for key in DATASET_SETTINGS}
+    """The settings that the data set alone has: as given, or its defaults; None for those of others."""
+    given = {key: options.get(key) for key in names_owned_by(Owner.DATASET)}
     settings = data.check_settings(dataset, given)
     if settings["image_size"] is not None and given["image_size"] is None and student == CUSTOM_MODEL:
         settings["image_size"] = _FOREIGN_IMAGE_SIZE
@@ -107,7 +115,7 @@ def _first_weights(options: Options) -> dict[str, str]:
     Raises:
         ArtifactError: it can't be read, or is not the one that the configuration pins.
     """
-    path = files.user_path(str(options.init_weights)).absolute()
+    path = files.user_path(str(options.get("init_weights"))).absolute()
     try:
         state = path.stat()
         sha256 = _sha256_of(path, state.st_mtime_ns, state.st_size, state.st_ino)
@@ -115,10 +123,10 @@ def _first_weights(options: Options) -> dict[str, str]:
         raise ArtifactError(
             f"first weights `{path}` can't be read: {error.strerror}", hint="name a weights file with `--init-weights`"
         ) from error
-    if options.init_sha256 not in (None, sha256):
+    pinned = options.text("init_sha256")
+    if pinned not in (None, sha256):
         raise ArtifactError(
-            f"first weights `{path}` have sha256 {sha256[:12]}..., the configuration states "
-            f"{str(options.init_sha256)[:12]}...",
+            f"first weights `{path}` have sha256 {sha256[:12]}..., the configuration states {str(pinned)[:12]}...",
             hint="name the file with `--init-weights` to use it as it is now",
         )
     return {"init_weights": str(path), "init_sha256": sha256}
@@ -126,22 +134,21 @@ def _first_weights(options: Options) -> dict[str, str]:
 
 @lru_cache(maxsize=64)
 def _sha256_of(path: Path, *state: int) -> str:
-    """Of a file in that state: many runs may start from one."""
+    """sha256 of a file in that state: many runs may start from one."""
     return files.sha256_file(path)
 
 
-def _method_settings(method: str, given: Mapping[str, Any]) -> dict[str, float | str]:
+def _method_settings(method: str, given: Mapping[str, object]) -> dict[str, float | str]:
     """As `methods.check_settings` gives them; what is no setting of the method may be meant for the recipe."""
     known = methods.check_settings(method, {})
     for key in given:
         if key in known:
             continue
-        if key in Options.model_fields:
-            hint = f"it is an option of its own: {flag_of(key)}"
+        if key in OPTIONS:
+            hint = f"it is an option of its own: {OPTIONS[key].shown()}"
             raise UsageError(f"unknown setting of `{method}` `{key}`", hint=hint)
-        raise unknown_name(
-            f"setting of `{method}`", key, [*known, *sorted(WITHOUT_FLAG)], listing="icdctl list methods"
-        )
+        names = [*known, *sorted(name for name, each in OPTIONS.items() if each.setting.given is Given.SET)]
+        raise unknown_name(f"setting of `{method}`", key, names, listing="icdctl list methods")
     return methods.check_settings(method, given)
 
 
@@ -150,7 +157,7 @@ def _given(value: str | None, default: str) -> str:
     return default if value is None else value
 
 
-def _attempt(problems: list[IcdctlError], function: Callable[[Any], T], given: Any) -> T | None:
+def _attempt(problems: list[IcdctlError], function: Callable[[G], T], given: G) -> T | None:
     """What `function` makes of a value, or None and one more problem."""
     try:
         return function(given)
@@ -159,67 +166,30 @@ def _attempt(problems: list[IcdctlError], function: Callable[[Any], T], given: A
         return None
 
 
-_OWN_DEFAULTS: dict[str, Any] = {
-    "seed": 0,
-    "val_split": 0.0,
-    "split_seed": 0,
-    "data_dir": None,
-    "precision": "auto",
-    "teacher_mode": "auto",
-    "teacher_precision": "auto",
-    "deterministic": False,
-    "compile": False,
-    "on_nonfinite": "stop",
-    "ema_decay": 0.0,
-    "init_weights": None,
-    "init_sha256": None,
-    "max_steps": None,
-}
-_FROM_RECIPE = (
-    "epochs",
-    "batch_size",
-    "optimizer",
-    "momentum",
-    "nesterov",
-    "weight_decay",
-    "clip_norm",
-    "schedule",
-    "lr_decay_epochs",
-    "lr_decay_rate",
-    "lr_warmup_share",
-    "crop_padding",
-    "flip",
-    "crop_scale",
-    "crop_ratio",
-    "randaugment_ops",
-    "randaugment_magnitude",
-    "label_smoothing",
-    "class_weights",
-    "drop_last",
-)
-
-
-def _values(options: Options, recipe: Recipe, student: str) -> dict[str, Any]:
-    """What was given, else the recipe's, else the default."""
-    defaults = {key: getattr(recipe, key) for key in _FROM_RECIPE} | _OWN_DEFAULTS
-    defaults["lr"] = recipe.lr_of_student.get(student, recipe.lr)
-    return {
-        key: default if getattr(options, key) is None else getattr(options, key) for key, default in defaults.items()
-    }
-
-
-def _fill_warmup(settings: dict[str, float | str], options: Options, recipe: Recipe, epochs: int) -> None:
+def _fill_warmup(settings: dict[str, float | str], given: Mapping[str, object], recipe: Recipe, epochs: int) -> None:
     """The recipe's distillation warm-up, for a method that has one and where none was given."""
     share = recipe.distillation_warmup_share
-    given = "warmup_epochs" in (options.settings or {})
-    if share is not None and not given and settings.get("warmup_epochs"):
+    if share is not None and "warmup_epochs" not in given and settings.get("warmup_epochs"):
         settings["warmup_epochs"] = float(max(1, int(epochs * share)))
 
 
-def _scales(given: tuple[int, ...] | str | None) -> tuple[int, ...]:
+def _scales(given: object) -> tuple[int, ...]:
+    """`1,2,4`, `[1, 2, 4]` or numbers, in order.
+
+    Raises:
+        UsageError: they are no whole numbers, or can't be pooled.
+    """
     if given is None:
         return SCALES
-    return methods.parse_scales(given) if isinstance(given, str) else methods.check_scales(given)
+    text = ",".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
+    return methods.parse_scales(text)
+
+
+def _default_folder(config: RunConfig) -> Path:
+    """`runs/<data set>/<name>` in the project; of a folder of images, its name."""
+    kind, colon, folder = config.dataset.partition(":")
+    place = f"{kind}-{Path(folder).name}" if colon else kind
+    return files.project_root() / "runs" / place / default_run_name(config)
 
 
 def default_run_name(config: RunConfig) -> str:
@@ -227,22 +197,28 @@ def default_run_name(config: RunConfig) -> str:
     recipe = RECIPES[config.recipe]
     parts = [config.teacher] if config.teacher else []
     parts += [config.student, config.method, f"s{config.seed}"]
-    expected: dict[str, Any] = {key: getattr(recipe, key) for key in _FROM_RECIPE}
-    expected["lr"] = recipe.lr_of_student.get(config.student, recipe.lr)
-    expected |= {"max_steps": None, "val_split": 0.0, "split_seed": 0}
-    expected |= data.check_settings(config.dataset, {})
-    for key, value in expected.items():
+    usual = {
+        **recipe.numbers(config.student),
+        **{each.name: each.default for each in _named_by_default()},
+        **data.check_settings(config.dataset, {}),
+    }
+    for key, value in usual.items():
         if getattr(config, key) != value:
             parts.append(f"{key.replace('_', '')}{_short(getattr(config, key))}")
     if methods.METHODS[config.method].needs_patches and config.scales != SCALES:
         parts.append("scales" + "".join(map(str, config.scales)))
     normal = methods.check_settings(config.method, {})
-    _fill_warmup(normal, Options.model_construct(), recipe, config.epochs)
+    _fill_warmup(normal, {}, recipe, config.epochs)
     parts += [f"{key.replace('_', '')}{_short(v)}" for key, v in config.settings.items() if v != normal[key]]
     return "-".join(parts)
 
 
-def _short(value: Any) -> str:
+def _named_by_default() -> list[Declared]:
+    """What else the default name of a run folder shows. `max_steps` comes first: folders of earlier runs have it so."""
+    return sorted((each for each in SETTINGS.values() if each.setting.in_run_name), key=lambda x: x.name != "max_steps")
+
+
+def _short(value: object) -> str:
     """A value as part of a file name."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_")

@@ -7,117 +7,84 @@ change. `icdctl.config.run` turns options into the frozen configuration, and che
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
-from pydantic import PrivateAttr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic import ValidationError, create_model
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from icdctl import files
+from icdctl.config.declare import Identity
+from icdctl.config.lookup import OPTIONS, SETTINGS, Declared, names_in_identity
+from icdctl.config.settings import NONE
 from icdctl.errors import IcdctlError, UsageError, combine, unknown_name
 
 _VARIABLE_PREFIX = "ICDCTL_"
-WITHOUT_FLAG = frozenset(
-    {
-        "class_weights",
-        "clip_norm",
-        "crop_padding",
-        "crop_ratio",
-        "crop_scale",
-        "drop_last",
-        "ema_decay",
-        "flip",
-        "label_smoothing",
-        "lr_decay_epochs",
-        "lr_decay_rate",
-        "lr_warmup_share",
-        "momentum",
-        "nesterov",
-        "on_nonfinite",
-        "randaugment_magnitude",
-        "randaugment_ops",
-        "schedule",
-        "weight_decay",
-    }
-)
-"""The recipe's fields that have no flag of their own: `--set KEY=VALUE`, files, variables and keywords give them."""
-NONE = "none"
-"""What a person writes to switch off a setting of the recipe."""
 _LONGEST_SHOWN = 80
-_MOST_TOLD = 10
+_MOST_PRINTED = 10
 _MOST_YAML_VALUES = 1_000_000
 """More than any params.yaml has, with what its aliases stand for written out."""
 
 
-class Options(BaseSettings):
-    """What a person gave, by flag, file or variable; None where nothing was given. `RunConfig` checks the values."""
+@dataclass(frozen=True)
+class Options:
+    """What the user gave, by flag, file or variable. `RunConfig` checks the values."""
 
-    model_config = SettingsConfigDict(env_prefix=_VARIABLE_PREFIX, extra="forbid", frozen=True)
+    given: Mapping[str, object] = field(default_factory=dict)
+    """Option -> its value; those that were not given are not in it."""
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Option -> where it came from."""
 
-    method: str | None = None
-    dataset: str | None = None
-    student: str | None = None
-    teacher: str | None = None
-    teacher_sha256: str | None = None
-    """What the teacher's weights must have, where a configuration is repeated."""
-    scales: tuple[int, ...] | str | None = None
-    settings: dict[str, Any] | None = None
-    recipe: str | None = None
-    seed: Any = None
-    epochs: Any = None
-    batch_size: Any = None
-    lr: Any = None
-    optimizer: Any = None
-    momentum: Any = None
-    nesterov: Any = None
-    weight_decay: Any = None
-    clip_norm: Any = None
-    schedule: Any = None
-    lr_decay_epochs: Any = None
-    lr_decay_rate: Any = None
-    lr_warmup_share: Any = None
-    crop_padding: Any = None
-    flip: Any = None
-    crop_scale: Any = None
-    crop_ratio: Any = None
-    randaugment_ops: Any = None
-    randaugment_magnitude: Any = None
-    label_smoothing: Any = None
-    class_weights: Any = None
-    drop_last: Any = None
-    train_images: Any = None
-    test_images: Any = None
-    image_size: Any = None
-    test_split: Any = None
-    skip_broken: Any = None
-    val_split: Any = None
-    split_seed: Any = None
-    data_dir: str | None = None
-    device: str | None = None
-    precision: Any = None
-    teacher_mode: Any = None
-    teacher_precision: Any = None
-    deterministic: Any = None
-    compile: Any = None
-    on_nonfinite: Any = None
-    ema_decay: Any = None
-    init_weights: str | None = None
-    init_sha256: str | None = None
-    max_steps: Any = None
-    time_limit: Any = None
-    out: str | None = None
+    def get(self, option: str) -> object:
+        """Its value; None where it was not given.
 
-    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+        Raises:
+            KeyError: there is no such option.
+        """
+        return self.given.get(OPTIONS[option].option)
+
+    def text(self, option: str) -> str | None:
+        """The value of an option that is text; None where it was not given."""
+        value = self.get(option)
+        return None if value is None else str(value)
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """Settings of the method."""
+        given = self.get("settings")
+        return given if isinstance(given, Mapping) else {}
 
     def origin(self, key: str) -> str:
         """What to change where a value is wrong: a flag, a variable or a file."""
-        return self._origins.get(key, f"`{key}`")
+        return self.origins.get(key, f"`{key}`")
+
+    def without(self, option: str) -> Options:
+        """As if that option had not been given."""
+        return replace(self, given={key: value for key, value in self.given.items() if key != option})
 
 
-def gather(given: Mapping[str, Any], *, config_file: Path | None = None, command: str | None = None) -> Options:
+def _form(declared: Declared) -> Any:
+    """The type that a value has before it is checked: text is text, and the method's settings are a mapping."""
+    if declared.is_text:
+        return str | None
+    return dict[str, Any] | None if get_origin(declared.type) is dict else Any
+
+
+class _Environment(BaseSettings):
+    """Reads variables for the options that were not given otherwise."""
+
+    model_config = SettingsConfigDict(env_prefix=_VARIABLE_PREFIX, extra="forbid", frozen=True)
+
+
+_FORMS: dict[str, Any] = {name: (_form(each), None) for name, each in OPTIONS.items()}
+_Reader = create_model("_Reader", __base__=_Environment, **_FORMS)
+
+
+def gather(given: Mapping[str, object], *, config_file: Path | None = None, command: str | None = None) -> Options:
     """The options of a run from keywords, a config.json, the environment and params.yaml.
 
     Args:
@@ -133,47 +100,35 @@ def gather(given: Mapping[str, Any], *, config_file: Path | None = None, command
     _refuse_unknown(keywords, "option")
     for key in ("out", "data_dir"):
         if keywords.get(key) == "":
-            raise UsageError(f"{flag_of(key)} is empty", hint="name a folder, or leave it out")
+            raise UsageError(f"{OPTIONS[key].shown()} is empty", hint="name a folder, or leave it out")
     stated = _from_config_file(config_file, command) if config_file is not None else {}
     for key, pinned in (("teacher", "teacher_sha256"), ("init_weights", "init_sha256")):
         if key in keywords:
             stated.pop(pinned, None)
-    if "settings" in keywords:
-        keywords["settings"] = {**(stated.get("settings") or {}), **keywords["settings"]}
-    variables = {key for key in Options.model_fields if f"{_VARIABLE_PREFIX}{key.upper()}" in os.environ}
+    own, held = keywords.get("settings"), stated.get("settings")
+    if isinstance(own, Mapping) and isinstance(held, Mapping):
+        keywords["settings"] = {**held, **own}
+    variables = {key for key in OPTIONS if f"{_VARIABLE_PREFIX}{key.upper()}" in os.environ}
     tracked = _params_yaml()
     origins = {key: f"`{key}` in `params.yaml`" for key in tracked}
     origins |= {key: f"the variable `{_VARIABLE_PREFIX}{key.upper()}`" for key in variables}
     origins |= {key: f"`{key}` in `{config_file}`" for key in stated}
-    origins |= {key: flag_of(key) for key in keywords}
+    origins |= {key: OPTIONS[key].shown() for key in keywords}
     values = {**{key: value for key, value in tracked.items() if key not in variables}, **stated, **keywords}
     try:
-        options = Options(**values)
+        read = _Reader(**values)
     except ValidationError as error:
         raise from_validation(error, lambda key: origins.get(key, f"`{key}`")) from error
-    except SettingsError as error:  # a variable that should hold JSON
-        raise UsageError(str(error), hint=f"write the `{_VARIABLE_PREFIX}...` variable as JSON") from error
-    options._origins.update(origins)
-    return options
+    return Options({key: value for key, value in read if value is not None}, origins)
 
 
-def flag_of(key: str) -> str:
-    """How a keyword is written: as a flag where there is one."""
-    if key in WITHOUT_FLAG:
-        return f"`--set {key}`"
-    if key in ("teacher_sha256", "init_sha256"):
-        return f"`{key}`"
-    return "`--set`" if key == "settings" else f"`--{key.replace('_', '-')}`"
-
-
-def _refuse_unknown(options: Mapping[str, Any], kind: str) -> None:
-    unknown = [key for key in options if key not in Options.model_fields]
+def _refuse_unknown(options: Iterable[str], kind: str) -> None:
+    unknown = [key for key in options if key not in OPTIONS]
     if unknown:
-        listing = "icdctl distill --dry-run"
-        raise combine([unknown_name(kind, key, Options.model_fields, listing=listing) for key in unknown])
+        raise combine([unknown_name(kind, key, OPTIONS, listing="icdctl distill --dry-run") for key in unknown])
 
 
-def _params_yaml() -> dict[str, Any]:
+def _params_yaml() -> dict[str, object]:
     """The `train` section of the project's params.yaml; the file's other sections are the pipeline's."""
     path = files.project_root() / "params.yaml"
     try:
@@ -188,7 +143,7 @@ def _params_yaml() -> dict[str, Any]:
             f"`{path}` holds no mapping `train`, found {type(section).__name__}",
             hint="write e.g. `train: {epochs: 240}` in it",
         )
-    _refuse_unknown({str(key): value for key, value in section.items()}, f"key of `{path}`")
+    _refuse_unknown(map(str, section), f"key of `{path}`")
     return {key: value for key, value in section.items() if value is not None}
 
 
@@ -273,7 +228,7 @@ def _yaml_problem(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _from_config_file(path: Path, command: str | None) -> dict[str, Any]:
+def _from_config_file(path: Path, command: str | None) -> dict[str, object]:
     """The options that a config.json states; its run folder is not taken over, for it is in use."""
     hint = "pass the `config.json` of a run folder"
     stated = files.read_json(path, what="config", hint=hint)
@@ -290,8 +245,11 @@ def _from_config_file(path: Path, command: str | None) -> dict[str, Any]:
     return options
 
 
-def options_of(stated: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that lead to a resolved configuration, from its fields."""
+def options_of(stated: Mapping[str, object]) -> dict[str, object]:
+    """The options that lead to a resolved configuration, from its fields.
+
+    One that a resolved configuration does not state had its default: the run began before there was such a setting.
+    """
     options = {key: value for key, value in stated.items() if key != "command" and value is not None}
     if not options.get("scales"):
         options.pop("scales", None)
@@ -301,10 +259,13 @@ def options_of(stated: Mapping[str, Any]) -> dict[str, Any]:
         options["time_limit"] = seconds
     if "crop_scale" in stated and stated["crop_scale"] is None:  # said, for the recipe may have one
         options["crop_scale"] = NONE
+    if "command" in stated:
+        later = names_in_identity(Identity.WHEN_CHANGED) - stated.keys()
+        options |= {key: SETTINGS[key].default for key in SETTINGS if key in later}
     return options
 
 
-def from_validation(error: ValidationError, origin: Callable[[str], str] = lambda key: f"`{key}`") -> UsageError:
+def from_validation(error: ValidationError, origin: Callable[[str], str] = lambda key: f"`{key}`") -> IcdctlError:
     """All that pydantic found wrong, a line a key.
 
     Args:
@@ -319,7 +280,7 @@ def from_validation(error: ValidationError, origin: Callable[[str], str] = lambd
         if not item["loc"]:  # of several keys together
             problems[key] = UsageError(str(item["ctx"]["error"]), hint="`icdctl list recipes` shows the usual")
         elif item["type"] == "extra_forbidden":
-            problems[key] = unknown_name("key", key, Options.model_fields, listing="icdctl distill --dry-run")
+            problems[key] = unknown_name("key", key, OPTIONS, listing="icdctl distill --dry-run")
         elif item["type"] == "missing" and len(item["loc"]) == 1:
             problems[key] = UsageError(f"`{key}` is missing", hint=f"give {origin(key)}")
         else:
@@ -328,5 +289,4 @@ def from_validation(error: ValidationError, origin: Callable[[str], str] = lambd
             message = item["msg"].removeprefix("Value error, ")
             message = message[0].lower() + message[1:]
             problems[key] = UsageError(f"`{key}` is `{shown}`: {message}", hint=f"change {origin(key)}")
-    told = combine(list(problems.values())[:_MOST_TOLD])
-    return UsageError(told.message, hint=told.hint)
+    return combine(list(problems.values())[:_MOST_PRINTED])

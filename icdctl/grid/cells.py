@@ -19,7 +19,7 @@ from typing import Any, Literal
 from icdctl import files, methods
 from icdctl.config import sources
 from icdctl.config.expand import parse_seeds
-from icdctl.config.sources import Options
+from icdctl.config.lookup import OPTIONS
 from icdctl.errors import ArtifactError, UsageError, unknown_name
 from icdctl.grid import cell_file, expansion
 from icdctl.grid.expansion import AFTER, PLAIN
@@ -38,7 +38,7 @@ class GridCell:
 
     name: str
     options: Mapping[str, Any]
-    """Options of a run (`icdctl.config.sources.Options`), without `seed` and `out`."""
+    """Options of its runs (`icdctl.config.lookup.OPTIONS`), but `seed` and `out`."""
     method: str
     """A name in `METHODS`, the project's default where the cell states none; as typed where there is no such method."""
 
@@ -160,10 +160,8 @@ def make_cell(name: str, options: Mapping[str, object], *, origin: str, method: 
             raise UsageError(
                 f"cell `{name}` in {origin} has `{key}`, which the grid gives each run", hint="leave it out"
             )
-        if key not in Options.model_fields:
-            raise unknown_name(
-                f"option of cell `{name}`", key, Options.model_fields, listing="icdctl distill --dry-run"
-            )
+        if key not in OPTIONS:
+            raise unknown_name(f"option of cell `{name}`", str(key), OPTIONS, listing="icdctl distill --dry-run")
     settings = own.get("settings")
     if settings is not None and not (isinstance(settings, dict) and all(isinstance(key, str) for key in settings)):
         raise UsageError(
@@ -198,7 +196,7 @@ def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
     path = root / PARAMS_FILE
     origin = f"`{path}`"
     content = read_params(root)
-    usual = sources.gather({}).method
+    usual = sources.gather({}).text("method")
     named = cell_file.current(root, expansion.expand(content, origin=origin))
     made = [make_cell(name, options, origin=origin, method=usual) for name, options in named.items()]
     given = content.get("seeds", [0]) if seeds is None else parse_seeds(seeds)

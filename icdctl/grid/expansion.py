@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from icdctl import methods
 from icdctl.config.expand import settings_of
-from icdctl.config.sources import Options
+from icdctl.config.lookup import OPTIONS
 from icdctl.errors import UsageError, unknown_name
 from icdctl.methods import SCALES
 
@@ -252,10 +252,10 @@ class _Combiner:
                 settings[key] = float(value) if type(value) is int else value
             elif key == "scales":
                 options[key] = _scales(value)
-            elif key in Options.model_fields:
+            elif key in OPTIONS:
                 options[key] = value
             else:
-                known = [*sorted(of_method), *Options.model_fields]
+                known = [*sorted(of_method), *OPTIONS]
                 raise unknown_name(
                     f"setting of `{method}` in {self._origin}", key, known, listing="icdctl list methods"
                 )

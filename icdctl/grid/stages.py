@@ -11,7 +11,7 @@ from pathlib import Path
 
 from icdctl import api, files
 from icdctl.api import planning
-from icdctl.config.sources import Options
+from icdctl.config.lookup import OPTIONS
 from icdctl.engine.observer import Observer
 from icdctl.errors import ArtifactError, UsageError, unknown_name
 from icdctl.grid.cells import PARAMS_FILE, Grid, GridRun, read_params
@@ -59,10 +59,9 @@ def make_teacher(root: Path, key: str, *, observer: Observer | None = None) -> P
         shutil.copyfile(fetched.path, out / WEIGHTS_FILE)
     elif entry["source"] == "train":
         options = {name: value for name, value in entry.items() if name not in _PIPELINE_KEYS}
-        unknown = [name for name in options if name not in Options.model_fields]
+        unknown = [name for name in options if name not in OPTIONS]
         if unknown:
-            known = Options.model_fields
-            raise unknown_name(f"option of teacher `{key}`", unknown[0], known, listing="icdctl train --dry-run")
+            raise unknown_name(f"option of teacher `{key}`", unknown[0], OPTIONS, listing="icdctl train --dry-run")
         given = {**options, "student": entry["model"], "out": str(out)}
         with same_command_goes_on():
             (result,) = api.start("train", [given], resume=True, wait=True, observer=observer)

@@ -11,27 +11,13 @@ from typing import Any
 from icdctl import methods
 from icdctl.api import planning
 from icdctl.config.expand import settings_of
-from icdctl.config.sources import WITHOUT_FLAG
+from icdctl.config.lookup import OPTIONS
 from icdctl.errors import ArtifactError, UsageError, unknown_name
 from icdctl.grid.cells import Grid, GridCell
 
-_OPTIONS = WITHOUT_FLAG | {
-    "batch_size",
-    "epochs",
-    "image_size",
-    "lr",
-    "max_steps",
-    "optimizer",
-    "precision",
-    "recipe",
-    "scales",
-    "student",
-    "test_split",
-    "train_images",
-    "val_split",
-}
+_OPTIONS = {name for name, each in OPTIONS.items() if each.swept}
 """That a sweep may change besides a method's settings. Method, teacher and data set make another cell."""
-_LISTS = ("crop_ratio", "crop_scale", "lr_decay_epochs", "scales")
+_LISTS = {name for name, each in OPTIONS.items() if each.is_list}
 """Their values are lists themselves; `;` stands between two of them."""
 _MOST_CELLS = 10_000
 _ANY_TEACHER = planning.StandIn(("custom", "", ""), None)

@@ -6,16 +6,17 @@ has, whatever the scales that its scripts give.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from icdctl.config import recipes, resolving
+from icdctl.config.lookup import OPTIONS
 from icdctl.config.recipes import RECIPES, Recipe
 from icdctl.config.run import RunConfig
-from icdctl.config.sources import NONE, Options
+from icdctl.config.settings import NONE, RecipeSettings
+from icdctl.config.sources import Options
 from icdctl.errors import UsageError, unknown_name
 from icdctl.methods import METHODS
 from icdctl.papers.reproduce import folder_name, grid_cell, name_of
@@ -148,13 +149,12 @@ def training_options(name: str) -> dict[str, object]:
     """
     recipe = RECIPES[recipes.resolve(name)]
     options: dict[str, object] = {"recipe": name}
-    for field in dataclasses.fields(recipe):
-        value = getattr(recipe, field.name)
-        if field.name not in Options.model_fields or (field.name == "lr" and recipe.lr_of_student):
-            continue
-        if field.name == "dataset" and value == "imagefolder":  # which names no folder
-            continue
-        options[field.name] = NONE if value is None else list(value) if isinstance(value, tuple) else value
+    if recipe.dataset != "imagefolder":  # which names no folder
+        options["dataset"] = recipe.dataset
+    for key in RecipeSettings.model_fields:
+        if key != "lr" or not recipe.lr_of_student:
+            value = getattr(recipe, key)
+            options[key] = NONE if value is None else list(value) if isinstance(value, tuple) else value
     return options
 
 
@@ -164,12 +164,12 @@ def resolved(options: Mapping[str, Any]) -> RunConfig:
     Raises:
         UsageError: a value can't be.
     """
-    own = {key: value for key, value in options.items() if key in Options.model_fields}
+    own = {key: value for key, value in options.items() if key in OPTIONS and value is not None}
     teacher = own.get("teacher")
     is_plain = own.get("method", "ce") == "ce"
     return resolving.make_config(
         "train" if is_plain else "distill",
-        Options.model_construct(**own),
+        Options(own),
         teacher=None if is_plain or teacher is None else (str(teacher), "", ""),
     )
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icdctl.config.expand import parse_seeds
+from icdctl.config.lookup import OPTIONS
 from icdctl.config.recipes import RECIPES
-from icdctl.config.sources import Options
+from icdctl.config.settings import RecipeSettings
 from icdctl.errors import IcdctlError, UsageError, combine
 from icdctl.grid import expansion, params
 from icdctl.grid.cell_file import difference
@@ -150,9 +151,9 @@ def _new_cells(
 def _not_taken(name: str, path: Path) -> list[str]:
     """Where the section `train` is not the recipe, number by number."""
     recipe = RECIPES[name]
-    train = params.read(path)[_TRAIN]
+    train, taken = params.read(path)[_TRAIN], catalogue.training_options(name)
     there = train if isinstance(train, dict) else {}
-    stays = [key for key in vars(recipe) if key in there and key not in catalogue.training_options(name)]
+    stays = [key for key in ("dataset", *RecipeSettings.model_fields) if key in there and key not in taken]
     found = [f"`{_TRAIN}.{key}` was there and stays; it is none of `{name}`" for key in stays]
     if recipe.lr_of_student:
         slow = ", ".join(f"{lr:g} for {student}" for student, lr in recipe.lr_of_student.items())
@@ -165,7 +166,7 @@ def _not_taken(name: str, path: Path) -> list[str]:
 
 def _changes(train: Mapping[str, object], cells: Sequence[GridCell]) -> list[str]:
     """What the file's own `train` section makes of cells that were to be as published."""
-    known = {str(key): value for key, value in train.items() if key in Options.model_fields and value is not None}
+    known = {str(key): value for key, value in train.items() if key in OPTIONS and value is not None}
     found = []
     for cell in cells:
         try:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from icdctl.config.recipes import RECIPES, Recipe
-from icdctl.config.run import RunConfig
+from icdctl.config.recipes import RECIPES
+from icdctl.config.settings import RecipeSettings
 from icdctl.papers.catalogue import PaperRecipe, resolved
 from icdctl.papers.reproduce import name_of
 from icdctl.science.experiments import Cell
-
-_NUMBERS = tuple(field.name for field in dataclasses.fields(Recipe) if field.name in RunConfig.model_fields)
-"""Fields of a recipe that a run has too."""
 
 
 def training(name: str) -> dict[str, Any]:
     """All of a training recipe."""
     recipe = RECIPES[name]
-    return {"name": name, "kind": "training", **dataclasses.asdict(recipe)}
+    numbers: dict[str, Any] = {}
+    for key in RecipeSettings.model_fields:
+        numbers[key] = getattr(recipe, key)
+        if key == "lr":
+            numbers["lr_of_student"] = dict(recipe.lr_of_student)
+    return {
+        "name": name,
+        "kind": "training",
+        "about": recipe.about,
+        "source": recipe.source,
+        "dataset": recipe.dataset,
+        **numbers,
+        "distillation_warmup_share": recipe.distillation_warmup_share,
+    }
 
 
 def paper_row(recipe: PaperRecipe) -> dict[str, Any]:
@@ -51,8 +60,7 @@ def paper(recipe: PaperRecipe) -> dict[str, Any]:
     if recipe.why_not is None:
         config = resolved(recipe.options)
         values = config.model_dump(mode="json")
-        own = [key for key in _NUMBERS if key != "dataset"]
-        own += [key for key in recipe.cell.overrides if key not in own]
+        own = list(dict.fromkeys((*RecipeSettings.model_fields, *recipe.cell.overrides)))
         runs = {
             "options": recipe.options,
             "recipe": config.recipe,

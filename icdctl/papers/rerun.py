@@ -118,7 +118,7 @@ def rerun_table(
 
 def _warnings_of_changes(grid: Grid) -> list[str]:
     """A warning where the project's own options make other runs of a table's cells than the published ones."""
-    train = {key: value for key, value in sources.gather({}).model_dump().items() if value is not None}
+    train = sources.gather({}).given
     changed: dict[str, None] = {}
     num_changed = 0
     for cell in grid.cells if train else ():

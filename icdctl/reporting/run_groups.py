@@ -45,7 +45,7 @@ class ReportCell:
     def differing_settings(self, other: ReportCell) -> dict[str, tuple[object, object]]:
         """Settings that both methods have and in which they differ: name -> values of this cell and of the other."""
         mine, theirs = ({**cell.config.settings, "scales": cell.config.scales} for cell in (self, other))
-        names = sorted(mine.keys() & theirs.keys()) if _loss(self) == _loss(other) else ["variant"]
+        names = sorted(mine.keys() & theirs.keys()) if _family(self) == _family(other) else ["variant"]
         found = {name: (mine[name], theirs[name]) for name in names if mine[name] != theirs[name]}
         return {name: pair for name, pair in found.items() if pair[0] != () and pair[1] != ()}
 
@@ -119,7 +119,7 @@ class RunGroup:
         return sorted(found, key=lambda other: (ranks[other.config.method], len(cell.differing_settings(other))))
 
 
-def _loss(cell: ReportCell) -> str:
+def _family(cell: ReportCell) -> str:
     return METHODS[cell.config.method].family
 
 
