@@ -13,8 +13,8 @@ from grid_support import PLAIN, started, wait_until, write_params
 
 from icdctl.errors import IcdctlError, UsageError
 from icdctl.grid.cells import read_grid
-from icdctl.grid.search_space import Range, parse_space, searchable
-from icdctl.grid.trials import Search, Trial
+from icdctl.grid.search_space import Range, Trial, parse_space, searchable
+from icdctl.grid.trials import Search
 
 pytest.importorskip("optuna", reason="optuna is not installed (`pip install 'icdctl[search]'`)")
 

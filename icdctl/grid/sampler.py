@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from icdctl.errors import UsageError
-from icdctl.grid.search_space import Axis, Space, as_text, as_value
+from icdctl.grid.search_space import Axis, Space, Trial, as_text, as_value
 
 if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
-
-    from icdctl.grid.trials import Trial
 
 
 def next_values(space: Space, trials: Sequence[Trial], number: int, *, seed: int) -> list[dict[str, str]]:

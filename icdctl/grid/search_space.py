@@ -1,4 +1,4 @@
-"""What a search may try: ranges of numbers, and lists of values to choose from."""
+"""What a search may try, ranges of numbers and lists of values to choose from, and what it has tried."""
 
 from __future__ import annotations
 
@@ -31,6 +31,20 @@ Axis = Range | tuple[str, ...]
 """The values of one setting: a range, or a list to choose from."""
 Space = Mapping[str, Axis]
 """Setting or option -> its values."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Values that were tried, and how well they did."""
+
+    values: Mapping[str, str]
+    val_top1: tuple[float, ...] | None
+    """Top-1 on the held-out images after the final epoch, for each seed; None where a run failed."""
+
+    @property
+    def score(self) -> float:
+        """What the search maximises: the mean over seeds, -inf for a trial that failed."""
+        return -math.inf if self.val_top1 is None else math.fsum(self.val_top1) / len(self.val_top1)
 
 
 def parse_space(given: Sequence[str]) -> dict[str, Axis]:

@@ -11,11 +11,11 @@ from icdctl.api import planning
 from icdctl.errors import IcdctlError
 from icdctl.grid.cells import Grid, GridCell
 from icdctl.grid.forecast import CellForecast, forecast_cells
+from icdctl.grid.search_space import Trial
 from icdctl.grid.status import run_statuses
 from icdctl.grid.trials import (
     LOCK_FILE,
     SEARCH_FILE,
-    Trial,
     best_of,
     folder_of,
     read_trials,

@@ -8,9 +8,8 @@ the seed alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from icdctl import files
@@ -18,25 +17,11 @@ from icdctl.api import planning
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.grid import sampler
 from icdctl.grid.cells import Grid, GridCell, GridRun
-from icdctl.grid.search_space import Range, Space
+from icdctl.grid.search_space import Range, Space, Trial
 from icdctl.grid.status import run_statuses
 from icdctl.grid.sweeps import changed
 
 SEARCH_FILE, LOCK_FILE = "search.json", ".lock"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Values that were tried, and how well they did."""
-
-    values: Mapping[str, str]
-    val_top1: tuple[float, ...] | None
-    """Top-1 on the held-out images after the final epoch, for each seed; None where a run failed."""
-
-    @property
-    def score(self) -> float:
-        """What the search maximises: the mean over seeds, -inf for a trial that failed."""
-        return -math.inf if self.val_top1 is None else math.fsum(self.val_top1) / len(self.val_top1)
 
 
 class Search:
