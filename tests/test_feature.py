@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,23 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CommandLine
 from grid_support import started, wait_until
 from safetensors import safe_open
 from test_device_loop import by_position, taught
 from test_engine import SMALL, Stop, history, weights
-from test_together import planned, together
+from test_together import planned, store_of, together
 from torch import Tensor, nn
 
 import icdctl as library
 from icdctl import methods, models
+from icdctl.data import Augmentation
 from icdctl.engine import run as engine
 from icdctl.engine.checkpoint import checkpoint_path
 from icdctl.engine.teacher import InlineTeacher
 from icdctl.errors import UsageError
-from icdctl.methods import METHODS, ModelProbe, Supervision, check_settings
+from icdctl.methods import METHODS, Method, ModelProbe, Objective, Supervision, check_settings
 from icdctl.methods.feature import Connector, FitNetObjective
 from icdctl.methods.reads import stage
 
@@ -260,6 +262,84 @@ def test_a_teacher_may_normalise_with_the_statistics_of_the_batch(
     configs = [planned(taught, tmp_path / name, method=name) for name in ("kd", "dkd")]
     with pytest.raises(UsageError, match="want the teacher in different modes"):
         together(configs, taught)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoViews(Method):
+    """The cross-entropy on two views of each image, and the distance of their logits."""
+
+    def teacher_reads(self, settings: methods.Settings) -> frozenset[str]:
+        return frozenset({"logits"})
+
+    def build(
+        self,
+        student: ModelProbe,
+        teacher: ModelProbe | None,
+        settings: methods.Settings,
+        *,
+        scales: tuple[int, ...],
+        supervision: Supervision,
+    ) -> Objective:
+        return TwoViewsObjective(settings, supervision)
+
+
+class TwoViewsObjective(Objective):
+    term_names = ("ce", "views")
+
+    def distillation_terms(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], labels: Tensor, epoch: int | Tensor
+    ) -> dict[str, Tensor]:
+        first, second = student["logits"].chunk(2)
+        assert torch.equal(*labels.chunk(2))
+        assert not torch.equal(*teacher["logits"].chunk(2))
+        return {"views": F.mse_loss(first, second)}
+
+
+@pytest.mark.parametrize("mode", ["inline", "ahead", "cache"])
+def test_a_method_may_see_several_views_of_an_image(
+    taught: Path, tmp_path: Path, by_position: Any, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    row = TwoViews(defaults={"ce_weight": 1.0}, source="this test", family="two_views", num_views=2)
+    monkeypatch.setitem(METHODS, "two_views", row)
+    changes: list[dict[str, Any]] = [{"method": "two_views"}, {"method": "kd"}]
+    shared = {"crop_padding": 1, "teacher_mode": mode, "student": "res8", "epochs": 2}
+    configs = [planned(taught, tmp_path / str(n), **shared, **change) for n, change in enumerate(changes)]
+    both = together(configs, taught)
+    assert [result.metrics["train_images"] for result in both] == [SMALL["train_images"]] * 2
+    given: dict[str, Any] = {**SMALL, **shared, "teacher": str(taught), "deterministic": True}
+    for number, change in enumerate(changes):
+        library.distill(**given, **change, out=str(tmp_path / f"alone-{number}"))
+        assert weights(tmp_path / f"alone-{number}") == weights(tmp_path / str(number))
+    with pytest.raises(engine.Interrupted):
+        library.distill(**given, **changes[0], out=str(tmp_path / "parts"), observer=Stop(after_epoch=1))
+    library.distill(**given, **changes[0], out=str(tmp_path / "parts"), resume=True)
+    assert weights(tmp_path / "parts") == weights(tmp_path / "0")
+    assert float(history(tmp_path / "0")[-1]["views"]) > 0
+    if mode == "ahead":
+        monkeypatch.setenv("ICDCTL_HOME", str(tmp_path / "state"))
+        monkeypatch.setattr(TwoViewsObjective, "distillation_terms", _without_looking)
+        by_position()
+        library.distill(**given, **changes[0], out=str(tmp_path / "static"))
+        assert weights(tmp_path / "static") == weights(tmp_path / "0")
+
+
+def _without_looking(
+    self: Objective, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], labels: Tensor, epoch: int
+) -> dict[str, Tensor]:
+    """The same term, without the assertions, which look at values."""
+    first, second = student["logits"].chunk(2)
+    return {"views": F.mse_loss(first, second)}
+
+
+def test_several_views_come_batch_by_batch() -> None:
+    store, _ = store_of(7, Augmentation(crop_padding=2, flip=True))
+    first = store.epoch(seed=3, epoch=1)
+    both = store.epoch_of_many(seed=3, epoch=1, num_views=2, batch_size=4)
+    assert both.index.tolist() == [*first.index[:4].tolist() * 2, *first.index[4:].tolist() * 2]
+    assert torch.equal(both.top[:4], first.top[:4])
+    assert torch.equal(both.top[8:11], first.top[4:])
+    assert not torch.equal(both.top[4:8], first.top[:4])
+    assert torch.equal(store.epoch_of_many(seed=3, epoch=1, num_views=1, batch_size=4).top, first.top)
 
 
 def test_terms_from_logits_alone_are_refused_for_a_method_that_reads_more() -> None:

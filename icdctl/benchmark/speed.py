@@ -305,14 +305,14 @@ def _split_graph(session: Session, seconds: float) -> dict[str, float]:
     def spent(num_parts: int, teacher: Teacher) -> float:
         beginning = _Beginning(*run.step.parts, steps_per_epoch=shared.num_steps, device=shared.device)
         beginning.num_parts = num_parts
-        loop = DeviceLoop(shared.store, shared.labels, shared.batch_size, teacher, session.message)
+        loop = DeviceLoop(shared.store, shared.labels, session.batch_size, teacher, session.message)
         indices = itertools.cycle(range(shared.num_steps))
 
         def take() -> None:
             index = next(indices)
             if index == 0:
                 loop.start_epoch(session.draw(EPOCH))
-            loop.step(index, [beginning], shared.batch_size)
+            loop.step(index, [beginning], session.batch_size)
 
         take()
         timing = clocks.time_steps(take, seconds=seconds / (len(_PARTS) + 1), device=shared.device)

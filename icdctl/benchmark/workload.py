@@ -241,20 +241,31 @@ class Session:
         answer = self.inline.of_views(store, store.numbered(torch.arange(store.num_images)))
         return CachedTeacher(store, answer)
 
-    def draw(self, epoch: int) -> Views:
-        """Prepare the student for an epoch, with an empty log, and draw its views on the CPU."""
+    def prepare(self, epoch: int) -> None:
+        """Prepare the student for an epoch, with an empty log."""
         self.run.start_epoch()
         self.run.step.start_epoch(epoch)
-        return self.shared.store.epoch(seed=self.config.seed, epoch=epoch)
+
+    def draw(self, epoch: int) -> Views:
+        """Prepare the student for an epoch, and draw its views on the CPU."""
+        self.prepare(epoch)
+        return self.shared.store.epoch_of_many(
+            seed=self.config.seed, epoch=epoch, num_views=self.run.num_views, batch_size=self.config.batch_size
+        )
 
     def start_epoch(self, epoch: int) -> tuple[Views, Answers]:
         """Like `draw`, but with the views on the device; also the teacher's answers to them."""
         views = self.draw(epoch).to(self.shared.device)
-        return views, self.teacher.epoch(views, self.config.batch_size)
+        return views, self.teacher.epoch(views, self.batch_size)
 
     def part(self, views: Views, index: int) -> Views:
         """The views of step `index` of the epoch."""
-        return views[index * self.config.batch_size : (index + 1) * self.config.batch_size]
+        return views[index * self.batch_size : (index + 1) * self.batch_size]
+
+    @property
+    def batch_size(self) -> int:
+        """Views in a step."""
+        return self.config.batch_size * self.run.num_views
 
     def evaluate(self) -> Evaluation:
         """Evaluate the student on all test images, in eval mode."""
@@ -270,7 +281,7 @@ class Stepper:
             session: the session; its student's weights change.
         """
         self.session = session
-        self._stepping = Stepping(session.shared, session.teacher, session.message)
+        self._stepping = Stepping(session.shared, session.teacher, session.message, num_views=session.run.num_views)
         self._epoch, self._index = EPOCH - 1, 0
         self.start_epoch()
 
@@ -287,7 +298,8 @@ class Stepper:
         """
         self.check_finite()
         self._epoch, self._index = self._epoch + 1, 0
-        self._stepping.start_epoch(self.session.draw(self._epoch))
+        self.session.prepare(self._epoch)
+        self._stepping.start_epoch(seed=self.session.config.seed, epoch=self._epoch)
 
     def check_finite(self) -> None:
         """Check the log of the epoch so far, which waits for the device; a run does so at the end of each epoch.

@@ -139,10 +139,34 @@ class ImageStore:
             seed: the run's seed.
             epoch: number of the epoch, from 1.
         """
+        generator = _generator(f"icdctl views {seed} {epoch}")
+        return self._drawn(torch.randperm(self.num_images, generator=generator), generator)
+
+    def epoch_of_many(self, *, seed: int, epoch: int, num_views: int, batch_size: int) -> Views:
+        """The views of one epoch whose batches have several views of each image, on the CPU.
+
+        Args:
+            seed: the run's seed.
+            epoch: number of the epoch, from 1.
+            num_views: V, views of an image.
+            batch_size: B, images in a batch.
+
+        Returns:
+            [V * N] views: batch after batch, in each all first views, then all second ones, ... The first views and
+            the order of the images are those of `epoch`.
+        """
+        first = self.epoch(seed=seed, epoch=epoch)
+        if num_views == 1:
+            return first
+        others = (
+            self._drawn(first.index, _generator(f"icdctl views {seed} {epoch} {number}"))
+            for number in range(1, num_views)
+        )
+        return _batched([first, *others], batch_size)
+
+    def _drawn(self, index: Tensor, generator: torch.Generator) -> Views:
+        """One view, drawn at random, of each of these images: [N] int64."""
         augmentation, count = self._augmentation, self.num_images
-        digest = hashlib.sha256(f"icdctl views {seed} {epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        index = torch.randperm(count, generator=generator)
         # Drawn even where the recipe has no crop or flip, so that switching one off does not change the other draws.
         unit = torch.rand((3, count), generator=generator, dtype=torch.float64)
         room = torch.tensor([[margin + 1] for margin in self._margins])
@@ -222,6 +246,35 @@ class ImageStore:
                 torch.manual_seed(seed)
                 changed[place] = transform(pixels[place].permute(2, 0, 1)).permute(1, 2, 0)
         return changed
+
+
+def _generator(purpose: str) -> torch.Generator:
+    """A generator on the CPU for one purpose."""
+    digest = hashlib.sha256(purpose.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _batched(several: list[Views], batch_size: int) -> Views:
+    """Views of the same images [N] each, a batch of all of them after the other: [V * N]."""
+    count = len(several[0])
+    position = torch.arange(count)
+    order = torch.cat(
+        [
+            position[first : first + batch_size] + number * count
+            for first in range(0, count, batch_size)
+            for number in range(len(several))
+        ]
+    )
+
+    def joined(fields: list[Tensor | None]) -> Tensor | None:
+        held = [field for field in fields if field is not None]
+        return torch.cat(held)[order] if held else None
+
+    index, top, left, flip = (
+        torch.cat([getattr(views, name) for views in several])[order] for name in ("index", "top", "left", "flip")
+    )
+    box, key = joined([views.box for views in several]), joined([views.key for views in several])
+    return Views(index, top, left, flip, box, key)
 
 
 def _boxes(

@@ -202,26 +202,30 @@ class _Session:
         """Epoch after epoch, the ones that lag behind first; False where the time is up before the end."""
         started = time.perf_counter()
         limit = self.runs[0].config.time_limit_seconds
-        stepping = Stepping(self.shared, teacher, self.observer.message)
+        steppings = {
+            number: Stepping(self.shared, teacher, self.observer.message, num_views=number)
+            for number in {run.num_views for run in self.runs}
+        }
         while waiting := self._waiting():
             epoch_started = time.perf_counter()
             epoch = min(run.progress.epoch for run in waiting)
             due = [run for run in waiting if run.progress.epoch == epoch]
-            for seed in dict.fromkeys(run.config.seed for run in due):
-                self._stream([run for run in due if run.config.seed == seed], seed, epoch + 1, stepping)
+            for stream in dict.fromkeys(_stream_of(run) for run in due):
+                self._stream([run for run in due if _stream_of(run) == stream], epoch + 1, steppings)
             now = time.perf_counter()
             if self._waiting() and limit is not None and 2 * now - started - epoch_started > limit:
                 return False
         return True
 
-    def _stream(self, runs: list[StudentRun], seed: int, epoch: int, stepping: Stepping) -> None:
+    def _stream(self, runs: list[StudentRun], epoch: int, steppings: Mapping[int, Stepping]) -> None:
         """One epoch of the students that see the same images in the same order; one that fails is given up."""
         started = time.perf_counter()
-        drawn = self.shared.store.epoch(seed=seed, epoch=epoch)
+        seed, num_views = _stream_of(runs[0])
+        stepping = steppings[num_views]
         for run in runs:
             run.start_epoch()
         running = list(runs)
-        stepping.start_epoch(drawn)
+        drawn = stepping.start_epoch(seed=seed, epoch=epoch)
         for index in range(max(run.steps_of_epoch for run in runs)):
             self.observer.advance(stepping.step(index, running, lambda run: self._given_up(run, running)))
         stepping.finish_epoch()
@@ -266,6 +270,11 @@ class _Session:
         for run in waiting:
             run.config = run.config.model_copy(update=decided)
         return teacher
+
+
+def _stream_of(run: StudentRun) -> tuple[int, int]:
+    """What decides the batches of a run: its seed, and how many views of an image they have."""
+    return run.config.seed, run.num_views
 
 
 def _decided(key: str, runs: Sequence[StudentRun]) -> str:

@@ -26,14 +26,18 @@ def unguarded(student: StudentRun) -> AbstractContextManager[object]:
 class Stepping:
     """Steps of students of one data stream, epoch after epoch."""
 
-    def __init__(self, shared: SharedData, teacher: Teacher | None, message: Callable[[str], None]) -> None:
+    def __init__(
+        self, shared: SharedData, teacher: Teacher | None, message: Callable[[str], None], *, num_views: int
+    ) -> None:
         """
         Args:
             shared: the images.
             teacher: of those students that have one.
             message: receives a warning where steps can't be captured in a graph.
+            num_views: views of each image in a step.
         """
         self._shared, self._teacher, self._message = shared, teacher, message
+        self._num_views, self._batch_size = num_views, num_views * shared.batch_size
         self._loop: DeviceLoop | None = None
         self._views: Views | None = None
         self._answers: Answers | None = None
@@ -43,17 +47,29 @@ class Stepping:
         """Whether a step is one CUDA graph."""
         return self._loop is not None and self._loop.captures
 
-    def start_epoch(self, drawn: Views) -> None:
-        """Go to the first step of an epoch, whose views were drawn on the CPU."""
+    def start_epoch(self, *, seed: int, epoch: int) -> Views:
+        """Go to the first step of an epoch.
+
+        Args:
+            seed: of the runs.
+            epoch: counted from 1.
+
+        Returns:
+            The views of the epoch, on the CPU.
+        """
         shared = self._shared
+        drawn = shared.store.epoch_of_many(
+            seed=seed, epoch=epoch, num_views=self._num_views, batch_size=shared.batch_size
+        )
         # Random augmentation is drawn on the CPU, step by step.
         if shared.device_driven and drawn.key is None:
             if self._loop is None:
-                self._loop = DeviceLoop(shared.store, shared.labels, shared.batch_size, self._teacher, self._message)
+                self._loop = DeviceLoop(shared.store, shared.labels, self._batch_size, self._teacher, self._message)
             self._loop.start_epoch(drawn)
-            return
+            return drawn
         self._views = drawn.to(shared.device)
-        self._answers = None if self._teacher is None else self._teacher.epoch(self._views, shared.batch_size)
+        self._answers = None if self._teacher is None else self._teacher.epoch(self._views, self._batch_size)
+        return drawn
 
     def step(self, index: int, students: Sequence[StudentRun], guard: Guard = unguarded) -> int:
         """One step of those students whose epoch has so many; a device is not waited for.
@@ -73,7 +89,7 @@ class Stepping:
             size = min(self._shared.batch_size, self._shared.num_images - index * self._shared.batch_size)
             for student in learning:
                 student.set_learning_rate(index)
-            self._loop.step(index, [student.step for student in learning], size)
+            self._loop.step(index, [student.step for student in learning], size * self._num_views)
             return size * len(learning)
         part, images, labels, answer = self._batch(index)
         for student in learning:
@@ -83,13 +99,13 @@ class Stepping:
                 except NotFiniteError:
                     student.keep_replay(index, part, answer)
                     raise
-        return len(part) * len(learning)
+        return len(part) // self._num_views * len(learning)
 
     def _batch(self, index: int) -> tuple[Views, Tensor, Tensor, Answer | None]:
         """Views, pixels, labels and the teacher's answer of a step that the host drives."""
         shared = self._shared
         assert self._views is not None
-        part = self._views[index * shared.batch_size : (index + 1) * shared.batch_size]
+        part = self._views[index * self._batch_size : (index + 1) * self._batch_size]
         images, labels = shared.store.inputs(part), shared.labels[part.index]
         answer = None if self._answers is None else self._answers(index, part, images)
         return part, images, labels, answer
@@ -98,11 +114,11 @@ class Stepping:
         """The views of a step that is over, and the teacher's answer where it can be computed a second time."""
         shared = self._shared
         views = drawn.to(shared.device)
-        part = views[index * shared.batch_size : (index + 1) * shared.batch_size]
+        part = views[index * self._batch_size : (index + 1) * self._batch_size]
         if self._teacher is None:
             return part, None
         try:
-            return part, self._teacher.epoch(views, shared.batch_size)(index, part, shared.store.inputs(part))
+            return part, self._teacher.epoch(views, self._batch_size)(index, part, shared.store.inputs(part))
         except RuntimeError:
             return part, None
 

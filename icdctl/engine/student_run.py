@@ -113,6 +113,11 @@ class StudentRun:
         return self.step.compiler is not None and self.step.compiler.is_on
 
     @property
+    def num_views(self) -> int:
+        """Views of each image in a step."""
+        return METHODS[self.config.method].num_views
+
+    @property
     def images_left(self) -> int:
         """How many images it will still see."""
         return self.shared.images_of(self.limit_steps) - self.shared.images_of(self.progress.steps)
@@ -172,7 +177,7 @@ class StudentRun:
         """Evaluate, remember and save.
 
         Args:
-            order: [N] of the epoch's images, on the CPU.
+            order: [V * N] images of the epoch's views, on the CPU.
             seconds: that the epoch has taken so far, for this student's share.
 
         Returns:
@@ -185,7 +190,7 @@ class StudentRun:
         shared, progress, num_steps = self.shared, self.progress, self.steps_of_epoch
         log = self.step.log[:num_steps].cpu()
         self._check_finite(log, order, first_index=0)
-        seen = shared.dataset.train_labels[order[: num_steps * shared.batch_size]]
+        seen = shared.dataset.train_labels[order[: num_steps * shared.batch_size * self.num_views]]
         row = self._row(log, num_labelled=int((seen != UNLABELED).sum()))
         row["seconds"] = seconds + time.perf_counter() - started
         steps = progress.steps + num_steps
@@ -244,7 +249,7 @@ class StudentRun:
         row, column = (int(position) for position in bad.nonzero()[0])
         index = first_index + row
         names = [*self.step.objective.term_names, "gradient norm"]
-        batch = self.shared.batch_size
+        batch = self.shared.batch_size * self.num_views
         images = (
             order if len(log) == 1 and len(order) <= batch else order[index * batch : (index + 1) * batch]
         ).tolist()

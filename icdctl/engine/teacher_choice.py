@@ -48,10 +48,11 @@ def choose_teacher(
     if not METHODS[config.method].teacher_in_eval_mode:
         return _in_training_mode(model, config, reads, shared, wanted_mode, wanted_precision)
     probe = ModelProbe(model, shared.dataset.preprocessing.size)
-    num_streams = len({each.seed for each in configs})
+    num_streams = len({(each.seed, METHODS[each.method].num_views) for each in configs})
+    num_views = max(METHODS[each.method].num_views for each in configs)
     demand = Demand(
         num_streams=num_streams,
-        num_images=num_streams * num_images,
+        num_images=num_streams * num_images * num_views,
         shapes={name: probe.shape(name) for name in sorted(reads)},
         deterministic=config.deterministic,
     )

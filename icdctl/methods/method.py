@@ -1,6 +1,6 @@
 """What a distillation method is: a `Method` declares what it reads and its settings, and builds an `Objective`.
 
-The engine knows methods by these two classes alone. Shapes: B images, K classes.
+The engine knows methods by these two classes alone. Shapes: B images, V views of each, K classes.
 """
 
 from __future__ import annotations
@@ -106,6 +106,9 @@ class Method(ABC):
     """Whether the loss is applied to every patch, complementary ones twice, rather than to the global logits (SDD)."""
     cluster: bool = False
     """Whether gamma times the Gram-matrix divergence of the patches is added (CD)."""
+    num_views: int = 1
+    """V, differently cropped and flipped views of each image in a batch. Every tensor that is read then has V * B rows:
+    those of all first views, then of all second ones, and so on; labels too."""
     teacher_in_eval_mode: bool = True
     """False for a teacher that normalises with the statistics of the batch, which then runs on each batch itself."""
 
