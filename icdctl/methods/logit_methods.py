@@ -206,7 +206,7 @@ class LogitObjective(Objective):
         return scale_decoupled_loss(self._rows, student_patches, teacher_patches, labels, prediction)
 
 
-def _variants(loss: LogitLoss, sdd_defaults: Mapping[str, float]) -> dict[str, LogitMethod]:
+def variants(loss: LogitLoss, sdd_defaults: Mapping[str, float]) -> dict[str, LogitMethod]:
     """A loss by itself, on decoupled patches, and with the cluster term."""
     plain = LogitMethod(loss=loss, defaults=loss.defaults, source=loss.source, family=loss.name)
     decoupled = replace(plain, defaults={**loss.defaults, **sdd_defaults}, source=_SDD_PAPER, patches=True)
@@ -216,7 +216,7 @@ def _variants(loss: LogitLoss, sdd_defaults: Mapping[str, float]) -> dict[str, L
 
 LOGIT_METHODS: dict[str, Method] = {
     "ce": CrossEntropy(defaults={"ce_weight": 1.0}, source="cross-entropy with the labels, no teacher", family="ce"),
-    **_variants(KD, {}),
-    **_variants(DKD, {}),
-    **_variants(NKD, {"temperature": 4.0, "beta": 2.0}),
+    **variants(KD, {}),
+    **variants(DKD, {}),
+    **variants(NKD, {"temperature": 4.0, "beta": 2.0}),
 }

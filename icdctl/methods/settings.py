@@ -43,7 +43,7 @@ class MethodSetting:
         return number > 0 if self.is_above_zero else number >= 0
 
 
-DECLARED: Mapping[str, MethodSetting] = {
+DECLARED: dict[str, MethodSetting] = {
     "temperature": MethodSetting("Temperature of both softmaxes.", is_above_zero=True),
     "alpha": MethodSetting("Weight of DKD's target part."),
     "beta": MethodSetting("Weight of the part among the classes other than the target."),
