@@ -321,6 +321,17 @@ def imported(icdctl: CommandLine, path: Path, text: str, *arguments: str) -> tup
     return result["name"], [warning.removeprefix(f"{path}: ") for warning in result["warnings"]]
 
 
+def test_a_file_of_a_method_with_a_connector_keeps_its_settings(icdctl: CommandLine) -> None:
+    given = {**FILE, "method": "FITNET", "teacher": "vgg13", "student": "vgg8", "lr": "0.05"}
+    own = "FITNET:\n  HINT_LAYER: 1\n  INPUT_SIZE: [32, 32]\n  LOSS: {CE_WEIGHT: 1.0, FEAT_WEIGHT: 50.0}\n"
+    name, told = imported(icdctl, Path("fitnet.yaml"), REFERENCE.format(**given) + own)
+    assert params()["cells"][name]["method"] == "fitnet"
+    assert params()["cells"][name]["settings"] == {"hint_stage": 1.0, "feature_weight": 50.0}
+    assert [line for line in told if "FITNET" in line] == [
+        "FITNET.INPUT_SIZE [32, 32] is left out: `fitnet` never reads it"
+    ]
+
+
 def test_a_file_of_the_reference_keeps_what_it_says_and_its_faults_are_told(icdctl: CommandLine) -> None:
     faulty = {**FILE, "lr": "0.05", "project": "baselines_gamma8", "tag": "SDD_DKD,vgg13"}
     more = "DKD:\n  BETA: 6.0\nLOG:\n  WANDB: false\nKD:\n  TEMPERATURE: 2\n"

@@ -56,6 +56,11 @@ _READ: dict[str, dict[str, str]] = {
     "nkd": {"ce_weight": "DKD.CE_WEIGHT", "warmup_epochs": "DKD.WARMUP"},
     "sdd_nkd": _NKD_KEYS,
     "cd_sdd_nkd": {**_NKD_KEYS, **_GAMMA},
+    "fitnet": {
+        "hint_stage": "FITNET.HINT_LAYER",
+        "ce_weight": "FITNET.LOSS.CE_WEIGHT",
+        "feature_weight": "FITNET.LOSS.FEAT_WEIGHT",
+    },
 }
 """Method -> setting -> the key that the reference's code reads it from. Its SDD_DKD and CD_SDD_DKD take the warm-up
 from the command line, and its NKD has constants for temperature and beta."""
