@@ -10,8 +10,8 @@ import typer
 
 from icdctl import files
 from icdctl.commands import console, grid_training, options
-from icdctl.commands.search import SearchDisplay
-from icdctl.commands.search import report as report_search
+from icdctl.commands.grid_search import SearchDisplay
+from icdctl.commands.grid_search import report as report_search
 from icdctl.commands.training import observed
 from icdctl.errors import ArtifactError, UsageError
 
@@ -137,13 +137,13 @@ def expand(
 
     Example: icdctl grid expand
     """
-    from icdctl.grid import pipeline
+    from icdctl.grid import dvc_pipeline
 
     root = files.project_root()
     if check:
-        pipeline.check(root)
+        dvc_pipeline.check(root)
         return
-    done = pipeline.expand(root)
+    done = dvc_pipeline.expand(root)
     for name in done.written.added:
         console.talk(f"{done.written.path}: added {name}")
     console.talk(f"{done.path}: {len(done.cells)} cells, {done.difference or 'unchanged'}")

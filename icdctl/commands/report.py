@@ -61,10 +61,10 @@ def report(
     Example: icdctl report runs/demo
     """
     from icdctl import reporting
-    from icdctl.papers import reproduce
+    from icdctl.papers import table_runs
 
     root = files.project_root()
-    judgements = [reproduce.judged(name) for name in dict.fromkeys(table or [])]
+    judgements = [table_runs.judged(name) for name in dict.fromkeys(table or [])]
     paths = list(runs or []) or _default_runs(root)
     report_options = reporting.ReportOptions(
         title=title,

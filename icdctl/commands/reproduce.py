@@ -140,7 +140,7 @@ def _compared(text: str) -> Compared:
 
 def _list(table: str | None, texts: Sequence[str], family: str | None, as_json: bool) -> None:
     from icdctl.methods import METHODS
-    from icdctl.papers import reproduce
+    from icdctl.papers import table_runs
     from icdctl.science import tables
 
     if table is None:
@@ -157,7 +157,7 @@ def _list(table: str | None, texts: Sequence[str], family: str | None, as_json: 
                 "runs": cell.why_not(METHODS) or "yes",
                 "note": cell.note,
             }
-            for cell in reproduce.select(tables.load(table), texts=texts, family=family)
+            for cell in table_runs.select(tables.load(table), texts=texts, family=family)
         ]
     if as_json:
         console.show_json({"tables" if table is None else "cells": rows})

@@ -39,7 +39,7 @@ def _none_by_name(value: object) -> object:
 
 
 Positive = Annotated[float, Field(gt=0)]
-Pair = Annotated[tuple[Positive, Positive], BeforeValidator(_paired)]
+TwoNumbers = Annotated[tuple[Positive, Positive], BeforeValidator(_paired)]
 Epochs = Annotated[tuple[int, ...], BeforeValidator(_listed)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -166,7 +166,7 @@ class RecipeSettings(_Frozen):
     ] = 0
     flip: Annotated[bool, Setting("Mirror half of the training images, drawn at random.", Given.SET)] = False
     crop_scale: Annotated[
-        Pair | None,
+        TwoNumbers | None,
         BeforeValidator(_none_by_name),
         Setting(
             "Least and greatest share of an image's area that is cut out at random and resized; `none` cuts nothing.",
@@ -174,7 +174,7 @@ class RecipeSettings(_Frozen):
         ),
     ] = None
     crop_ratio: Annotated[
-        Pair, Setting("With `crop_scale`: least and greatest ratio of a cut's width to its height.", Given.SET)
+        TwoNumbers, Setting("With `crop_scale`: least and greatest ratio of a cut's width to its height.", Given.SET)
     ] = (0.75, 1.3333)
     randaugment_ops: Annotated[
         int,
