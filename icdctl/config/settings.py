@@ -130,7 +130,7 @@ class RecipeSettings(_Frozen):
 
     epochs: Annotated[int, Field(ge=1, le=100_000), Setting("Number of passes over the training images.")]
     batch_size: Annotated[int, Field(ge=2, le=1_000_000), Setting("Number of images in a training step.")]
-    lr: Annotated[float, Field(gt=0), Setting("Learning rate at its highest.")]
+    lr: Annotated[float, Field(gt=0), Setting("Highest learning rate of the schedule.")]
     optimizer: Annotated[Literal["sgd", "adamw"], Setting("Optimiser: `sgd` or `adamw`.")] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1), Setting("Momentum of SGD; AdamW does not read it.", Given.SET)] = 0.9
     nesterov: Annotated[bool, Setting("Use Nesterov's momentum with SGD.", Given.SET)] = False
