@@ -10,7 +10,7 @@ from icdctl.config.declare import Given
 from icdctl.config.lookup import SETTINGS, Declared, Owner
 from icdctl.config.settings import DatasetSettings, ExecutionSettings, RecipeSettings, TaskSettings
 from icdctl.data import DATASETS
-from icdctl.methods import METHODS, VARIANTS
+from icdctl.methods import DECLARED, METHODS, VARIANTS
 
 HEAD = """\
 # Settings
@@ -73,8 +73,8 @@ def _values(declared: Declared) -> str:
     if get_origin(declared.type) is dict:
         return "names and values"
     words = [{bool: "yes or no", int: "whole number", float: "number", str: "text"}[declared.type]]
-    told = {"ge": "{} or above", "gt": "above {}", "le": "up to {}", "lt": "below {}"}
-    words += [told[key].format(_number(bound)) for key, bound in declared.bounds.items()]
+    phrases = {"ge": "{} or above", "gt": "above {}", "le": "up to {}", "lt": "below {}"}
+    words += [phrases[key].format(_number(bound)) for key, bound in declared.bounds.items()]
     return ", ".join(words)
 
 
@@ -125,10 +125,14 @@ def _methods() -> str:
         for name, method in METHODS.items()
     ]
     choices = " or ".join(f"`{variant}`" for variant in VARIANTS)
+    meanings = [[f"`{name}`", setting.bounds, setting.help] for name, setting in DECLARED.items()]
+    meanings.append(["`variant`", choices, "Compute as the reference code does, or with its errors corrected."])
     return (
         "## Settings of the methods\n\n"
-        "`--set NAME=VALUE` changes these too; [methods.md](methods.md) says what each does. Every method also has\n"
-        f"`variant`, {choices}. The values are the defaults.\n\n"
+        "`--set NAME=VALUE` changes these too; [methods.md](methods.md) has the formulas.\n\n"
+        f"{_table(['setting', 'values', 'what it does'], meanings)}\n"
+        "The settings of each method, with their defaults; every method also has `variant`, by default\n"
+        f"`{VARIANTS[0]}`:\n\n"
         f"{_table(['method', *(f'`{name}`' for name in names)], rows)}"
     )
 

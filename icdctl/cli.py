@@ -45,11 +45,11 @@ _LONGEST_PATH = 120
 _INTERRUPTED, _TERMINATED = 130, 143
 
 _terminated: list[int] = []
-"""The signals that have asked this process to end."""
+"""The signals that ended this process."""
 
 app = typer.Typer(
     name="icdctl",
-    help="Knowledge distillation of image classifiers: iCD, SDD, DKD, NKD and KD.",
+    help="Train small image classifiers to imitate large ones: knowledge distillation (iCD, SDD, DKD, NKD, KD).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

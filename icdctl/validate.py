@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from icdctl import data, files
 from icdctl.config.run import RunConfig
 from icdctl.config.sources import from_validation
-from icdctl.data import OnImages, Request, imagefolder
+from icdctl.data import IMAGE_FOLDER, DatasetName, OnImages, Request, imagefolder
 from icdctl.data.decode import BrokenImage, broken_images_message, decode_in_order
 from icdctl.errors import ArtifactError, IcdctlError
 from icdctl.exporting import VerificationReport, verify_file, verify_folder
@@ -53,7 +53,7 @@ def inspect(path: Path, *, dataset: str | None = None, on_images: OnImages = lam
     Raises:
         ArtifactError: `path` does not exist, or icdctl does not know this kind of file or folder.
     """
-    if str(path).startswith(imagefolder.PREFIX):
+    if DatasetName.parse(str(path)).is_image_folder:
         return _image_folder(data.request(str(path)), on_images)
     if not path.exists():
         raise ArtifactError(f"`{path}` does not exist", hint="name a run folder, a file or an export folder")
@@ -64,7 +64,7 @@ def inspect(path: Path, *, dataset: str | None = None, on_images: OnImages = lam
             return _run_folder(path)
         raise ArtifactError(
             f"`{path}` is neither a run folder nor an export",
-            hint=f"name the folder itself; to check a folder of images, write `{imagefolder.PREFIX}{path}`",
+            hint=f"name the folder itself; to check a folder of images, write `{DatasetName(IMAGE_FOLDER, str(path))}`",
         )
     if path.suffix == ".onnx":
         return _export_findings(verify_file(path))

@@ -15,6 +15,7 @@ from conftest import CommandLine
 
 from icdctl import models
 from icdctl.commands import training
+from icdctl.methods import METHODS, check_settings
 
 TINY = ("--dataset", "digits100", "--train-images", "128", "--test-images", "100", "--epochs", "1", "--device", "cpu")
 
@@ -169,8 +170,18 @@ def test_every_list_is_a_table_and_a_json_object(icdctl: CommandLine, what: str)
     assert code == 0
     assert "\x1b" not in stdout
     rows = json.loads(icdctl("list", what, "--json")[1])[what]
-    assert len(rows) == {"methods": 10, "models": 23, "datasets": 4, "recipes": 5, "teachers": 9}[what]
+    assert len(rows) == {"methods": len(METHODS), "models": 23, "datasets": 4, "recipes": 5, "teachers": 9}[what]
     assert all(row["name"] in stdout for row in rows)
+
+
+def test_the_list_of_methods_has_the_settings_of_each_with_their_defaults(icdctl: CommandLine) -> None:
+    rows = {row["name"]: row for row in json.loads(icdctl("list", "methods", "--json")[1])["methods"]}
+    for name, method in METHODS.items():
+        assert {**rows[name]["settings"], "variant": rows[name]["variant"]} == check_settings(name, {})
+        assert rows[name]["source"] == method.source
+    _, table, _ = icdctl("list", "methods")
+    assert "temperature=4" in table
+    assert all(method.source not in table for method in METHODS.values()), "too wide for a terminal"
 
 
 def test_doctor_looks_at_the_machine(icdctl: CommandLine) -> None:

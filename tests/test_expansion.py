@@ -13,7 +13,7 @@ from conftest import CommandLine
 
 from icdctl.api import planning
 from icdctl.errors import ArtifactError, UsageError
-from icdctl.grid import cell_file, expansion
+from icdctl.grid import cells_file, expansion
 from icdctl.grid.cells import read_grid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -214,7 +214,7 @@ def test_a_project_without_a_cells_yaml_is_read_from_params_yaml(icdctl: Command
 
 def test_the_digest_is_of_values_not_of_their_form(tmp_path: Path) -> None:
     cells: expansion.Cells = {"a": {"lr": 1, "settings": {"gamma": 2}}}
-    cell_file.write(tmp_path, cells)
-    assert cell_file.current(tmp_path, {"a": {"settings": {"gamma": 2.0}, "lr": 1.0}}) == cells
+    cells_file.write(tmp_path, cells)
+    assert cells_file.current(tmp_path, {"a": {"settings": {"gamma": 2.0}, "lr": 1.0}}) == cells
     with pytest.raises(ArtifactError, match=r"1 changed \(a\)"):
-        cell_file.current(tmp_path, {"a": {"lr": 2, "settings": {"gamma": 2}}})
+        cells_file.current(tmp_path, {"a": {"lr": 2, "settings": {"gamma": 2}}})

@@ -16,10 +16,10 @@ import yaml
 from conftest import CommandLine
 from grid_support import epochs_of, processes_naming, wait_until, write_run
 
-from icdctl.grid import cell_file, expansion, pipeline
+from icdctl.grid import cells_file, dvc_pipeline, expansion
 from icdctl.grid.cells import GridCell
 from icdctl.methods import METHODS
-from icdctl.papers.reproduce import grid_cell, name_of
+from icdctl.papers.table_runs import grid_cell, name_of
 from icdctl.science import experiments, tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ PARAMS: dict[str, Any] = {
 def write_params(folder: Path, **changes: Any) -> None:
     """params.yaml, and the cells.yaml that it stands for."""
     (folder / "params.yaml").write_text(yaml.safe_dump({**PARAMS, **changes}), encoding="utf-8")
-    pipeline.expand(folder)
+    dvc_pipeline.expand(folder)
 
 
 def cells_of(icdctl: CommandLine, *arguments: str) -> dict[str, Any]:
@@ -164,9 +164,9 @@ def test_params_yaml_stands_for_the_papers_cells() -> None:
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "demo"], ids=["papers", "demo"])
 def test_cells_yaml_is_what_params_yaml_stands_for(folder: Path) -> None:
     content = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
-    made = cell_file.text(expansion.expand(content, origin="params.yaml"))
+    made = cells_file.text(expansion.expand(content, origin="params.yaml"))
     assert (folder / "cells.yaml").read_text(encoding="utf-8") == made, "run `icdctl grid expand` there"
-    assert pipeline.form_beside(folder / "params.yaml").stages
+    assert dvc_pipeline.form_beside(folder / "params.yaml").stages
 
 
 def test_the_demo_has_the_stages_of_the_papers() -> None:

@@ -15,11 +15,11 @@ from icdctl.config.recipes import RECIPES
 from icdctl.config.run import RunConfig
 from icdctl.errors import UsageError
 from icdctl.grid.cells import read_grid
-from icdctl.grid.params import write_entries
-from icdctl.grid.pipeline import DATA_FOLDERS, Form
+from icdctl.grid.dvc_pipeline import DATA_FOLDERS, Form
+from icdctl.grid.params_file import write_entries
 from icdctl.methods import METHODS
-from icdctl.papers import catalogue, describe, pipeline
-from icdctl.papers.reproduce import grid_cell, name_of
+from icdctl.papers import catalogue, describe, params_entries
+from icdctl.papers.table_runs import grid_cell, name_of
 from icdctl.science import paper, tables
 from icdctl.science.published import PublishedNumber
 
@@ -133,7 +133,7 @@ def test_every_cell_that_can_be_run_copies_into_a_run_of_its_recipe(tmp_path: Pa
     if form.datasets:
         recipes = [recipe for recipe in recipes if recipe.cell.dataset in DATA_FOLDERS]
     cells = [grid_cell(recipe.cell, {}) for recipe in recipes]
-    write_entries(tmp_path / "params.yaml", pipeline.entries(cells, form))
+    write_entries(tmp_path / "params.yaml", params_entries.entries(cells, form))
     read = {cell.name: cell for cell in read_grid(tmp_path).cells}
     assert len(read) == len(recipes)
     for recipe in recipes:

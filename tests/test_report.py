@@ -23,7 +23,7 @@ from icdctl import api, evaluation
 from icdctl.engine.observer import SilentObserver
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.evaluation import Evaluation
-from icdctl.papers.reproduce import grid_cell, name_of
+from icdctl.papers.table_runs import grid_cell, name_of
 from icdctl.reporting import ReportOptions, build_report, drawing, figures, measure, model_maps, pictures, result_tables
 from icdctl.reporting.collect import collect_runs
 from icdctl.reporting.drawing import Picture, finish

@@ -235,7 +235,7 @@ def test_the_benchmark_shows_the_help_of_the_settings_that_it_shares(icdctl: Com
     words = " ".join(re.sub(r"[│\s]+", " ", out).split())
     assert code == 0
     assert "Number of images in a training step." in words
-    assert "Architecture of the teacher." in words, "what has its own help keeps it"
+    assert "Model of the teacher" in words, "what has its own help keeps it"
 
 
 def test_a_setting_without_a_flag_is_given_by_set(icdctl: CommandLine) -> None:

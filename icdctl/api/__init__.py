@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 from icdctl import data, evaluation, files, methods
-from icdctl.api.classifiers import Model, named_weights, ready, subject_of, weights_at
+from icdctl.api.classifiers import Model, info_of, named_weights, ready, weights_at
 from icdctl.api.planning import Job, make_jobs
 from icdctl.api.predicting import PredictionResult, image_files, predict_files
 from icdctl.config import sources
@@ -239,20 +239,20 @@ def evaluate(
     place = resolve_device(device)
     seen = observer or SilentObserver()
     named = None if dataset is None else data.describe(data.request(dataset, image_size=image_size))
-    subject, predict = ready(target, named, place, module=model, image_size=image_size)
-    wanted = subject.own_images(dataset, data_dir=data_dir, test_images=test_images)
-    subjects = [subject]
+    classifier, predict = ready(target, named, place, module=model, image_size=image_size)
+    wanted = classifier.own_images(dataset, data_dir=data_dir, test_images=test_images)
+    measured = [classifier]
     if teacher is not None:
         other, predict_as_other = ready(
             named_weights(teacher, wanted), data.describe(wanted), place, image_size=wanted.image_size
         )
-        subjects.append(other)
-        if dataset is None and other.dataset not in (None, subject.dataset):
+        measured.append(other)
+        if dataset is None and other.dataset not in (None, classifier.dataset):
             raise UsageError(
-                f"`{other.label}` was trained on `{other.dataset}`, `{subject.label}` on `{subject.dataset}`",
+                f"`{other.label}` was trained on `{other.dataset}`, `{classifier.label}` on `{classifier.dataset}`",
                 hint="compare models of one data set, or name the one to test on with `--dataset`",
             )
-    for each in subjects:
+    for each in measured:
         each.check_size(data.describe(wanted))
     held = data.load(wanted, on_images=decoding(seen))
     others = None
@@ -262,9 +262,9 @@ def evaluate(
         other.check_classes(others, held)
     seen.begin("evaluating", held.test_images.shape[0])
     logits = evaluation.predict_all(predict, held.test_images, on_batch=seen.advance)
-    subject.check_classes(logits, held)
+    classifier.check_classes(logits, held)
     return EvaluationResult(
-        target=subject.label,
+        target=classifier.label,
         dataset=held.name,
         num_images=logits.shape[0],
         class_names=held.class_names,
@@ -306,15 +306,15 @@ def predict(
         raise UsageError(f"`top` is {top}, expected 1 or more", hint="e.g. `--top 5`")
     seen = observer or SilentObserver()
     named = None if dataset is None else data.describe(data.request(dataset, image_size=image_size))
-    subject, logits_of = ready(target, named, resolve_device(device), module=model, image_size=image_size)
-    class_names = subject.class_names or (() if named is None else named.class_names)
+    classifier, logits_of = ready(target, named, resolve_device(device), module=model, image_size=image_size)
+    class_names = classifier.class_names or (() if named is None else named.class_names)
     paths = image_files([images] if isinstance(images, str | Path) else images)
     seen.begin("classifying", len(paths))
     result = predict_files(
         logits_of,
         paths,
-        target=subject.label,
-        preprocessing=subject.preprocessing,
+        target=classifier.label,
+        preprocessing=classifier.preprocessing,
         class_names=class_names,
         top=top,
         skip_broken=skip_broken,
@@ -365,7 +365,7 @@ def export(
         out = beside / "onnx"
     images, labels = None, None
     try:
-        held = data.load(subject_of(found).own_images(dataset, data_dir=data_dir, test_images=None))
+        held = data.load(info_of(found).own_images(dataset, data_dir=data_dir, test_images=None))
         images, labels = held.test_images, held.test_labels
     except (ArtifactError, UsageError):
         pass  # verification then uses its own probe images, and the card states no accuracy

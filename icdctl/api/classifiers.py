@@ -23,7 +23,7 @@ Model = str | Path | nn.Module
 
 
 @dataclass(frozen=True)
-class Subject:
+class ClassifierInfo:
     """What is known of a classifier to be measured."""
 
     label: str
@@ -112,10 +112,10 @@ class Subject:
             )
 
 
-def subject_of(target: TrainedModel) -> Subject:
+def info_of(target: TrainedModel) -> ClassifierInfo:
     """What is known of weights on disk."""
     run = _run_beside(target.path.parent)
-    return Subject(target.origin, target.dataset, target.preprocessing, target.class_names, run)
+    return ClassifierInfo(target.origin, target.dataset, target.preprocessing, target.class_names, run)
 
 
 def ready(
@@ -125,7 +125,7 @@ def ready(
     *,
     module: nn.Module | None = None,
     image_size: int | None = None,
-) -> tuple[Subject, evaluation.Predict]:
+) -> tuple[ClassifierInfo, evaluation.Predict]:
     """Load a classifier, so that it is ready to classify images.
 
     Args:
@@ -146,7 +146,7 @@ def ready(
             raise UsageError("the data set is not named", hint="pass `dataset`, e.g. `dataset='cifar100'`")
         _check_size_is_said(dataset, image_size)
         predict = evaluation.module_predictor(target.eval().to(device), dataset.preprocessing, device)
-        return Subject(type(target).__name__, None, dataset.preprocessing, None, None), predict
+        return ClassifierInfo(type(target).__name__, None, dataset.preprocessing, None, None), predict
     label = str(target)
     if (files.user_path(label) / "model.onnx").is_file():  # an export folder
         label = str(files.user_path(label) / "model.onnx")
@@ -155,10 +155,10 @@ def ready(
         session = OnnxClassifier(path)
         said = session.description
         run = _run_beside(path.parent) or _run_beside(path.parent.parent)
-        return Subject(label, said.dataset, said.preprocessing, said.class_names, run), session.logits
+        return ClassifierInfo(label, said.dataset, said.preprocessing, said.class_names, run), session.logits
     found = weights_at(label, dataset, module=module, image_size=image_size)
     model = found.load().to(device).to(memory_format=torch.channels_last)
-    return subject_of(found), evaluation.module_predictor(model, found.preprocessing, device)
+    return info_of(found), evaluation.module_predictor(model, found.preprocessing, device)
 
 
 def weights_at(

@@ -26,7 +26,7 @@ from icdctl.benchmark.child import Ask, reference_process
 from icdctl.benchmark.gate import largest_differences
 from icdctl.benchmark.workload import (
     EPOCH,
-    Pair,
+    ModelPair,
     Plan,
     Session,
     Stepper,
@@ -108,7 +108,13 @@ def _variant(name: str, device: torch.device) -> Variant:
 
 
 def compare(
-    plan: Plan, pairs: Sequence[Pair], checkout: Path, pace: Pace, *, variants: Sequence[str] = VARIANTS[:1], tell: Tell
+    plan: Plan,
+    pairs: Sequence[ModelPair],
+    checkout: Path,
+    pace: Pace,
+    *,
+    variants: Sequence[str] = VARIANTS[:1],
+    tell: Tell,
 ) -> JsonObject:
     """Time both sides on each pair of models.
 
@@ -185,7 +191,7 @@ class _Comparison:
     def __init__(
         self,
         plan: Plan,
-        pair: Pair,
+        pair: ModelPair,
         checkout: Path,
         device: torch.device,
         precision: str,

@@ -22,7 +22,7 @@ from icdctl.benchmark import clocks, operations
 from icdctl.benchmark.clocks import PhaseClock
 from icdctl.benchmark.workload import (
     EPOCH,
-    Pair,
+    ModelPair,
     Plan,
     Session,
     Stepper,
@@ -55,7 +55,7 @@ _PARTS = ("augment", "student_forward", "loss", "backward", "clip_and_sgd")
 Tell = Callable[[str], None]
 
 
-def measure_pairs(plan: Plan, pairs: list[Pair], *, seconds: float, tell: Tell) -> JsonObject:
+def measure_pairs(plan: Plan, pairs: list[ModelPair], *, seconds: float, tell: Tell) -> JsonObject:
     """Time training steps of each pair.
 
     Args:
@@ -104,11 +104,13 @@ def measure_pairs(plan: Plan, pairs: list[Pair], *, seconds: float, tell: Tell) 
     return {"device": described, "versions": clocks.package_versions(), "ceilings": rates, "pairs": found}
 
 
-def _tell_of(pair: Pair, tell: Tell, text: str) -> None:
+def _tell_of(pair: ModelPair, tell: Tell, text: str) -> None:
     tell(f"{pair.label}: {text}")
 
 
-def _measure(session: Session, pair: Pair, rates: Mapping[str, float], *, seconds: float, tell: Tell) -> JsonObject:
+def _measure(
+    session: Session, pair: ModelPair, rates: Mapping[str, float], *, seconds: float, tell: Tell
+) -> JsonObject:
     """The numbers of one pair, a row of the result's `pairs`."""
     device, config = session.shared.device, session.config
     is_cuda = device.type == "cuda"

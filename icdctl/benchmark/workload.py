@@ -36,7 +36,7 @@ _LOGIT_SPREAD = 3.0
 
 
 @dataclass(frozen=True)
-class Pair:
+class ModelPair:
     """A teacher and a student."""
 
     label: str
@@ -67,13 +67,13 @@ class Plan:
     compile: bool = False
 
 
-def parse_pairs(text: str) -> list[Pair]:
+def parse_pairs(text: str) -> list[ModelPair]:
     """The pairs of models in a text like `res32x4:mv2,wrn40_2:res8x4`.
 
     Raises:
         UsageError: a part is not TEACHER:STUDENT, is named twice, or a model is unknown.
     """
-    pairs: list[Pair] = []
+    pairs: list[ModelPair] = []
     for part in text.split(","):
         teacher, colon, student = part.strip().partition(":")
         if not colon or not teacher or not student:
@@ -82,11 +82,11 @@ def parse_pairs(text: str) -> list[Pair]:
             )
         if part.strip() in [pair.label for pair in pairs]:
             raise UsageError(f"pair `{part.strip()}` is named twice", hint="name it once")
-        pairs.append(Pair(part.strip(), models.resolve(teacher), models.resolve(student)))
+        pairs.append(ModelPair(part.strip(), models.resolve(teacher), models.resolve(student)))
     return pairs
 
 
-def build_config(plan: Plan, pair: Pair) -> RunConfig:
+def build_config(plan: Plan, pair: ModelPair) -> RunConfig:
     """The configuration of a run on CIFAR-100 with the plan's options; the environment and params.yaml are not read.
 
     Raises:

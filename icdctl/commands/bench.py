@@ -12,23 +12,24 @@ from icdctl.commands.setting_flags import parse_settings
 from icdctl.errors import IcdctlError, UsageError
 from icdctl.files import JsonObject
 
-_WHAT, _HOW = "What", "How long"
+_WHAT, _TRAINING, _WHERE, _COMPARED = "What", "Training", "Where and how long", "Comparison with reference code"
 _GATES = ("float32_loss", "float32_gradient", "float64_loss", "float64_gradient")
 _TEACHER, _STUDENT = "res32x4", "mv2"
 
 
 def bench(
     teacher: Annotated[
-        str | None, typer.Option(help="Teacher's model, e.g. `res32x4`.", show_default=_TEACHER, rich_help_panel=_WHAT)
+        str | None,
+        typer.Option(help="Model of the teacher, e.g. `res32x4`.", show_default=_TEACHER, rich_help_panel=_WHAT),
     ] = None,
     student: Annotated[
-        str | None, typer.Option(help="Student's model, e.g. `mv2`.", show_default=_STUDENT, rich_help_panel=_WHAT)
+        str | None, typer.Option(help="Model of the student, e.g. `mv2`.", show_default=_STUDENT, rich_help_panel=_WHAT)
     ] = None,
     pairs: Annotated[
         str | None,
         typer.Option(
             metavar="T:S,...",
-            help="Several pairs of teacher and student, timed in turn, e.g. `res32x4:mv2,wrn40_2:res8x4`.",
+            help="Pairs of teacher and student to time in turn, instead of one: `res32x4:mv2,wrn40_2:res8x4`.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -44,53 +45,61 @@ def bench(
     settings: list[str] | None = None,
     recipe: str | None = None,
     batch_size: int | None = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 2, help="Seed of the random weights, images and labels.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, max=2**31 - 2, help="Seed of the random weights, images and labels.", rich_help_panel=_TRAINING
+        ),
+    ] = 0,
     device: str | None = None,
     precision: str | None = None,
     teacher_mode: str | None = None,
     teacher_precision: str | None = None,
     compile: bool | None = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads to use.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads to use.", rich_help_panel=_WHERE)] = 1,
     seconds: Annotated[
-        float, typer.Option(min=0.01, help="Seconds of timed steps for each pair.", rich_help_panel=_HOW)
+        float, typer.Option(min=0.01, help="Seconds of timed steps for each pair.", rich_help_panel=_WHERE)
     ] = 20.0,
     against: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Checkout of iCD, SDD-CVPR2024 or mdistiller: time its training step too and print the ratio.",
-            rich_help_panel=_WHAT,
+            help="Folder of a checkout of iCD, SDD-CVPR2024 or mdistiller: time its training step too and print the "
+            "ratio.",
+            rich_help_panel=_COMPARED,
         ),
     ] = None,
     rounds: Annotated[
-        int, typer.Option(min=1, help="With --against: timed blocks of each side, for each pair.", rich_help_panel=_HOW)
+        int, typer.Option(min=1, help="Timed blocks of each side, for each pair.", rich_help_panel=_COMPARED)
     ] = 5,
     budget: Annotated[
         float,
         typer.Option(
             min=1.0,
-            help="With --against: seconds for everything; fewer rounds where they run out.",
-            rich_help_panel=_HOW,
+            help="Seconds for the whole comparison; when they run out, fewer rounds are timed.",
+            rich_help_panel=_COMPARED,
         ),
     ] = 540.0,
     reference_variants: Annotated[
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="With --against: run the reference as `published`, with more loader `workers`, or under `autocast`.",
+            help="Ways to run the reference: as `published`, with more loader `workers`, under `autocast`.",
             show_default="published",
-            rich_help_panel=_WHAT,
+            rich_help_panel=_COMPARED,
         ),
     ] = None,
     require: Annotated[
         float | None,
         typer.Option(
-            metavar="RATIO", help="With --against: exit 1 where the lowest ratio of a pair or variant is below RATIO."
+            metavar="RATIO",
+            help="Exit with 1 if the lowest ratio of a pair or variant is below RATIO.",
+            rich_help_panel=_COMPARED,
         ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure the speed of training steps on random images; nothing is written.
+    """Measure the speed of training steps on random images; write nothing.
 
     Example: icdctl bench --teacher res32x4 --student mv2 --method cd_sdd_dkd
     """

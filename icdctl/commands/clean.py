@@ -23,15 +23,15 @@ def clean(
             "--kind",
             metavar="KIND",
             help="Kind to delete; may be repeated. Caches: `images` (decoded), `answers` (teacher caches), `numbers` "
-            "(of reports), `downloads`, `remains` (of killed processes). States of runs: `finished` (the result is in "
-            "the run folder, too), `resume` (`--resume` needs them).",
+            "(measurements of reports), `downloads`, `remains` (files of killed processes). States of runs: "
+            "`finished` (the result is in the run folder, too), `resume` (`--resume` needs them).",
             show_default="all caches",
         ),
     ] = None,
     older_than: Annotated[
         str | None,
         typer.Option(
-            metavar="30d", help="Delete only what was not used for this long: 30d, 12h, 2w.", show_default=False
+            metavar="AGE", help="Delete only what was not used for this long: `30d`, `12h`, `2w`.", show_default=False
         ),
     ] = None,
     listing: Annotated[
@@ -40,10 +40,13 @@ def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be deleted; delete nothing.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Delete caches that no process uses: decoded images, teacher caches, numbers of reports, downloads.
+    """Delete caches that no process uses: decoded images, teacher caches, measurements of reports, downloads.
 
-    Caches are built again when they are needed. States of runs are deleted only with `--kind finished` or `--kind
-    resume`; runs whose state is deleted with the latter must be trained from the start.
+    Caches are built again when they are needed.
+
+    States of runs are deleted only with `--kind finished` or `--kind resume`.
+
+    Runs whose state is deleted with `--kind resume` must be trained from the start.
 
     Example: icdctl clean --older-than 30d
     """

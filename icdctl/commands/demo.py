@@ -14,16 +14,17 @@ from icdctl.errors import IcdctlError
 
 def demo(
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The only folder that is written to.", show_default="runs/demo")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder to write to; nothing else is written.", show_default="runs/demo"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of all runs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the three training runs.")] = 0,
     device: Annotated[str, typer.Option(help="Device to train on: `auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto",
     restart: Annotated[
         bool, typer.Option("--restart", help="Delete an earlier demo in this folder and start again.")
     ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Run the whole job in two minutes: teacher, plain and distilled student, ONNX, registry, report.
+    """Run the whole job in two minutes: teacher, plain student, distilled student, ONNX, registry, report.
 
     Example: icdctl demo --out /tmp/demo
     """

@@ -17,7 +17,7 @@ def distill(
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train a student to imitate a teacher; leave weights, metrics and configuration in a run folder.
+    """Train a student to imitate a teacher; write weights, metrics and configuration to a run folder.
 
     Example: icdctl distill --method cd_sdd_dkd --teacher res32x4 --student mv2 --scales 1,2,4
     """

@@ -12,17 +12,25 @@ from icdctl.commands.training import observed
 
 def evaluate(
     target: Annotated[
-        str, typer.Argument(help="Classifier: a run folder, a weights file, `registry:NAME` or an .onnx file.")
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="Classifier to measure: a run folder, a weights file, `registry:NAME` or an .onnx file.",
+        ),
     ],
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="Second classifier, or a model as for `distill`: also print how often the two agree.",
+            help="Second classifier, or a model's name for its registered teacher: also print how often the two agree.",
             show_default=False,
         ),
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Data set to test on.", show_default="the one that it was trained on")
+        str | None,
+        typer.Option(
+            help="Data set to test on; `icdctl list datasets` shows the names.",
+            show_default="the one that it was trained on",
+        ),
     ] = None,
     data_dir: options.DataDir = None,
     test_images: options.TestImages = None,

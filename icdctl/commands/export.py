@@ -13,7 +13,10 @@ from icdctl.errors import UsageError
 
 def export(
     target: Annotated[
-        str, typer.Argument(help="The trained model to export: a run folder, a weights file or `registry:NAME`.")
+        str,
+        typer.Argument(
+            metavar="TARGET", help="Trained model to export: a run folder, a weights file or `registry:NAME`."
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -21,7 +24,7 @@ def export(
             "--out",
             "-o",
             metavar="DIR",
-            help="New folder for the export.",
+            help="Folder to create for the export.",
             show_default="`onnx` beside the weights; `onnx` in the current folder for `registry:`",
         ),
     ] = None,

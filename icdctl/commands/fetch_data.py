@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 def fetch_data(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME", help="Data sets to download, e.g. `cifar100 cub200`.", show_default=False),
+        typer.Argument(
+            metavar="NAME",
+            help="Data sets to download, e.g. `cifar100 cub200`; `--list` shows all names.",
+            show_default=False,
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Download all data sets.")] = False,
     listing: Annotated[
-        bool, typer.Option("--list", help="Show the data sets and which of them are there; download nothing.")
+        bool, typer.Option("--list", help="List the data sets and their state; download nothing.")
     ] = False,
     from_file: options.FromFile = None,
     mirror: options.Mirror = None,

@@ -25,7 +25,9 @@ def fetch_teachers(
             show_default=False,
         ),
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Fetch every teacher that programs can download.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Fetch every teacher that can be downloaded without a browser.")
+    ] = False,
     listing: Annotated[
         bool, typer.Option("--list", help="List the published teachers and their state; fetch nothing.")
     ] = False,

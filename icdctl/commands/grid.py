@@ -1,4 +1,4 @@
-"""`icdctl grid`: the cells of params.yaml, all their seeds."""
+"""`icdctl grid`: train the cells of params.yaml with all their seeds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import typer
 
 from icdctl import files
 from icdctl.commands import console, grid_training, options
-from icdctl.commands.search import SearchDisplay
-from icdctl.commands.search import report as report_search
+from icdctl.commands.grid_search import SearchDisplay
+from icdctl.commands.grid_search import report as report_search
 from icdctl.commands.training import observed
 from icdctl.errors import ArtifactError, UsageError
 
@@ -20,22 +20,25 @@ if TYPE_CHECKING:
     from icdctl.grid.forecast import Bench
     from icdctl.grid.search_status import SearchStatus
 
-app = typer.Typer(help="Train the cells of params.yaml with all their seeds.", no_args_is_help=True)
+app = typer.Typer(help="Train all cells of params.yaml, each with several seeds.", no_args_is_help=True)
 
 Cells = Annotated[
     list[str] | None,
-    typer.Argument(metavar="CELL", help="Names of cells in params.yaml.", show_default="all cells"),
+    typer.Argument(metavar="CELL", help="Cells to take, by their names in params.yaml.", show_default="all cells"),
 ]
 Seeds = Annotated[
     str | None,
-    typer.Option(metavar="0-4", help="Train each cell with these seeds.", show_default="`seeds` of params.yaml"),
+    typer.Option(
+        metavar="0-4", help="Train each cell with these seeds: `0-4` or `0,3,7`.", show_default="`seeds` of params.yaml"
+    ),
 ]
 Sweep = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY=1,2,4",
-        help="Train each cell once for each of these values of a setting of its method, or of an option as `lr` or "
-        "`epochs`. Put `;` between values that are lists (`scales=1,2;1,2,4`). May be repeated.",
+        help="Train each cell once with each of these values: of a setting of its method (`gamma=1,2,4`), or of an "
+        "option (`lr=0.05,0.1`). Separate values that are lists by `;` (`scales=1,2;1,2,4`). May be repeated; every "
+        "combination is then trained.",
         show_default=False,
     ),
 ]
@@ -49,17 +52,21 @@ def plan(
     bench: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Forecast hours from this output of `icdctl bench --json`.", show_default=False
+            metavar="FILE",
+            help="Forecast hours from this output of `icdctl bench --json`, for cells that never ran.",
+            show_default=False,
         ),
     ] = None,
     delta: Annotated[
-        float, typer.Option(help="Smallest difference of two methods that seeds should show, in points.")
+        float, typer.Option(help="Difference of two methods that the seeds should show, in points of top-1.")
     ] = 0.3,
-    spread: Annotated[float, typer.Option("--sd", help="Standard deviation of a cell over seeds, in points.")] = 0.25,
+    spread: Annotated[
+        float, typer.Option("--sd", help="Expected standard deviation over seeds, in points of top-1.")
+    ] = 0.25,
     data_dir: options.DataDir = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show what there is to train, how long it may take, and how many seeds a comparison needs.
+    """Show which runs are left, how long they may take, and how many seeds a comparison needs.
 
     Example: icdctl grid plan --delta 0.3
     """
@@ -103,7 +110,7 @@ def plan(
 
 @app.command("status")
 def status(cells: Cells = None, seeds: Seeds = None, sweep: Sweep = None, as_json: options.Json = False) -> None:
-    """Show how far each cell is, and each search with the cell that it made.
+    """Show the status of each cell, and of each search with the cell that it made.
 
     Example: icdctl grid status
     """
@@ -126,24 +133,25 @@ def status(cells: Cells = None, seeds: Seeds = None, sweep: Sweep = None, as_jso
 @app.command("expand")
 def expand(
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; fail where cells.yaml does not fit params.yaml.")
+        bool, typer.Option("--check", help="Write nothing; exit with 1 if cells.yaml is out of date.")
     ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Write the cells that params.yaml stands for to cells.yaml, one a line, for `dvc.yaml` to read.
+    """Write all cells that params.yaml describes to cells.yaml, one a line, which dvc.yaml reads.
 
-    Run it after each change of the pairs, methods, ablations or cells in params.yaml. Teachers and data sets that new
-    pairs need are added to params.yaml.
+    Run it after each change of pairs, methods, ablations or cells in params.yaml.
+
+    Teachers and data sets that new pairs need are added to params.yaml.
 
     Example: icdctl grid expand
     """
-    from icdctl.grid import pipeline
+    from icdctl.grid import dvc_pipeline
 
     root = files.project_root()
     if check:
-        pipeline.check(root)
+        dvc_pipeline.check(root)
         return
-    done = pipeline.expand(root)
+    done = dvc_pipeline.expand(root)
     for name in done.written.added:
         console.talk(f"{done.written.path}: added {name}")
     console.talk(f"{done.path}: {len(done.cells)} cells, {done.difference or 'unchanged'}")
@@ -169,19 +177,26 @@ def run(
         str | None,
         typer.Option(
             metavar="optuna",
-            help="Try values of `--sweep`, ranges as `0.5..8` too, on held-out training images; then train the best.",
+            help="Search instead of training all: try values of `--sweep`, which may be ranges (`gamma=0.5..8`), "
+            "measure them on held-out training images, then train the best with all seeds.",
             show_default=False,
         ),
     ] = None,
-    trials: Annotated[int, typer.Option(help="Try this many sets of values in a search, in all.", min=1)] = 20,
-    trial_seeds: Annotated[int, typer.Option(help="Train each trial with this many seeds.", min=1)] = 1,
-    val_split: Annotated[float, typer.Option(help="Hold out this share of the training images to judge trials.")] = 0.1,
+    trials: Annotated[int, typer.Option(help="With --search: number of sets of values to try in all.", min=1)] = 20,
+    trial_seeds: Annotated[int, typer.Option(help="With --search: number of seeds of each trial.", min=1)] = 1,
+    val_split: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE", help="With --search: share of the training images to hold out and measure trials on."
+        ),
+    ] = 0.1,
     as_json: options.Json = False,
 ) -> None:
-    """Train what is missing; runs that share a teacher share a process. One that fails does not stop the others.
+    """Train the runs that are missing; those of one teacher share a process. A failed run does not stop the others.
 
-    Run it again after any interruption: it goes on from the last checkpoints. What happens is a line each in
-    `runs/grid.jsonl`.
+    Run it again after any interruption: it continues from the last checkpoints.
+
+    `runs/grid.jsonl` has a line for each run that begins or ends.
 
     Example: icdctl grid run --gpus 0,1
     """
@@ -216,7 +231,7 @@ def run(
 
 
 def _check_search(name: str, jobs: int | None, gpus: str | None) -> None:
-    """Refuse another search than optuna's, and other processes.
+    """Refuse a search other than optuna's, or one in other processes.
 
     Raises:
         UsageError: with a hint.
@@ -228,8 +243,12 @@ def _check_search(name: str, jobs: int | None, gpus: str | None) -> None:
 
 
 @app.command("teacher")
-def teacher(name: Annotated[str, typer.Argument(help="Name in the `teachers` of params.yaml.")]) -> None:
-    """Fetch or train a teacher of params.yaml, as a stage of the pipeline does.
+def teacher(
+    name: Annotated[
+        str, typer.Argument(metavar="TEACHER", help="Teacher to make: a name under `teachers` in params.yaml.")
+    ],
+) -> None:
+    """Fetch or train one teacher of params.yaml; the stages of dvc.yaml call this.
 
     Example: icdctl grid teacher digits100-res20
     """
@@ -241,10 +260,10 @@ def teacher(name: Annotated[str, typer.Argument(help="Name in the `teachers` of 
 
 @app.command("evaluate")
 def evaluate(
-    cell: Annotated[str, typer.Argument(help="Name in the `cells` of params.yaml.")],
+    cell: Annotated[str, typer.Argument(metavar="CELL", help="Cell to measure, by its name in params.yaml.")],
     data_dir: options.DataDir = None,
 ) -> None:
-    """Measure the weights of a cell's runs, as a stage of the pipeline does.
+    """Measure the trained models of one cell on the test images; the stages of dvc.yaml call this.
 
     Example: icdctl grid evaluate res20-res8-dkd
     """
@@ -260,7 +279,7 @@ def _grid(
     *,
     data_dir: str | None = None,
 ) -> Grid:
-    """The grid that the options ask for; a line on stderr for each cell that a sweep leaves out.
+    """The grid that the options describe; prints a line on stderr for each cell that a sweep leaves out.
 
     Args:
         cells: names; all where none is given.
@@ -286,12 +305,12 @@ def _measured(path: Path) -> Bench:
     hint = f"`icdctl bench --json > {path}`"
     value = files.read_json(path, what="benchmark", hint=hint)
     if not isinstance(value, dict) or not isinstance(value.get("pairs"), dict):
-        raise ArtifactError(f"`{path}` is no benchmark: it has no `pairs`", hint=hint)
+        raise ArtifactError(f"`{path}` is not a benchmark: it has no `pairs`", hint=hint)
     return value
 
 
 def _show(rows: Sequence[CellForecast]) -> None:
-    """A line a cell."""
+    """Print a line for each cell."""
     shown = [
         [
             row.name,
@@ -309,7 +328,7 @@ def _show(rows: Sequence[CellForecast]) -> None:
 
 
 def _show_searches(searched: Sequence[SearchStatus]) -> None:
-    """Trials by what became of them; the best of them by the training images that were held out."""
+    """Print the number of trials in each state, and the best by top-1 on the held-out training images."""
     shown: list[list[object]] = []
     for search in searched:
         best = search.best

@@ -1,4 +1,4 @@
-"""What `grid run` and `reproduce` share: options, the display of what is at work, and the printed result."""
+"""What `grid run` and `reproduce` share: options, the display of packs at work, and the printed result."""
 
 from __future__ import annotations
 
@@ -17,35 +17,41 @@ if TYPE_CHECKING:
 Jobs = Annotated[
     int | None,
     typer.Option(
-        help="Train in this many processes at a time.", show_default="this process, or one for each of `--gpus`", min=1
+        help="Train in this many processes at once.", show_default="this process, or one for each of `--gpus`", min=1
     ),
 ]
 Gpus = Annotated[
     str | None,
-    typer.Option(metavar="0,1", help="Train on these GPUs, a process at a time on each.", show_default=False),
+    typer.Option(
+        metavar="0,1",
+        help="Train on the GPUs with these numbers, with one process at a time on each.",
+        show_default=False,
+    ),
 ]
-Together = Annotated[int, typer.Option(help="Train at most this many students in one process, on one teacher.", min=1)]
+Together = Annotated[
+    int, typer.Option(help="Train at most this many students together in one process, on one teacher.", min=1)
+]
 Replace = Annotated[
     bool,
     typer.Option(
         "--replace",
-        help="Train runs again whose folders hold other settings; the old folders go to `runs/.replaced`.",
+        help="Train again where a run folder holds other settings; the old folder is moved to `runs/.replaced`.",
     ),
 ]
 TimeLimit = Annotated[
     str | None,
     typer.Option(
         metavar="90m",
-        help="Stop the whole command in time, save, and leave with 0; the same command goes on.",
+        help="Stop after this time (`90m`, `1h30m`), save all states and exit with 0; the same command continues.",
     ),
 ]
 
 
 def make_executor(jobs: int | None, gpus: str | None) -> Executor:
-    """The executor that `--jobs` and `--gpus` ask for: this process where neither does.
+    """The executor for `--jobs` and `--gpus`: this process where neither is given.
 
     Raises:
-        UsageError: the GPUs are no list.
+        UsageError: the GPUs are not a list.
     """
     from icdctl import grid
 
@@ -55,12 +61,12 @@ def make_executor(jobs: int | None, gpus: str | None) -> Executor:
 
 
 def is_here(jobs: int | None, gpus: str | None) -> bool:
-    """Whether `--jobs` and `--gpus` ask for no other process."""
+    """Whether `--jobs` and `--gpus` leave the training in this process."""
     return gpus is None and jobs in (None, 1)
 
 
 class GridDisplay:
-    """Prints a line for all that happens to a grid, and on a terminal a table of what is at work."""
+    """Prints a line for each event of a grid, and on a terminal a table of the packs at work."""
 
     def __init__(self) -> None:
         self._progress: GridProgress | None = None
@@ -105,7 +111,7 @@ class GridDisplay:
 
 
 def _announcement(plan: GridPlan) -> str:
-    """What is about to be trained, and how long that may take."""
+    """The line that says what is to be trained, and how long that may take."""
     from icdctl.grid.progress import duration
 
     text = f"{plan.num_to_train} of {plan.num_runs} runs to train, {plan.num_done} done before"
@@ -151,6 +157,6 @@ def report(result: GridResult, as_json: bool, *, earlier: Sequence[Outcome] = ()
         if rows:
             console.show_table(["run", "state", "top-1"], rows)
     if result.is_stopped:
-        console.talk("the time limit stopped some runs: run the same command again, and they go on")
+        console.talk("the time limit stopped some runs: run the same command again to continue them")
     if result.failed:
         raise result.error()

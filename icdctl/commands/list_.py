@@ -24,10 +24,17 @@ class What(StrEnum):
     TEACHERS = "teachers"
 
 
+_ONLY_IN_JSON = {What.METHODS: ("variant", "source")}
+"""Columns that would make the table too wide for a terminal."""
+
+
 def list_(
-    what: Annotated[str, typer.Argument(help=f"The table to show: {', '.join(What)}.")], as_json: options.Json = False
+    what: Annotated[
+        str, typer.Argument(metavar="TABLE", help=f"Table to show: {', '.join(f'`{name}`' for name in What)}.")
+    ],
+    as_json: options.Json = False,
 ) -> None:
-    """Show the methods, models, data sets, recipes or teachers that there are.
+    """List the methods, models, data sets, recipes or teachers to choose from.
 
     Example: icdctl list methods
     """
@@ -43,7 +50,11 @@ def list_(
     if as_json:
         console.show_json({what: rows})
     elif rows:
-        console.show_table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
+        hidden = _ONLY_IN_JSON.get(What(what), ())
+        columns = [column for column in rows[0] if column not in hidden]
+        console.show_table(columns, [[_cell(row[column]) for column in columns] for row in rows])
+        if hidden:
+            console.talk(f"`icdctl list {what} --json` shows the {' and '.join(hidden)} too")
     else:
         console.talk(f"there are no {what}")
 
@@ -51,12 +62,13 @@ def list_(
 def _cell(value: object) -> object:
     """A value as one cell of a table: a dictionary as `key=value` pairs, None as empty."""
     if isinstance(value, dict):
-        return " ".join(f"{key}={number:g}" if isinstance(number, float) else key for key, number in value.items())
+        pairs = ((key, f"{each:g}" if isinstance(each, float) else each) for key, each in value.items())
+        return " ".join(f"{key}={each}" for key, each in pairs)
     return "" if value is None else value
 
 
 def _methods() -> list[dict[str, object]]:
-    from icdctl.methods import METHODS
+    from icdctl.methods import METHODS, VARIANTS
 
     return [
         {
@@ -65,6 +77,7 @@ def _methods() -> list[dict[str, object]]:
             "patches": "yes" if row.patches else "",
             "cluster": "yes" if row.cluster else "",
             "settings": dict(row.defaults),
+            "variant": VARIANTS[0],
             "source": row.source,
         }
         for name, row in METHODS.items()

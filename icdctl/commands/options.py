@@ -17,59 +17,77 @@ DataDir = Annotated[
     str | None,
     typer.Option(
         metavar="DIR",
-        help="Folder that holds the data sets' folders.",
+        help="Folder that holds the folders of the data sets.",
         show_default="$ICDCTL_DATA or .icdctl/data",
-        rich_help_panel=_WHERE,
     ),
 ]
 Seeds = Annotated[
     str | None,
     typer.Option(
         metavar="0-4",
-        help="Several seeds: a run folder each, trained together, on one teacher.",
+        help="Train once with each of these seeds (`0-4` or `0,3,7`), together, each in its own run folder.",
         show_default=False,
         rich_help_panel=_TRAINING,
     ),
 ]
 TestImages = Annotated[
     int | None,
-    typer.Option(help="How many test images digits100 makes.", show_default="2000", rich_help_panel=_TRAINING),
+    typer.Option(help="Number of test images that `digits100` draws.", show_default="as in its run, else 2000"),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.", show_default="auto", rich_help_panel=_WHERE)
+    str | None, typer.Option(help="Device to train on: `auto`, `cpu`, `cuda` or `cuda:N`.", show_default="auto")
 ]
 Resume = Annotated[
     bool,
-    typer.Option("--resume", help="Start, go on, or finish at once, whatever is there.", rich_help_panel=_WHERE),
+    typer.Option(
+        "--resume",
+        help="Continue the run in this folder from its last checkpoint; start it if there is none.",
+        rich_help_panel=_WHERE,
+    ),
 ]
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE", help="A run's config.json, to repeat it.", rich_help_panel=_WHERE),
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Repeat a run: take every setting from its `config.json`; flags override it.",
+        rich_help_panel=_WHERE,
+    ),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the resolved configuration; train nothing.", rich_help_panel=_WHERE)
+    bool,
+    typer.Option(
+        "--dry-run", help="Print all settings, as they would be used, as JSON; train nothing.", rich_help_panel=_WHERE
+    ),
 ]
 FromFile = Annotated[
     Path | None,
-    typer.Option("--from", metavar="FILE", help="Take this copy, through the same checks.", show_default=False),
+    typer.Option(
+        "--from",
+        metavar="FILE",
+        help="Take this file instead of a download; it is verified in the same way.",
+        show_default=False,
+    ),
 ]
 Mirror = Annotated[
     str | None,
     typer.Option(
-        metavar="URL", help="Ask here first: http, https or file, a folder of files.", show_default="$ICDCTL_MIRROR"
+        metavar="URL",
+        help="Try this folder of files first: an `http:`, `https:` or `file:` address.",
+        show_default="$ICDCTL_MIRROR",
     ),
 ]
-Offline = Annotated[bool, typer.Option("--offline", help="Download nothing; say what is missing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else, on stdout.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Download nothing; fail where something is missing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 
 
 def check_wanted(wanted: Sequence[str], from_file: Path | None, *, example: str) -> None:
-    """Of a command that fetches: something is named, and one thing alone where a file is.
+    """Check that a fetching command names something to fetch, and only one thing where it names a file.
 
     Raises:
-        UsageError: it is not so.
+        UsageError: nothing is named, or several things with one file.
     """
     if not wanted:
         raise UsageError("nothing is named", hint=f"e.g. `{example}`; `--list` shows what there is")
     if from_file is not None and len(set(wanted)) != 1:
-        raise UsageError(f"`--from` is one file, {len(set(wanted))} are wanted", hint="name the one that it is")
+        raise UsageError(f"`--from` gives one file for {len(set(wanted))} names", hint="name only what that file holds")

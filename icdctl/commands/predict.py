@@ -14,26 +14,30 @@ def predict(
     target: Annotated[
         str,
         typer.Argument(
-            help="Classifier: an .onnx file, an export folder, a run folder, a weights file or `registry:NAME`."
+            metavar="TARGET",
+            help="Classifier: an .onnx file, an export folder, a run folder, a weights file or `registry:NAME`.",
         ),
     ],
-    images: Annotated[list[str], typer.Argument(help="Image files, or folders of images.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, or folders of images.")],
     top: Annotated[int, typer.Option(min=1, help="Number of classes to print per image, the most probable first.")] = 1,
     dataset: Annotated[
         str | None,
-        typer.Option(help="Data set of weights that do not say what they were trained on.", show_default=False),
+        typer.Option(
+            help="Data set that the model was trained on; needed for weights files that do not state it.",
+            show_default=False,
+        ),
     ] = None,
     skip_broken: Annotated[
-        bool, typer.Option("--skip-broken", help="Leave out images that can't be decoded, instead of stopping.")
+        bool, typer.Option("--skip-broken", help="Leave out images that can't be decoded. Otherwise the command fails.")
     ] = False,
     device: Annotated[
-        str, typer.Option(help="Device: `auto`, `cpu`, `cuda` or `cuda:N`; ONNX files always run on the CPU.")
+        str, typer.Option(help="Device to run on: `auto`, `cpu`, `cuda` or `cuda:N`; ONNX files always run on the CPU.")
     ] = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Classify image files of any size; prints a line per image with the class and its probability.
+    """Classify image files of any size: print a line per image with its class and the probability.
 
-    Example: icdctl predict runs/student/onnx photos --top 3
+    Example: icdctl predict runs/demo/distilled/onnx photos --top 3
     """
     from icdctl import api
 

@@ -17,18 +17,19 @@ if TYPE_CHECKING:
     from icdctl.papers.copying import Copied
 
 app = typer.Typer(
-    help="Training recipes, and the papers' cells: every pair, method and set of defaults.", no_args_is_help=True
+    help="Show and copy recipes: training recipes, and the cells of the papers' tables, ready to train.",
+    no_args_is_help=True,
 )
 
 To = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="The params.yaml to write to.", show_default="params.yaml of the project"),
+    typer.Option(metavar="FILE", help="File to write to.", show_default="params.yaml of the project"),
 ]
 Seeds = Annotated[
     str | None,
     typer.Option(
         metavar="0-4",
-        help="Seeds that every cell of the file is trained with.",
+        help="Train every cell of the file with these seeds.",
         show_default="those of the file, or 0-4",
     ),
 ]
@@ -39,17 +40,26 @@ Replace = Annotated[bool, typer.Option("--replace", help="Overwrite entries of t
 def list_(
     texts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="TEXT", help="Only those with all of these in their name.", show_default=False),
+        typer.Argument(
+            metavar="TEXT", help="Take only recipes with all of these texts in their name.", show_default=False
+        ),
     ] = None,
     table: Annotated[
-        str | None, typer.Option(help="Only cells of this table of `icdctl reproduce --list`.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Take only cells of this table; `icdctl reproduce --list` shows the tables.", show_default=False
+        ),
     ] = None,
     family: Annotated[
-        str | None, typer.Option(help="Only cells with these defaults: `gamma2` or `gamma8`.", show_default="both")
+        str | None,
+        typer.Option(
+            help="Take only cells with gamma (the weight of the cluster term) as in one paper: `gamma2` or `gamma8`.",
+            show_default="both",
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show the training recipes, then the papers' cells; those that can't be run say why.
+    """List the training recipes, then the papers' cells; the last column says why a cell can't be run.
 
     Example: icdctl recipes list res32x4-mv2 cd_sdd --family gamma8
     """
@@ -82,9 +92,10 @@ def list_(
 
 @app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(help="A name of `icdctl recipes list`.")], as_json: options.Json = False
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Recipe to show; `icdctl recipes list` shows all names.")],
+    as_json: options.Json = False,
 ) -> None:
-    """Show all of a recipe: its numbers, what was published for it, and what was corrected in the reference's files.
+    """Show one recipe: its numbers, the published results, and what was corrected in the reference's files.
 
     Example: icdctl recipes show cifar100/res32x4-mv2-cd_sdd_dkd-beta2-gamma2
     """
@@ -110,15 +121,19 @@ def show(
 
 @app.command("copy")
 def copy(
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Names of `icdctl recipes list`.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME", help="Recipes to copy; `icdctl recipes list` shows all names.")
+    ],
     to: To = None,
     seeds: Seeds = None,
     replace: Replace = False,
     as_json: options.Json = False,
 ) -> None:
-    """Write recipes to params.yaml, beside what is there: a training recipe as `train`, the papers' cells as `cells`.
+    """Add recipes to params.yaml: a training recipe as its section `train`, cells of the papers as `cells`.
 
-    A cells.yaml beside it is made again. Comments and all other lines of params.yaml stay as they are.
+    All other lines of params.yaml stay as they are, comments too.
+
+    cells.yaml, if there is one, is written again.
 
     Example: icdctl recipes copy cifar100/res32x4-mv2-cd_sdd_dkd-beta2-gamma2 --seeds 0-4
     """
@@ -130,20 +145,26 @@ def copy(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A YAML file of mdistiller, SDD or iCD; a config.json.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A YAML file of mdistiller, SDD or iCD, or a run's config.json.")
+    ],
     name: Annotated[str | None, typer.Option(help="Name of the new cell.", show_default="made from the file")] = None,
     family: Annotated[
-        str, typer.Option(help="`gamma2` or `gamma8`: beta and gamma where a YAML file states none.")
+        str, typer.Option(help="Paper whose beta and gamma are taken where FILE states none: `gamma2` or `gamma8`.")
     ] = "gamma2",
     scales: Annotated[
-        str | None, typer.Option(help="Patch grids, which a YAML file does not state.", show_default="1,2,4")
+        str | None,
+        typer.Option(
+            help="Patch grids, which YAML files do not state: some of 1, 2 and 4, with commas between them.",
+            show_default="1,2,4",
+        ),
     ] = None,
     to: To = None,
     seeds: Seeds = None,
     replace: Replace = False,
     as_json: options.Json = False,
 ) -> None:
-    """Make a cell from a configuration of another project. What has no place here or looks wrong becomes a warning.
+    """Add a cell to params.yaml from another project's configuration; warn about what can't be taken over.
 
     Example: icdctl recipes import configs/cifar100/dkd/res32x4_mv2.yaml
     """
@@ -165,8 +186,8 @@ def _report(done: Copied, warnings: Sequence[str], as_json: bool, more: Mapping[
     for warning in warnings:
         console.talk(f"warning: {warning}")
     counts = {"added": written.added, "replaced": written.replaced, "unchanged": written.unchanged}
-    told = ", ".join(f"{len(names)} {what}" for what, names in counts.items() if names)
-    console.talk(f"{written.path}: {told}")
+    counted = ", ".join(f"{len(names)} {what}" for what, names in counts.items() if names)
+    console.talk(f"{written.path}: {counted}")
     if expanded is not None:
         console.talk(f"{expanded.path}: {expanded.difference or 'unchanged'}")
     if as_json:
@@ -179,13 +200,13 @@ def _report(done: Copied, warnings: Sequence[str], as_json: bool, more: Mapping[
 def _show_paper(facts: Mapping[str, Any]) -> None:
     from icdctl.methods import METHODS
 
-    told = [[key, _text(facts[key])] for key in ("name", "dataset", "teacher", "student", "method", "scales")]
-    told += [
+    facts_shown = [[key, _text(facts[key])] for key in ("name", "dataset", "teacher", "student", "method", "scales")]
+    facts_shown += [
         ["families", _text(facts["families"])],
         ["runs", facts["why_not"] or "yes"],
         *([["note", facts["note"]]] if facts["note"] else []),
     ]
-    console.show_table(["cell", ""], told)
+    console.show_table(["cell", ""], facts_shown)
     if facts["training"] is not None:
         stated = {**facts["overrides"], **facts["settings"]}
         usual = {**METHODS[facts["method"]].defaults, "variant": facts["method_settings"]["variant"]}

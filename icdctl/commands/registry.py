@@ -1,4 +1,4 @@
-"""`icdctl registry`: the artifact registry."""
+"""`icdctl registry`: finished runs as numbered versions."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Folder = Annotated[
 
 @app.command("add")
 def add(
-    run_folder: Annotated[Path, typer.Argument(help="Folder of a finished run; its files are copied.")],
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run; its files are copied.")],
     name: Annotated[
-        str | None, typer.Option(help="Name of the artifact.", show_default="<dataset>/<student>-<method>")
+        str | None, typer.Option(help="Name to register it under.", show_default="<dataset>/<student>-<method>")
     ] = None,
     export_folder: Annotated[
         Path | None,
@@ -77,7 +77,10 @@ def _top1(value: object) -> str:
 
 @app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(help="NAME for the newest version of an artifact, NAME@vN for a certain one.")],
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="Artifact to show: `NAME` for its newest version, `NAME@vN` for another."),
+    ],
     folder: Folder = None,
     as_json: options.Json = False,
 ) -> None:
@@ -102,12 +105,15 @@ def show(
 @app.command("verify")
 def verify(
     name: Annotated[
-        str | None, typer.Argument(help="The version to check: NAME or NAME@vN; all versions by default.")
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="Version to check: `NAME` or `NAME@vN`.", show_default="all versions of all artifacts"
+        ),
     ] = None,
     folder: Folder = None,
     as_json: options.Json = False,
 ) -> None:
-    """Compare every registered file with its hash; files that are not on this machine count as absent, not broken.
+    """Compare registered files with their hashes; files that are not on this machine count as absent, not broken.
 
     Example: icdctl registry verify
     """

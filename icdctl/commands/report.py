@@ -17,12 +17,12 @@ def report(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="RUNS",
+            metavar="RUN",
             help="Run folders, or folders that hold run folders.",
             show_default="the finished cells of params.yaml, else `runs`",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to.")] = Path("report"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the report to.")] = Path("report"),
     table: Annotated[
         list[str] | None,
         typer.Option(
@@ -48,23 +48,23 @@ def report(
             show_default="four chosen by a fixed seed",
         ),
     ] = None,
-    title: Annotated[str, typer.Option(help="Title of the page.")] = "icdctl report",
+    title: Annotated[str, typer.Option(help="Title of the report.")] = "icdctl report",
     latency: Annotated[
-        bool, typer.Option("--latency/--no-latency", help="Measure the time of one image in ONNX Runtime.")
+        bool, typer.Option("--latency/--no-latency", help="Measure how long one image takes in ONNX Runtime.")
     ] = True,
     data_dir: options.DataDir = None,
     device: Annotated[str, typer.Option(help="Device to measure on: `auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Write a self-contained page on finished runs: results, figures and lineage.
+    """Write a report on finished runs, as one page of results, figures and lineage.
 
     Example: icdctl report runs/demo
     """
     from icdctl import reporting
-    from icdctl.papers import reproduce
+    from icdctl.papers import table_runs
 
     root = files.project_root()
-    judgements = [reproduce.judged(name) for name in dict.fromkeys(table or [])]
+    judgements = [table_runs.judged(name) for name in dict.fromkeys(table or [])]
     paths = list(runs or []) or _default_runs(root)
     report_options = reporting.ReportOptions(
         title=title,

@@ -1,4 +1,4 @@
-"""`icdctl reproduce`: a table of a paper, rerun and tested."""
+"""`icdctl reproduce`: rerun a table of a paper, and test it."""
 
 from __future__ import annotations
 
@@ -25,30 +25,38 @@ def reproduce(
             metavar="TABLE", help="Table to rerun, e.g. `icd-cifar100`; `--list` shows all.", show_default=False
         ),
     ] = None,
-    listing: Annotated[bool, typer.Option("--list", help="Show the tables, or the cells of one.")] = False,
+    listing: Annotated[
+        bool, typer.Option("--list", help="List the tables, or the cells of TABLE; train nothing.")
+    ] = False,
     seeds: Annotated[str, typer.Option(metavar="N", help="Train each cell with N seeds, 0 to N-1.")] = "5",
     cells: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TEXT", help="Take only cells with this in their name; may be repeated.", show_default=False
+            metavar="TEXT", help="Take only cells with this text in their name; may be repeated.", show_default=False
         ),
     ] = None,
     family: Annotated[
         str | None,
         typer.Option(
-            help="Take only cells with these defaults of the papers: `gamma2` or `gamma8`.", show_default="both"
+            help="Take only cells with gamma (the weight of the cluster term) as in one paper: `gamma2` or `gamma8`.",
+            show_default="both",
         ),
     ] = None,
     train: Annotated[
-        bool, typer.Option("--train/--no-train", help="Train what is missing, or judge what is there.")
+        bool,
+        typer.Option(
+            "--train/--no-train", help="Train the runs that are missing, or judge only those that are finished."
+        ),
     ] = True,
     margin: Annotated[
         float | None,
-        typer.Option(help="Call a difference up to this many points of top-1 equal.", show_default="the table's"),
+        typer.Option(help="Largest difference in top-1, in points, that counts as equal.", show_default="the table's"),
     ] = None,
     epoch: Annotated[
         str,
-        typer.Option(help="Epoch of our runs to compare with the published number: `as published`, `final` or `best`."),
+        typer.Option(
+            help="Epoch of your runs to compare with the published number: `as published`, `final` or `best`."
+        ),
     ] = "as published",
     out: Annotated[
         Path | None,
@@ -63,7 +71,7 @@ def reproduce(
     replace: grid_training.Replace = False,
     as_json: options.Json = False,
 ) -> None:
-    """Rerun a paper's table with several seeds, and say whether it holds: tests of equivalence, and of the claims.
+    """Rerun a paper's table with several seeds, and test whether its numbers and its claims hold.
 
     Example: icdctl reproduce demo --seeds 5
     """
@@ -92,7 +100,7 @@ def reproduce(
 
 
 class _Display(grid_training.GridDisplay):
-    """Prints how a table is rerun."""
+    """Prints the progress of a table that is rerun."""
 
     def teachers(self) -> AbstractContextManager[ProgressObserver]:
         """See `icdctl.papers.rerun.RerunObserver`."""
@@ -124,7 +132,7 @@ def _report(result: Rerun, as_json: bool) -> None:
 
 def _number_of(seeds: str) -> int:
     if not (seeds.isascii() and seeds.isdecimal()):
-        raise UsageError(f"`--seeds {seeds}` is no number of seeds", hint="e.g. `--seeds 5` for the seeds 0 to 4")
+        raise UsageError(f"`--seeds {seeds}` is not a number of seeds", hint="e.g. `--seeds 5` for the seeds 0 to 4")
     return int(seeds)
 
 
@@ -140,7 +148,7 @@ def _compared(text: str) -> Compared:
 
 def _list(table: str | None, texts: Sequence[str], family: str | None, as_json: bool) -> None:
     from icdctl.methods import METHODS
-    from icdctl.papers import reproduce
+    from icdctl.papers import table_runs
     from icdctl.science import tables
 
     if table is None:
@@ -157,7 +165,7 @@ def _list(table: str | None, texts: Sequence[str], family: str | None, as_json: 
                 "runs": cell.why_not(METHODS) or "yes",
                 "note": cell.note,
             }
-            for cell in reproduce.select(tables.load(table), texts=texts, family=family)
+            for cell in table_runs.select(tables.load(table), texts=texts, family=family)
         ]
     if as_json:
         console.show_json({"tables" if table is None else "cells": rows})

@@ -17,7 +17,7 @@ def train(
         bool,
         typer.Option(
             "--as-teacher",
-            help="Register the trained model, so that `distill --teacher MODEL` finds it.",
+            help="Register the trained model, so that `icdctl distill --teacher MODEL` finds it.",
             rich_help_panel="What",
         ),
     ] = False,
@@ -27,7 +27,7 @@ def train(
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train a model on labels alone: a teacher of your own, or a student's baseline.
+    """Train a model on labels alone: your own teacher, or a baseline for a student.
 
     Example: icdctl train --model res20 --dataset digits100 --recipe digits100-teacher
     """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 _SECONDS_BETWEEN_LINES = 30.0
-"""Of progress that goes to a log: a short run stays silent there, a long one is seen to be alive."""
+"""Seconds between lines of progress in a log: a short run prints none, a long one shows that it is alive."""
 
 
 class ProgressObserver:
@@ -58,7 +58,7 @@ class ProgressObserver:
 
 @contextmanager
 def observed(label: str = "") -> Iterator[ProgressObserver]:
-    """An observer for the block, with a display of its own."""
+    """An observer for the block, with its own display."""
     with console.progress() as display:
         yield ProgressObserver(display, label)
 
@@ -74,7 +74,7 @@ def run_training(
     seeds: str | None = None,
     as_teacher: bool = False,
 ) -> None:
-    """Train as the options say, register the outcome if it is wanted as a teacher, and print it.
+    """Train as the options say, register the result if it is wanted as a teacher, and print it.
 
     Lists among the options make several runs, which share data and teacher.
 
@@ -89,7 +89,9 @@ def run_training(
     several = expand(options, seeds=seeds)
     in_folder = len(several) > 1
     if len(several) > 1 and as_teacher:
-        raise UsageError("`--as-teacher` registers one run, and several are asked for", hint="train that one by itself")
+        raise UsageError(
+            "`--as-teacher` registers one run, but these options make several", hint="train the teacher by itself"
+        )
     if dry_run:
         planned = [
             config.model_dump(mode="json")
@@ -117,7 +119,7 @@ def run_training(
 
 
 def _show_many(results: Sequence[RunResult | Failure], as_json: bool) -> None:
-    """A line a run; then the failures, together.
+    """Print a line for each run; then report the failures together.
 
     Raises:
         IcdctlError: some of them failed.
@@ -137,15 +139,15 @@ def _show_many(results: Sequence[RunResult | Failure], as_json: bool) -> None:
         ]
         console.show_table(["run folder", "top-1", "time"], rows)
     if failures:
-        told = [
+        reported = [
             IcdctlError(f"`{each.config.out}`: {'; '.join(each.error.messages)}", hint="; ".join(each.error.hints))
             for each in failures
         ]
-        raise combine(told)
+        raise combine(reported)
 
 
 def _registered(result: RunResult) -> str:
-    """The run as an artifact of the project's registry: a new version, or the one that holds these very weights."""
+    """The run's reference in the project's registry: a new version, or the one that already holds these weights."""
     from icdctl import data, files, registry, run_files
 
     folder = registry.default_folder()
@@ -159,7 +161,7 @@ def _registered(result: RunResult) -> str:
 def _show(result: RunResult) -> None:
     metrics = result.metrics
     if not result.finished:
-        console.show_line(f"stopped; go on with `--resume --out {result.out}`")
+        console.show_line(f"stopped; continue with `--resume --out {result.out}`")
         return
     if metrics["best_top1"] is not None:
         best = f"best {metrics['best_top1']:.2f} in epoch {metrics['best_epoch']}, chosen on the test set"

@@ -16,8 +16,9 @@ def validate(
     path: Annotated[
         Path,
         typer.Argument(
+            metavar="PATH",
             help="What to check: a run folder, a config.json, a weights file, an export folder, an .onnx file or "
-            "`imagefolder:DIR`."
+            "`imagefolder:DIR`.",
         ),
     ],
     dataset: Annotated[

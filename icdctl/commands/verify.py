@@ -12,7 +12,7 @@ from icdctl.errors import ArtifactError
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="The export folder or .onnx file to check.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Export folder or .onnx file to check.")],
     against: Annotated[
         str | None,
         typer.Option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from icdctl.config.settings import RecipeSettings
+from icdctl.data import IMAGE_FOLDER, DatasetName
 from icdctl.errors import UsageError, unknown_name
 
 
@@ -69,10 +70,10 @@ RECIPES: dict[str, Recipe] = {
         flip=True,
         drop_last=True,
     ),
-    "imagefolder": Recipe(
+    IMAGE_FOLDER: Recipe(
         about="own images: cuts of changing size and shape, flips, cosine",
         source=_OWN,
-        dataset="imagefolder",
+        dataset=IMAGE_FOLDER,
         epochs=100,
         batch_size=64,
         lr=0.05,
@@ -130,6 +131,6 @@ def default_for(dataset: str) -> str:
         UsageError: none was.
     """
     for name, recipe in RECIPES.items():
-        if recipe.dataset == dataset.partition(":")[0]:
+        if recipe.dataset == DatasetName.parse(dataset).kind:
             return name
     raise UsageError(f"no recipe was made for `{dataset}`", hint="name one with `--recipe`; see `icdctl list recipes`")

@@ -187,8 +187,8 @@ def _scales(given: object) -> tuple[int, ...]:
 
 def _default_folder(config: RunConfig) -> Path:
     """`runs/<data set>/<name>` in the project; of a folder of images, its name."""
-    kind, colon, folder = config.dataset.partition(":")
-    place = f"{kind}-{Path(folder).name}" if colon else kind
+    name = data.DatasetName.parse(config.dataset).public
+    place = name.kind if name.folder is None else f"{name.kind}-{name.folder}"
     return files.project_root() / "runs" / place / default_run_name(config)
 
 

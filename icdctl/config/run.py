@@ -50,7 +50,8 @@ class RunConfig(Settings):
             val_split=self.val_split,
             split_seed=self.split_seed,
             room_to_crop=self.crop_scale is not None,
-            unlabeled=methods.METHODS[self.method].needs_teacher and self.dataset.startswith("imagefolder:"),
+            unlabeled=methods.METHODS[self.method].needs_teacher
+            and data.DatasetName.parse(self.dataset).is_image_folder,
             **{key: getattr(self, key) for key in names_owned_by(Owner.DATASET)},
         )
 

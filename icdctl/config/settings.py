@@ -39,7 +39,7 @@ def _none_by_name(value: object) -> object:
 
 
 Positive = Annotated[float, Field(gt=0)]
-Pair = Annotated[tuple[Positive, Positive], BeforeValidator(_paired)]
+TwoNumbers = Annotated[tuple[Positive, Positive], BeforeValidator(_paired)]
 Epochs = Annotated[tuple[int, ...], BeforeValidator(_listed)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -130,7 +130,7 @@ class RecipeSettings(_Frozen):
 
     epochs: Annotated[int, Field(ge=1, le=100_000), Setting("Number of passes over the training images.")]
     batch_size: Annotated[int, Field(ge=2, le=1_000_000), Setting("Number of images in a training step.")]
-    lr: Annotated[float, Field(gt=0), Setting("Learning rate at its highest.")]
+    lr: Annotated[float, Field(gt=0), Setting("Highest learning rate of the schedule.")]
     optimizer: Annotated[Literal["sgd", "adamw"], Setting("Optimiser: `sgd` or `adamw`.")] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1), Setting("Momentum of SGD; AdamW does not read it.", Given.SET)] = 0.9
     nesterov: Annotated[bool, Setting("Use Nesterov's momentum with SGD.", Given.SET)] = False
@@ -166,7 +166,7 @@ class RecipeSettings(_Frozen):
     ] = 0
     flip: Annotated[bool, Setting("Mirror half of the training images, drawn at random.", Given.SET)] = False
     crop_scale: Annotated[
-        Pair | None,
+        TwoNumbers | None,
         BeforeValidator(_none_by_name),
         Setting(
             "Least and greatest share of an image's area that is cut out at random and resized; `none` cuts nothing.",
@@ -174,7 +174,7 @@ class RecipeSettings(_Frozen):
         ),
     ] = None
     crop_ratio: Annotated[
-        Pair, Setting("With `crop_scale`: least and greatest ratio of a cut's width to its height.", Given.SET)
+        TwoNumbers, Setting("With `crop_scale`: least and greatest ratio of a cut's width to its height.", Given.SET)
     ] = (0.75, 1.3333)
     randaugment_ops: Annotated[
         int,

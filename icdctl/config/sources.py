@@ -74,14 +74,14 @@ def _form(declared: Declared) -> Any:
     return dict[str, Any] | None if get_origin(declared.type) is dict else Any
 
 
-class _Environment(BaseSettings):
+class _Variables(BaseSettings):
     """Reads variables for the options that were not given otherwise."""
 
     model_config = SettingsConfigDict(env_prefix=_VARIABLE_PREFIX, extra="forbid", frozen=True)
 
 
 _FORMS: dict[str, Any] = {name: (_form(each), None) for name, each in OPTIONS.items()}
-_Reader = create_model("_Reader", __base__=_Environment, **_FORMS)
+_Reader = create_model("_Reader", __base__=_Variables, **_FORMS)
 
 
 def gather(given: Mapping[str, object], *, config_file: Path | None = None, command: str | None = None) -> Options:

@@ -5,9 +5,20 @@
 >>> result = grid.train_grid(grid.read_grid(Path()), executor=grid.Subprocesses(jobs=2))
 >>> [(outcome.label, outcome.top1) for outcome in result.outcomes]
 
-The same call again goes on where it was interrupted. An `observer` hears of the progress; an `Executor` decides where
-packs of runs are trained. Importing this package imports nothing heavy: what is named here is fetched when it is first
-used.
+The same call again continues where it was interrupted. An `observer` receives the progress; an `Executor` decides
+where packs of runs are trained. Importing this package imports nothing heavy: a name is imported when it is first used.
+
+What the files hold:
+
+- what is to be trained: `cells` (cells, seeds and runs), `expansion` (the cells that pairs, methods and ablations of
+  params.yaml stand for), `sweeps` (a cell for each combination of values);
+- project files: `params_file` (writes into params.yaml, keeps its comments), `cells_file` (cells.yaml), `dvc_pipeline`
+  (which entries dvc.yaml needs; `icdctl grid expand`), `stages` (what one stage of the pipeline does);
+- training: `training` (`train_grid`), `packs` (runs that share a process, and their outcomes), `executors/` (where
+  packs are trained), `pack_folder` and `worker` (a pack in a process of its own), `observer` (what is reported);
+- what is known: `status` (the state of each run), `forecast` (hours left), `progress` (packs at work);
+- searching settings: `search` (`search_grid`), `search_space` (what may be tried), `sampler` (what is tried next),
+  `trials` (what was tried, kept in search.json), `search_status` (what `icdctl grid status` shows of it).
 """
 
 from __future__ import annotations

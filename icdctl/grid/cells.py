@@ -21,7 +21,7 @@ from icdctl.config import sources
 from icdctl.config.expand import parse_seeds
 from icdctl.config.lookup import OPTIONS
 from icdctl.errors import ArtifactError, UsageError, unknown_name
-from icdctl.grid import cell_file, expansion
+from icdctl.grid import cells_file, expansion
 from icdctl.grid.expansion import AFTER, PLAIN
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -197,7 +197,7 @@ def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
     origin = f"`{path}`"
     content = read_params(root)
     usual = sources.gather({}).text("method")
-    named = cell_file.current(root, expansion.expand(content, origin=origin))
+    named = cells_file.current(root, expansion.expand(content, origin=origin))
     made = [make_cell(name, options, origin=origin, method=usual) for name, options in named.items()]
     given = content.get("seeds", [0]) if seeds is None else parse_seeds(seeds)
     if not isinstance(given, list) or not given or not all(_is_seed(seed) for seed in given):

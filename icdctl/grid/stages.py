@@ -16,7 +16,7 @@ from icdctl.engine.observer import Observer
 from icdctl.errors import ArtifactError, UsageError, unknown_name
 from icdctl.grid.cells import PARAMS_FILE, Grid, GridRun, read_params
 from icdctl.grid.status import run_status
-from icdctl.grid.training import same_command_goes_on
+from icdctl.grid.training import same_command_continues
 from icdctl.run_files import WEIGHTS_FILE
 from icdctl.teachers import FetchOptions, fetch_teacher, find_published
 
@@ -63,7 +63,7 @@ def make_teacher(root: Path, key: str, *, observer: Observer | None = None) -> P
         if unknown:
             raise unknown_name(f"option of teacher `{key}`", unknown[0], OPTIONS, listing="icdctl train --dry-run")
         given = {**options, "student": entry["model"], "out": str(out)}
-        with same_command_goes_on():
+        with same_command_continues():
             (result,) = api.start("train", [given], resume=True, wait=True, observer=observer)
         if isinstance(result, api.Failure):
             raise result.error

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
+from icdctl import files
 from icdctl.api import planning
 from icdctl.config.run import check_device, parse_duration
 from icdctl.engine.run import Interrupted
@@ -16,11 +19,12 @@ from icdctl.grid.cells import Grid
 from icdctl.grid.executors.here import Here
 from icdctl.grid.executors.protocol import Conditions, Executor, TimeLeft
 from icdctl.grid.forecast import forecast_cells
-from icdctl.grid.log import write_log
 from icdctl.grid.observer import GridObserver, GridPlan, SilentGridObserver
 from icdctl.grid.packs import Outcome, Pack, make_packs, stale_outcome
 from icdctl.grid.status import RunStatus, run_statuses
 
+LOG_FILE = "grid.jsonl"
+"""In the folder of all runs: a line for each run that begins, is done, stops or fails."""
 MOST_TOGETHER = 8
 """Runs in one pack, where the caller names no number."""
 
@@ -128,10 +132,10 @@ class GridTraining:
         """
         wanted = grid if self._device is None else grid.given({"device": self._device})
         plan = self._plan(wanted)
-        write_log(wanted.folder, plan.refused)
+        _write_log(wanted.folder, plan.refused)
         try:
             self._observer.start(plan)
-            with same_command_goes_on():
+            with same_command_continues():
                 trained = self._train(plan.packs, wanted.folder, is_tested)
         finally:
             self._observer.stop()
@@ -184,7 +188,7 @@ class _Watched:
         """See `icdctl.grid.observer.PackObserver`."""
         self._at_work.append(pack)
         self._observer.begun(pack, place)
-        write_log(self._folder, [Outcome(run.label, "begun") for run in pack.runs])
+        _write_log(self._folder, [Outcome(run.label, "begun") for run in pack.runs])
 
     def doing(self, pack: Pack, what: str) -> None:
         """See `icdctl.grid.observer.PackObserver`."""
@@ -198,13 +202,34 @@ class _Watched:
         """A pack is over, whether it was ever at work or not."""
         if pack in self._at_work:
             self._at_work.remove(pack)
-        write_log(self._folder, outcomes)
+        _write_log(self._folder, outcomes)
         self._observer.ended(pack, outcomes)
 
     def log_interruption(self) -> None:
         """Packs that were at work are stopped."""
         runs = [run for pack in self._at_work for run in pack.runs]
-        write_log(self._folder, [Outcome(run.label, "stopped", message="interrupted") for run in runs])
+        _write_log(self._folder, [Outcome(run.label, "stopped", message="interrupted") for run in runs])
+
+
+def _write_log(folder: Path, outcomes: Sequence[Outcome]) -> None:
+    """Append a line for each outcome: time, label, state, and what else is known.
+
+    Args:
+        folder: the folder of all runs.
+        outcomes: what has just happened.
+
+    Raises:
+        ArtifactError: the log can't be written.
+    """
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    lines = [json.dumps({"time": now, **outcome.as_json()}, ensure_ascii=False) + "\n" for outcome in outcomes]
+    path = folder / LOG_FILE
+    files.make_folder(folder)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+    except OSError as error:
+        raise files.not_writable(path, error) from error
 
 
 def _seconds_left(grid: Grid, statuses: Sequence[RunStatus], num_at_once: int) -> tuple[float | None, bool]:
@@ -223,7 +248,7 @@ def _seconds_left(grid: Grid, statuses: Sequence[RunStatus], num_at_once: int) -
 
 
 @contextmanager
-def same_command_goes_on() -> Iterator[None]:
+def same_command_continues() -> Iterator[None]:
     """Where a run within the block is interrupted, the hint names the call for all runs, not that for one run.
 
     Raises:

@@ -17,9 +17,10 @@ from icdctl.config.recipes import RECIPES, Recipe
 from icdctl.config.run import RunConfig
 from icdctl.config.settings import NONE, RecipeSettings
 from icdctl.config.sources import Options
+from icdctl.data import IMAGE_FOLDER
 from icdctl.errors import UsageError, unknown_name
 from icdctl.methods import METHODS
-from icdctl.papers.reproduce import folder_name, grid_cell, name_of
+from icdctl.papers.table_runs import folder_name, grid_cell, name_of
 from icdctl.science import paper, tables
 from icdctl.science.experiments import SCALES, Cell
 from icdctl.science.paper import FAMILIES, Correction, PaperConfig
@@ -149,7 +150,7 @@ def training_options(name: str) -> dict[str, object]:
     """
     recipe = RECIPES[recipes.resolve(name)]
     options: dict[str, object] = {"recipe": name}
-    if recipe.dataset != "imagefolder":  # which names no folder
+    if recipe.dataset != IMAGE_FOLDER:  # which names no folder
         options["dataset"] = recipe.dataset
     for key in RecipeSettings.model_fields:
         if key != "lr" or not recipe.lr_of_student:

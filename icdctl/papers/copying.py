@@ -12,12 +12,10 @@ from icdctl.config.lookup import OPTIONS
 from icdctl.config.recipes import RECIPES
 from icdctl.config.settings import RecipeSettings
 from icdctl.errors import IcdctlError, UsageError, combine
-from icdctl.grid import expansion, params
-from icdctl.grid.cell_file import difference
+from icdctl.grid import expansion, params_file
 from icdctl.grid.cells import PARAMS_FILE, GridCell
-from icdctl.grid.expansion import CELLS, DATASETS, TEACHERS
-from icdctl.grid.params import Written
-from icdctl.grid.pipeline import (
+from icdctl.grid.cells_file import difference
+from icdctl.grid.dvc_pipeline import (
     Expanded,
     Form,
     Sections,
@@ -28,9 +26,11 @@ from icdctl.grid.pipeline import (
     joined,
     unlisted,
 )
-from icdctl.papers import catalogue, pipeline
+from icdctl.grid.expansion import CELLS, DATASETS, TEACHERS
+from icdctl.grid.params_file import Written
+from icdctl.papers import catalogue, params_entries
 from icdctl.papers.catalogue import PaperRecipe
-from icdctl.papers.reproduce import grid_cell
+from icdctl.papers.table_runs import grid_cell
 
 _TRAIN = "train"
 
@@ -98,24 +98,24 @@ def _found(names: Mapping[str, None]) -> tuple[list[str], list[GridCell]]:
 
 
 def _write(entries: Sections, cells: Sequence[GridCell], path: Path, *, seeds: str | None, replace: bool) -> Copied:
-    held = params.read(path)
+    held = params_file.read(path)
     made: dict[str, object] = dict(entries)
     if seeds is not None:
         made["seeds"] = parse_seeds(seeds)
     elif cells and held.get("seeds") is None:
-        made["seeds"] = list(pipeline.SEEDS)
+        made["seeds"] = list(params_entries.SEEDS)
     form = form_beside(path)
-    found = pipeline.entries(cells, form)
+    found = params_entries.entries(cells, form)
     for section in (DATASETS, TEACHERS):
         made[section] = unlisted(held, section, found.get(section, {}))
     known: tuple[str, ...] = ()
     if cells:
         known, made[CELLS] = _new_cells(held, found, path, form=form, replace=replace)
-    written = params.write_entries(path, {key: value for key, value in made.items() if value}, replace=replace)
+    written = params_file.write_entries(path, {key: value for key, value in made.items() if value}, replace=replace)
     written = dataclasses.replace(written, unchanged=(*written.unchanged, *known))
     expands = bool(cells) and path.name == PARAMS_FILE and is_expanded(path.parent)
     expanded = expand(path.parent) if expands else None
-    train = params.read(path).get(_TRAIN)
+    train = params_file.read(path).get(_TRAIN)
     return Copied(written, tuple(_changes(train, cells)) if isinstance(train, dict) else (), expanded)
 
 
@@ -151,7 +151,7 @@ def _new_cells(
 def _not_taken(name: str, path: Path) -> list[str]:
     """Where the section `train` is not the recipe, number by number."""
     recipe = RECIPES[name]
-    train, taken = params.read(path)[_TRAIN], catalogue.training_options(name)
+    train, taken = params_file.read(path)[_TRAIN], catalogue.training_options(name)
     there = train if isinstance(train, dict) else {}
     stays = [key for key in ("dataset", *RecipeSettings.model_fields) if key in there and key not in taken]
     found = [f"`{_TRAIN}.{key}` was there and stays; it is none of `{name}`" for key in stays]
@@ -170,7 +170,7 @@ def _changes(train: Mapping[str, object], cells: Sequence[GridCell]) -> list[str
     found = []
     for cell in cells:
         try:
-            changed = pipeline.changed_by(known, cell)
+            changed = params_entries.changed_by(known, cell)
         except UsageError as error:  # it is written by now, and `train` may be changed after it
             found.append(f"`{cell.name}` can't be trained with `train` of this file: {error.message}")
             continue

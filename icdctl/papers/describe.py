@@ -7,7 +7,7 @@ from typing import Any
 from icdctl.config.recipes import RECIPES
 from icdctl.config.settings import RecipeSettings
 from icdctl.papers.catalogue import PaperRecipe, resolved
-from icdctl.papers.reproduce import name_of
+from icdctl.papers.table_runs import name_of
 from icdctl.science.experiments import Cell
 
 

@@ -24,7 +24,7 @@ from icdctl.grid.cells import GridCell, make_cell
 from icdctl.methods import METHODS
 from icdctl.models.external import CUSTOM_MODEL
 from icdctl.papers.catalogue import resolved
-from icdctl.papers.reproduce import name_of
+from icdctl.papers.table_runs import name_of
 from icdctl.science import paper
 from icdctl.science.experiments import SCALES, Cell
 from icdctl.science.paper import FAMILIES

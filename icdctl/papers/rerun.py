@@ -15,8 +15,8 @@ from icdctl.engine.observer import Observer
 from icdctl.errors import UsageError
 from icdctl.grid import Executor, Grid, GridObserver, GridResult, run_statuses, train_grid
 from icdctl.grid.training import MOST_TOGETHER
-from icdctl.papers import reproduce
-from icdctl.papers.pipeline import changed_by
+from icdctl.papers import table_runs
+from icdctl.papers.params_entries import changed_by
 from icdctl.science import tables
 from icdctl.science.verdicts import Compared, Judgement
 
@@ -85,15 +85,15 @@ def rerun_table(
             `Rerun.training`.
     """
     table = tables.load(wanted.table)
-    cells = reproduce.select(table, texts=wanted.texts, family=wanted.family)
-    plain = reproduce.grid_of(cells, num_seeds=wanted.num_seeds, options=options or {})
-    grid = reproduce.with_own_teachers(plain)
+    cells = table_runs.select(table, texts=wanted.texts, family=wanted.family)
+    plain = table_runs.grid_of(cells, num_seeds=wanted.num_seeds, options=options or {})
+    grid = table_runs.with_own_teachers(plain)
     for line in _warnings_of_changes(plain):
         observer.message(line)
     training = None
     if trains:
         with observer.teachers() as progress:
-            reproduce.train_own_teachers(
+            table_runs.train_own_teachers(
                 plain, replaces=replace, device=device, message=observer.message, observer=progress
             )
         training = train_grid(
@@ -111,9 +111,9 @@ def rerun_table(
             observer.message(
                 f"warning: {each.run.label} is left out, it was trained with other settings: {each.changes}"
             )
-    judgement = reproduce.judge(table, cells, statuses, margin=margin, epoch=epoch)
+    judgement = table_runs.judge(table, cells, statuses, margin=margin, epoch=epoch)
     folder = out or files.project_root() / "runs" / "reproduce" / wanted.table
-    return Rerun(judgement, training, tuple(reproduce.write(judgement, folder)))
+    return Rerun(judgement, training, tuple(table_runs.write(judgement, folder)))
 
 
 def _warnings_of_changes(grid: Grid) -> list[str]:

@@ -221,17 +221,17 @@ def _check_weights(path: Path, hint: str) -> None:
 
 
 def _name_of(config: _Config, given: str | None) -> str:
-    dataset = _slug(config.dataset)
+    from icdctl.data import public_name  # not at the head, because it imports torch
+
+    dataset = _slug(public_name(config.dataset))
     name = f"{dataset}/{_slug(config.student)}-{_slug(config.method)}" if given is None else given
     check_name(name)
     return name if "/" in name else f"{dataset}/{name}"
 
 
 def _slug(text: str) -> str:
-    """`text` in the characters that names may have; `imagefolder:DIR` is cut to the last part of DIR."""
-    kind, _, rest = text.partition(":")
-    words = f"{kind}-{PurePath(rest).name}" if rest else kind
-    return re.sub(r"\.{2,}", ".", re.sub(r"[^a-z0-9._-]+", "-", words.lower())).strip("-._")
+    """`text` in the characters that names may have."""
+    return re.sub(r"\.{2,}", ".", re.sub(r"[^a-z0-9._-]+", "-", text.lower())).strip("-._")
 
 
 def _remove_stale(home: Path) -> None:

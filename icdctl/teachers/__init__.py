@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from icdctl import files, models, registry
-from icdctl.data import DatasetInfo
+from icdctl.data import IMAGE_FOLDER, DatasetInfo, DatasetName
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.registry import trained
 from icdctl.registry.trained import TrainedModel
@@ -73,7 +73,7 @@ def model_of(teacher: str) -> str | None:
 
 def _check_fit(teacher: str, found: TrainedModel, dataset: DatasetInfo) -> None:
     """Refuse a teacher whose data set, classes, image size or normalisation differ from those of the run."""
-    kinds = [name.partition(":")[0] for name in (found.dataset, dataset.name)]
+    kinds = [DatasetName.parse(name).kind for name in (found.dataset, dataset.name)]
     train = f"train one with `icdctl train --model {found.model} --dataset {_shown_name(dataset)} --as-teacher`"
     if kinds[0] != kinds[1]:
         raise ArtifactError(
@@ -98,13 +98,13 @@ def _check_fit(teacher: str, found: TrainedModel, dataset: DatasetInfo) -> None:
             f"teacher `{teacher}` takes images of {height} x {width}, but this run has {our_height} x {our_width}"
             if (height, width) != (our_height, our_width)
             else f"teacher `{teacher}` normalises or crops images differently from `{dataset.name}`",
-            hint=f"add `--image-size {height}`, or {train}" if kinds[0] == "imagefolder" else train,
+            hint=f"add `--image-size {height}`, or {train}" if kinds[0] == IMAGE_FOLDER else train,
         )
 
 
 def _shown_name(dataset: DatasetInfo) -> str:
     """The data set's name as a user types it in a command."""
-    return "imagefolder:DIR" if dataset.name.startswith("imagefolder:") else dataset.name
+    return f"{IMAGE_FOLDER}:DIR" if DatasetName.parse(dataset.name).is_image_folder else dataset.name
 
 
 def _by_model(model: str, dataset: DatasetInfo) -> TrainedModel:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class SearchDisplay(grid_training.GridDisplay):
-    """Prints how a search goes; as tables on stdout, unless the result is to be JSON."""
+    """Prints the progress of a search; as tables on stdout, unless the result is to be JSON."""
 
     def __init__(self, as_json: bool) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def report(result: SearchResult, as_json: bool) -> None:
 
 
 def _show(search: Search) -> None:
-    """All trials, the best first."""
+    """Print all trials, the best first."""
     keys = list(search.space)
     rows = [
         [place, *(trial.values[key] for key in keys), "failed" if trial.val_top1 is None else f"{trial.score:.2f}"]

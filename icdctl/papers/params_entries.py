@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from icdctl.grid import pipeline
+from icdctl.grid import dvc_pipeline
 from icdctl.grid.cells import GridCell
+from icdctl.grid.dvc_pipeline import Form, Sections
 from icdctl.grid.expansion import CELLS, DATASETS, TEACHERS
-from icdctl.grid.pipeline import Form, Sections
 from icdctl.papers.catalogue import resolved
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -28,7 +28,7 @@ def entries(cells: Sequence[GridCell], form: Form) -> Sections:
         options = dict(cell.options)
         teacher = options.get("teacher")
         model = None if teacher is None or "/" in str(teacher) else str(teacher)
-        needed = pipeline.needed(str(options.get("dataset", "cifar100")), model, form)
+        needed = dvc_pipeline.needed(str(options.get("dataset", "cifar100")), model, form)
         for section, values in needed.items():
             found[section].update(values)
         if model is not None:

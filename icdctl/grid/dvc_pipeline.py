@@ -11,11 +11,11 @@ import yaml
 from icdctl import teachers
 from icdctl.data import cifar100, cub200
 from icdctl.errors import ArtifactError, UsageError
-from icdctl.grid import cell_file, expansion, params
-from icdctl.grid.cell_file import Difference
+from icdctl.grid import cells_file, expansion, params_file
 from icdctl.grid.cells import PARAMS_FILE, read_params
+from icdctl.grid.cells_file import Difference
 from icdctl.grid.expansion import AFTER, DATA, DATASETS, TEACHERS, Cells
-from icdctl.grid.params import Written
+from icdctl.grid.params_file import Written
 
 Sections = dict[str, dict[str, object]]
 """Section of a params.yaml -> its entries by name."""
@@ -152,8 +152,8 @@ def expand(root: Path) -> Expanded:
     cells = expansion.expand(joined(content, added), origin=origin)
     if form.stages:
         check_placed(cells)
-    written = params.write_entries(path, added)
-    return Expanded(root / cell_file.CELLS_FILE, cells, cell_file.write(root, cells), written)
+    written = params_file.write_entries(path, added)
+    return Expanded(root / cells_file.CELLS_FILE, cells, cells_file.write(root, cells), written)
 
 
 def check(root: Path) -> None:
@@ -163,15 +163,15 @@ def check(root: Path) -> None:
         ArtifactError: it is stale, missing, or can't be read.
         UsageError: params.yaml can't be expanded.
     """
-    path = root / cell_file.CELLS_FILE
+    path = root / cells_file.CELLS_FILE
     if not path.is_file():
-        raise ArtifactError(f"`{path}` is not there", hint=f"`{cell_file.COMMAND}` makes it")
-    cell_file.current(root, expansion.expand(read_params(root), origin=f"`{root / PARAMS_FILE}`"))
+        raise ArtifactError(f"`{path}` is not there", hint=f"`{cells_file.COMMAND}` makes it")
+    cells_file.current(root, expansion.expand(read_params(root), origin=f"`{root / PARAMS_FILE}`"))
 
 
 def is_expanded(root: Path) -> bool:
     """Whether a project has a cells.yaml, or a `dvc.yaml` that reads one."""
-    return (root / cell_file.CELLS_FILE).is_file() or form_beside(root / PARAMS_FILE).stages
+    return (root / cells_file.CELLS_FILE).is_file() or form_beside(root / PARAMS_FILE).stages
 
 
 def _teacher(dataset: str, model: str, form: Form) -> dict[str, object]:

@@ -17,7 +17,7 @@ from icdctl import files
 from icdctl.config import sources
 from icdctl.errors import ArtifactError
 from icdctl.grid.expansion import Cells
-from icdctl.grid.params import flow_entry
+from icdctl.grid.params_file import flow_entry
 
 CELLS_FILE = "cells.yaml"
 COMMAND = "icdctl grid expand"

@@ -12,9 +12,9 @@ from icdctl.api import planning
 from icdctl.engine.observer import Observer
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.grid.cells import Grid, GridCell, GridRun, make_cell
-from icdctl.grid.pipeline import OWN_TEACHERS
+from icdctl.grid.dvc_pipeline import OWN_TEACHERS
 from icdctl.grid.status import RunStatus, run_statuses, set_aside, state_of
-from icdctl.grid.training import same_command_goes_on
+from icdctl.grid.training import same_command_continues
 from icdctl.methods import METHODS
 from icdctl.science import experiments, tables, verdict_formats, verdicts
 from icdctl.science.experiments import Cell, PaperTable
@@ -142,7 +142,7 @@ def train_own_teachers(
             kept = set_aside(folder, grid.folder, is_stale=partial(_is_stale, folder, given), waiting=message)
             message(f"the teacher of other settings is now `{kept}`")
         if state != "done":
-            with same_command_goes_on():
+            with same_command_continues():
                 (result,) = api.start("train", [{**given, "device": device}], resume=True, wait=True, observer=observer)
             if isinstance(result, api.Failure):
                 raise result.error
