@@ -253,10 +253,10 @@ def test_a_table_of_answers_is_kept_checked_and_made_anew_where_it_is_wrong(monk
     make(InlineTeacher(models.create("res8", 100).eval(), reads=READS, device=CPU))
     assert told[0].startswith("warning: the teacher's answers on disk differ from those that it gives now")
     assert table.folder is not None
-    (table.folder / "regions.npy").write_bytes(b"")
+    (table.folder / "cells.npy").write_bytes(b"")
     make(inline)
     assert told == ["asking the teacher for every view 108"]
-    assert sorted(path.name for path in table.folder.iterdir()) == ["facts.json", "logits.npy", "regions.npy"]
+    assert sorted(path.name for path in table.folder.iterdir()) == ["cells.npy", "facts.json", "logits.npy"]
 
 
 def test_the_mode_is_the_one_that_is_less_work_and_has_room() -> None:

@@ -26,7 +26,7 @@ from icdctl import files
 from icdctl.data import Dataset, ImageStore
 from icdctl.engine.teacher import SUPER_BATCH, AheadTeacher, CachedTeacher, InlineTeacher, Teacher
 from icdctl.errors import ArtifactError, UsageError
-from icdctl.methods import SMALL_READS
+from icdctl.methods import LOGITS, REGIONS, SMALL_READS
 
 Mode = Literal["inline", "ahead", "cache"]
 
@@ -36,7 +36,7 @@ _KEPT_FROM_VIEWS = 20 * _CHECKED_VIEWS
 _LARGEST_FP32_BYTES = 2 * 1024**3
 _ALLOWED = {"float16": 2.0**-9, "float32": 1e-4}
 """Largest difference of a checked answer, by the largest answer."""
-_SCHEME = 3
+_SCHEME = 2
 """Part of the key: raise it whenever answers change."""
 
 
@@ -96,7 +96,9 @@ def plan_cache(
     folder = None
     if teacher_sha256 and num_views >= _KEPT_FROM_VIEWS:
         facts = [_SCHEME, teacher_sha256, dataset.sha256, dataset.preprocessing.as_json(), store.fingerprint]
-        facts += [str(dtype), precision, sorted(demand.shapes)]
+        facts += [str(dtype), precision, REGIONS in demand.shapes]
+        if more := sorted(demand.shapes.keys() - {LOGITS, REGIONS}):  # as before there were others
+            facts.append(more)
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         folder = files.cache_folder() / "answers" / key
     about = {"teacher": teacher, "teacher_sha256": teacher_sha256, "dataset": dataset.name, "precision": precision}
@@ -238,7 +240,7 @@ def _kept(inline: InlineTeacher, store: ImageStore, table: CachePlan, advance: C
     files.make_folder(building)
 
     def mapped(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        path = building / f"{name}.npy"
+        path = building / _file_of(name)
         held = np.lib.format.open_memmap(path, mode="w+", dtype=_numpy_type(dtype), shape=shape)
         with path.open("r+b") as file:  # a full disk fails now, and not by a signal when a page is written
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -267,7 +269,7 @@ def _opened(table: CachePlan, store: ImageStore, reads: Collection[str]) -> Cach
     if not table.is_kept:
         return None
     try:
-        tables = {name: torch.from_numpy(_mapped(table.folder / f"{name}.npy")) for name in sorted(reads)}
+        tables = {name: torch.from_numpy(_mapped(table.folder / _file_of(name))) for name in sorted(reads)}
     except (OSError, EOFError, ValueError):
         return None
     whole = all(part.shape[0] == table.num_views and part.dtype == table.dtype for part in tables.values())
@@ -275,6 +277,11 @@ def _opened(table: CachePlan, store: ImageStore, reads: Collection[str]) -> Cach
         return None
     files.mark_used(table.folder / "facts.json")
     return _placed(store, tables)
+
+
+def _file_of(name: str) -> str:
+    """The file of a tensor's table. Regions have the name that they had when the first caches were written."""
+    return "cells.npy" if name == REGIONS else f"{name}.npy"
 
 
 def _mapped(path: Path) -> NDArray[Any]:
