@@ -763,7 +763,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(icdctl: CommandLine, t
     assert "stopped" in stdout
     code, _, err = icdctl(*command, "--out", tmp_path / "halves", "--resume")
     assert code == 0, err
-    assert "going on after epoch 1 of 3" in err
+    assert "continuing after epoch 1 of 3" in err
     assert numbers(tmp_path / "halves") == numbers(tmp_path / "whole")
 
 

@@ -391,7 +391,7 @@ def test_settings_families_and_scales_of_a_file(icdctl: CommandLine) -> None:
         ("DISTILLER: {TYPE: KD, STUDENT: vgg8}", 2, "states no `DISTILLER.TEACHER`"),
         ("DISTILLER: 3", 2, "expected a section"),
         ("cells: {a: {method: kd}}", 2, "neither a section `DISTILLER`"),
-        ("- a", 2, "holds no mapping"),
+        ("- a", 2, "does not hold a mapping"),
         ("[" * 5000, 1, "can't be read as YAML"),
         ("a: &a [*a]", 1, "it has YAML aliases"),
         ("a: &a [x, x]\nb: &b [*a, *a]\n", 1, "it has YAML aliases"),
@@ -459,7 +459,7 @@ def test_only_what_is_replaced_changes(tmp_path: Path) -> None:
     [
         ("cells: [1]", 2, "`cells` in"),
         ("[", 1, "can't be read as YAML"),
-        ("- 1", 1, "holds no mapping"),
+        ("- 1", 1, "does not hold a mapping"),
         ("b: &b {x: 1}\ncells: *b\n", 1, "can't be added to"),
         ("z: 1\n...\n", 1, "can't be added to"),
     ],

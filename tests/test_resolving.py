@@ -83,7 +83,7 @@ def test_all_problems_are_told_at_once_with_what_to_change() -> None:
         "unknown data set `digit100`",
         "unknown model `res9`",
         "unknown device `gpu`",
-        "time limit `soon` is no duration above 0",
+        "time limit `soon` is not a duration above 0",
         "`epochs` is `0`: input should be greater than or equal to 1",
         "`lr` is `-1`: input should be greater than 0",
     )
@@ -177,5 +177,5 @@ def test_a_duration_is_read(text: object, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-5", "90x", "1m30h", "nan"])
 def test_no_duration_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is no duration above 0"):
+    with pytest.raises(UsageError, match="is not a duration above 0"):
         parse_duration(text)

@@ -12,7 +12,7 @@ from icdctl.errors import UsageError, unknown_name
 class Recipe(RecipeSettings):
     """A row of `icdctl list recipes`. Flags, environment and params.yaml override it setting by setting.
 
-    Pydantic refuses a row with a name that is no setting of a recipe, and a value that the setting can't have.
+    Pydantic refuses a row with a name that is not a setting of a recipe, and a value that the setting can't have.
     """
 
     about: str

@@ -139,7 +139,7 @@ def _sha256_of(path: Path, *state: int) -> str:
 
 
 def _method_settings(method: str, given: Mapping[str, object]) -> dict[str, float | str]:
-    """As `methods.check_settings` gives them; what is no setting of the method may be meant for the recipe."""
+    """As `methods.check_settings` gives them; what is not a setting of the method may be meant for the recipe."""
     known = methods.check_settings(method, {})
     for key in given:
         if key in known:
@@ -177,7 +177,7 @@ def _scales(given: object) -> tuple[int, ...]:
     """`1,2,4`, `[1, 2, 4]` or numbers, in order.
 
     Raises:
-        UsageError: they are no whole numbers, or can't be pooled.
+        UsageError: they are not whole numbers, or can't be pooled.
     """
     if given is None:
         return SCALES

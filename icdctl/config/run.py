@@ -97,6 +97,6 @@ def parse_duration(given: object) -> float | None:
         seconds = hours * 3600 + minutes * 60 + rest
     if seconds <= 0:
         raise UsageError(
-            f"time limit `{given}` is no duration above 0", hint="e.g. `--time-limit 90m`, `1h30m` or `45s`"
+            f"time limit `{given}` is not a duration above 0", hint="e.g. `--time-limit 90m`, `1h30m` or `45s`"
         )
     return seconds

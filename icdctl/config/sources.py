@@ -140,7 +140,7 @@ def _params_yaml() -> dict[str, object]:
         return {}
     if not isinstance(section, dict):
         raise UsageError(
-            f"`{path}` holds no mapping `train`, found {type(section).__name__}",
+            f"`{path}` does not hold a mapping `train`, found {type(section).__name__}",
             hint="write e.g. `train: {epochs: 240}` in it",
         )
     _refuse_unknown(map(str, section), f"key of `{path}`")
@@ -152,7 +152,7 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: there is none.
-        UsageError: it is no YAML, names a key twice, or refers to itself.
+        UsageError: it is not YAML, names a key twice, or refers to itself.
     """
     try:
         state = path.stat()

@@ -165,7 +165,7 @@ def make_cell(name: str, options: Mapping[str, object], *, origin: str, method: 
     settings = own.get("settings")
     if settings is not None and not (isinstance(settings, dict) and all(isinstance(key, str) for key in settings)):
         raise UsageError(
-            f"`settings` of cell `{name}` in {origin} is no mapping of names", hint="e.g. `settings: {gamma: 4}`"
+            f"`settings` of cell `{name}` in {origin} is not a mapping of names", hint="e.g. `settings: {gamma: 4}`"
         )
     stated = own.get("method") or method
     if stated is None and own.get("teacher") is not None:
@@ -191,7 +191,7 @@ def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
 
     Raises:
         UsageError: the file has no cells, or a cell can't be.
-        ArtifactError: there is no such file, it is no mapping, or cells.yaml is stale.
+        ArtifactError: there is no such file, it is not a mapping, or cells.yaml is stale.
     """
     path = root / PARAMS_FILE
     origin = f"`{path}`"
@@ -202,7 +202,9 @@ def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
     given = content.get("seeds", [0]) if seeds is None else parse_seeds(seeds)
     if not isinstance(given, list) or not given or not all(_is_seed(seed) for seed in given):
         where = f"`seeds` in {origin}" if seeds is None else f"`--seeds {seeds}`"
-        raise UsageError(f"{where} is no list of whole numbers up to {_LARGEST_SEED}", hint="e.g. `seeds: [0, 1, 2]`")
+        raise UsageError(
+            f"{where} is not a list of whole numbers up to {_LARGEST_SEED}", hint="e.g. `seeds: [0, 1, 2]`"
+        )
     twice = next((seed for seed in given if given.count(seed) > 1), None)
     if twice is not None:
         raise UsageError(f"`seeds` in {origin} names {twice} twice", hint="name each seed once")
@@ -226,8 +228,8 @@ def read_params(root: Path) -> dict[str, object]:
     """params.yaml, whole.
 
     Raises:
-        ArtifactError: there is no such file, or it is no mapping.
-        UsageError: it is no YAML.
+        ArtifactError: there is no such file, or it is not a mapping.
+        UsageError: it is not YAML.
     """
     path = root / PARAMS_FILE
     hint = "a grid is the `cells` and `seeds` of a project's params.yaml; `icdctl reproduce` brings its own"
@@ -236,5 +238,5 @@ def read_params(root: Path) -> dict[str, object]:
     except FileNotFoundError as error:
         raise ArtifactError(f"`{path}` can't be read: there is no such file", hint=hint) from error
     if not isinstance(content, dict):
-        raise ArtifactError(f"`{path}` holds no mapping", hint=hint)
+        raise ArtifactError(f"`{path}` does not hold a mapping", hint=hint)
     return content

@@ -96,7 +96,7 @@ def current(root: Path, expanded: Cells) -> Cells:
 
     Raises:
         ArtifactError: the file is stale, or is not what `icdctl grid expand` writes.
-        UsageError: it is no YAML.
+        UsageError: it is not YAML.
     """
     path = root / CELLS_FILE
     if not path.is_file():

@@ -68,7 +68,7 @@ def expand(content: Mapping[str, object], *, origin: str) -> Cells:
     seen: set[str] = set()
     for key, options in content_items(own):
         if not isinstance(options, dict):
-            raise UsageError(f"cell `{key}` in {origin} is no mapping of options", hint="e.g. `{method: kd, ...}`")
+            raise UsageError(f"cell `{key}` in {origin} is not a mapping of options", hint="e.g. `{method: kd, ...}`")
         if key in seen:
             raise UsageError(f"two cells in {origin} are called `{key}`", hint="call one of them otherwise")
         seen.add(key)
@@ -269,7 +269,7 @@ def _section(content: Mapping[str, object], name: str, origin: str) -> Mapping[o
         return {}
     if not isinstance(section, dict):
         raise UsageError(
-            f"`{name}` in {origin} is no mapping, found {type(section).__name__}", hint=f"e.g. `{name}: {{}}`"
+            f"`{name}` in {origin} is not a mapping, found {type(section).__name__}", hint=f"e.g. `{name}: {{}}`"
         )
     return section
 
@@ -302,7 +302,7 @@ def _scales(value: object) -> list[int]:
     if isinstance(value, str):
         return list(methods.parse_scales(value))
     if not isinstance(value, list):
-        raise UsageError(f"scales `{value}` are no list", hint="e.g. `scales: [1, 2, 4]`")
+        raise UsageError(f"scales `{value}` are not a list", hint="e.g. `scales: [1, 2, 4]`")
     return list(methods.check_scales(value))
 
 

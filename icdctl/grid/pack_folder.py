@@ -69,7 +69,7 @@ class PackFolder:
             conditions = Conditions(Path(stated["root"]), bool(stated["replace"]), TimeLeft(stated["seconds"]))
             return Pack(tuple(runs), int(stated["epochs"])), conditions
         except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"`{self._pack}` is no pack of this version: {error}", hint=_HINT) from error
+            raise ArtifactError(f"`{self._pack}` is not a pack of this version: {error}", hint=_HINT) from error
 
     def write_outcomes(self, outcomes: Sequence[Outcome]) -> None:
         """Say what became of the runs.

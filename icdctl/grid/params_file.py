@@ -58,13 +58,13 @@ def write_entries(path: Path, entries: Mapping[str, object], *, replace: bool = 
 
     Args:
         path: the file.
-        entries: section -> its entries by name, which join those that are there; or -> a value that is no
+        entries: section -> its entries by name, which join those that are there; or -> a value that is not a
             mapping, which is the whole section.
         replace: overwrite an entry that is there and differs.
 
     Raises:
-        UsageError: an entry differs from the one of that name, or a section is no mapping.
-        ArtifactError: the file is no YAML, or can't be written.
+        UsageError: an entry differs from the one of that name, or a section is not a mapping.
+        ArtifactError: the file is not YAML, or can't be written.
     """
     with files.waited_lock(files.state_folder() / "locks" / "params.lock"):
         text = _read(path)
@@ -92,7 +92,7 @@ def parse(text: str, path: Path) -> dict[str, object]:
     """What a params.yaml holds; nothing where it is empty.
 
     Raises:
-        ArtifactError: it is no YAML, or no mapping.
+        ArtifactError: it is not YAML, or not a mapping.
     """
     hint = f"fix `{path}`, or name another file with `--to`"
     try:
@@ -102,7 +102,7 @@ def parse(text: str, path: Path) -> dict[str, object]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ArtifactError(f"`{path}` holds no mapping", hint=hint)
+        raise ArtifactError(f"`{path}` does not hold a mapping", hint=hint)
     return content
 
 
@@ -110,7 +110,7 @@ def read(path: Path) -> dict[str, object]:
     """What a params.yaml holds; nothing where there is none.
 
     Raises:
-        ArtifactError: it can't be read, is no YAML, or no mapping.
+        ArtifactError: it can't be read, is not YAML, or not a mapping.
     """
     return parse(_read(path), path)
 
@@ -184,7 +184,9 @@ class _Changes:
         """Entries into a section that is there."""
         held = self._content[section]
         if held is not None and not isinstance(held, dict):
-            raise UsageError(f"`{section}` in `{self._path}` is no mapping", hint="make it one, or name another file")
+            raise UsageError(
+                f"`{section}` in `{self._path}` is not a mapping", hint="make it one, or name another file"
+            )
         new = {}
         for name, value in given.items():
             if name in (held or {}):
@@ -269,7 +271,7 @@ def _places(text: str) -> _Node:
     """Where the top-level mapping of a text and what is in it stand.
 
     Raises:
-        yaml.YAMLError: it is no YAML; `parse` has reported that before.
+        yaml.YAMLError: it is not YAML; `parse` has reported that before.
     """
     events = iter(yaml.parse(text, Loader=yaml.SafeLoader))
     for event in events:

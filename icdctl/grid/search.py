@@ -69,7 +69,7 @@ def search_grid(
         replace: whether runs of other settings are trained again.
         time_limit: the limit for everything together: `90m`, or seconds.
         device: the device of all runs, in place of their own.
-        observer: hears of the progress.
+        observer: receives the progress.
 
     Raises:
         UsageError: the space fits no cell, the grid has too few seeds, or optuna is not installed.

@@ -78,7 +78,7 @@ def _range(item: str, name: str, text: str) -> Range:
     except ValueError:
         low, high = math.nan, math.nan
     if scale.strip() not in ("", "log") or not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise UsageError(f"`--sweep {item}` is no range LOW..HIGH or LOW..HIGH:log", hint=_EXAMPLE)
+        raise UsageError(f"`--sweep {item}` is not a range LOW..HIGH or LOW..HIGH:log", hint=_EXAMPLE)
     if scale and low <= 0:
         raise UsageError(f"`--sweep {item}`: a logarithmic range begins above 0", hint=_EXAMPLE)
     known = RunConfig.model_fields.get(name)

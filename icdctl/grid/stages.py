@@ -32,7 +32,7 @@ def make_teacher(root: Path, key: str, *, observer: Observer | None = None) -> P
     Args:
         root: the folder of the project.
         key: the name of the teacher.
-        observer: hears of the progress of training.
+        observer: receives the progress of training.
 
     Returns:
         `teachers/<key>`, with its weights.

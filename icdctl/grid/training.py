@@ -83,13 +83,13 @@ def train_grid(
             cells; they fail otherwise.
         time_limit: the limit for all runs together: `90m`, or seconds.
         device: the device of all runs, in place of their own.
-        observer: hears of the progress.
+        observer: receives the progress.
 
     Returns:
         What became of each run; a failure is not raised, see `GridResult.error`.
 
     Raises:
-        UsageError: the time limit is no duration, or there is no such device.
+        UsageError: the time limit is not a duration, or there is no such device.
         Interrupted, KeyboardInterrupt: the user or the system interrupted the training; the states are saved.
     """
     training = GridTraining(

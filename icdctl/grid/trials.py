@@ -198,7 +198,7 @@ def read_trials(folder: Path) -> tuple[dict[str, object], list[Trial]]:
         ]
         return dict(held["of"]), trials
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"`{path}` is no search of this version: {error}", hint=hint) from error
+        raise ArtifactError(f"`{path}` is not a search of this version: {error}", hint=hint) from error
 
 
 def _from_scratch(folder: Path) -> str:

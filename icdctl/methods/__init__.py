@@ -81,7 +81,7 @@ def check_settings(method: str, given: Mapping[str, object]) -> dict[str, float 
     """A method's settings with the given ones in place of the defaults, and `variant` among them.
 
     Raises:
-        UsageError: a key that the method does not have, a value that is no number, not finite or out of range.
+        UsageError: a key that the method does not have, a value that is not a number, not finite or out of range.
     """
     return check_values(method, METHODS[method].defaults, given)
 

@@ -1,7 +1,7 @@
 """Configurations of others as cells: YAML files of the mdistiller family (itself, SDD, iCD), and a run's config.json.
 
-What a file says is kept, also where it looks wrong. A warning, one line each, names what has no place here, contradicts
-itself, or is never read by the code that the file was written for.
+What a file says is kept, also where it looks wrong. A warning, one line each, names what can't be taken over,
+contradicts itself, or is never read by the code that the file was written for.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def read(path: Path, *, name: str | None = None, family: str = "gamma2", scales:
         scales: of the patches, which a YAML file does not state; 1,2,4 by default.
 
     Raises:
-        ArtifactError: the file is missing, no YAML, or hostile.
-        UsageError: it is no such configuration, or names what icdctl does not have.
+        ArtifactError: the file is missing, is not YAML, or is hostile.
+        UsageError: it is not such a configuration, or names what icdctl does not have.
     """
     if family not in FAMILIES:
         raise unknown_name("family", family, FAMILIES, listing="icdctl recipes import --help")
@@ -117,7 +117,7 @@ def _parsed(path: Path) -> dict[str, object]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that can't be
         raise ArtifactError(f"`{path}` can't be read as YAML: {str(error).splitlines()[0]}", hint=hint) from error
     if not isinstance(value, dict):
-        raise UsageError(f"`{path}` holds no mapping", hint=hint)
+        raise UsageError(f"`{path}` does not hold a mapping", hint=hint)
     return value
 
 

@@ -71,7 +71,7 @@ def rerun_table(
 
     Args:
         wanted: the table, its cells and seeds.
-        observer: hears of the progress.
+        observer: receives the progress.
         options: options that hold for all runs, besides those of their cells.
         trains: whether what is missing is trained; otherwise the runs that are there are judged.
         executor, together, replace, time_limit, device: see `icdctl.grid.train_grid`.

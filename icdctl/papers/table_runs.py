@@ -121,7 +121,7 @@ def train_own_teachers(
         replaces: whether a teacher that was trained with other settings is trained again.
         device: the device to train on.
         message: called with a line about each folder that is moved out of the way.
-        observer: hears of the progress.
+        observer: receives the progress.
 
     Raises:
         IcdctlError: a teacher can't be trained, or was trained with other settings.

@@ -38,7 +38,7 @@ def train_pack(pack: Pack, conditions: Conditions, observer: PackObserver) -> li
     Args:
         pack: the pack to train.
         conditions: what holds for all packs.
-        observer: hears of the progress.
+        observer: receives the progress.
 
     Returns:
         An outcome for each run, in order.

@@ -41,7 +41,7 @@ class Subprocesses:
         if names is None:
             self.slots: list[str | None] = [None] * (jobs or 1)
         elif "" in names:
-            raise UsageError(f"GPUs `{gpus}` are no list", hint="e.g. `--gpus 0,1`")
+            raise UsageError(f"GPUs `{gpus}` are not a list", hint="e.g. `--gpus 0,1`")
         else:
             self.slots = [names[index % len(names)] for index in range(jobs or len(names))]
 
