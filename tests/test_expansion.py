@@ -110,7 +110,7 @@ cells: {res20-res8-kd: {teacher: res20, student: res8, method: kd, epochs: 3}}
         ),
         (
             "ablations: {a: {pairs: res20:res8, methods: kd, temperature: [1, 1.0000001]}}",
-            "two cells `res20-res8-kd-temperature1` of different options",
+            "two cells `res20-res8-kd-temperature1` with different options",
         ),
         (
             "teachers: {a: {model: res20}, b: {model: res20}}\npairs: {res20:res8: {}}\nmethods: {kd: {}}",
@@ -152,7 +152,7 @@ def test_a_line_and_a_command_add_a_method_and_a_pair(icdctl: CommandLine) -> No
     params = project(icdctl)
     params.write_text(params.read_text().replace("methods:\n", "methods: # mine\n  kd: {temperature: 2}\n"))
     code, _, err = icdctl("grid", "plan")
-    assert (code, "params.yaml stands for now: 1 added (res20-res8-kd-temperature2)" in err) == (1, True), err
+    assert (code, "out of date with params.yaml: 1 added (res20-res8-kd-temperature2)" in err) == (1, True), err
     assert "hint: `icdctl grid expand` makes it again" in err
     assert icdctl("grid", "expand", "--check")[0] == 1
     code, out, err = icdctl("grid", "expand", "--json")

@@ -75,7 +75,7 @@ def test_a_run_of_other_settings_is_stale_until_it_is_replaced(icdctl: CommandLi
     assert "temperature 4.0 -> 2.0" in found["note"]
     code, out, err = icdctl("grid", "run")
     assert code == 1
-    assert "error: `kd/s0`: the folder holds another run than the cell asks for: temperature 4.0 -> 2.0" in err
+    assert "error: `kd/s0`: the folder holds a run with other settings than the cell: temperature 4.0 -> 2.0" in err
     assert "temperature 4.0 -> 2.0" in err
     assert "--replace" in err
     assert re.search(r"plain/s0 +done", out)
@@ -147,7 +147,7 @@ def test_the_method_may_come_from_the_train_section(icdctl: CommandLine) -> None
         ("cells: {a: {method: ce, settings: [gamma]}}", "is not a mapping of names"),
         ("cells: {a: {method: ce}}\nseeds: [1, 2, 1]", "names 1 twice"),
         ("cells: {a: {method: ce}}\nseeds: [3000000000]", "is not a list of whole numbers"),
-        ("cells: {a: {method: ce}, a: {method: kd}}", "the key `a` stands twice, in line 1"),
+        ("cells: {a: {method: ce}, a: {method: kd}}", "the key `a` appears twice, in line 1"),
         ("cells: {1: {method: ce}, '1': {method: kd}}", "two cells in"),
         ("cells: &c {a: *c}", "refers to itself"),
         ("cells: " + "[" * 3000, "nested too deep"),

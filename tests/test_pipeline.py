@@ -249,7 +249,7 @@ def test_an_experiment_changes_values_and_nothing_else(tmp_path: Path) -> None:
     content["methods"]["kd"] = {}
     (demo / "params.yaml").write_text(yaml.safe_dump(content))
     told = clone.dvc("repro", "demo/dvc.yaml", code=255)
-    assert "cells.yaml` is not what params.yaml stands for now: 1 added (res14-res8-kd)" in told
+    assert "cells.yaml` is out of date with params.yaml: 1 added (res14-res8-kd)" in told
     assert "hint: `icdctl grid expand` makes it again" in told
 
 

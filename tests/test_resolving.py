@@ -120,10 +120,10 @@ def test_an_unknown_setting_of_the_method_is_told_the_nearest() -> None:
 def test_an_option_among_the_settings_of_the_method_is_told_how_it_is_given() -> None:
     with pytest.raises(UsageError) as caught:
         distilled(settings={"lr": 0.1})
-    assert caught.value.hint == "it is an option of its own: `--lr`"
+    assert caught.value.hint == "it is a separate option: `--lr`"
     with pytest.raises(UsageError) as caught:
         distilled(settings={"ema_decay": 0.1})
-    assert caught.value.hint == "it is an option of its own: `--set ema_decay`"
+    assert caught.value.hint == "it is a separate option: `--set ema_decay`"
 
 
 def test_the_warm_up_of_the_distillation_is_a_share_of_the_epochs() -> None:

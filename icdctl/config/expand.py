@@ -20,8 +20,8 @@ def expand(options: Mapping[str, object], *, seeds: str | None = None) -> list[d
     A setting goes to the methods that have it; one that none of them has is an error.
 
     Args:
-        options: by name, as in `icdctl.config.lookup.OPTIONS`; `method`, `student` and values of `settings` may be
-            lists (`a,b` or a sequence), `scales` a list with `;` between its entries.
+        options: options by name, as in `icdctl.config.lookup.OPTIONS`; `method`, `student` and values of `settings`
+            may be lists (`a,b` or a sequence), `scales` a list with `;` between its entries.
         seeds: `0-4`, `0,2,5` or both.
 
     Returns:

@@ -27,14 +27,14 @@ from icdctl.grid.expansion import AFTER, PLAIN
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LONGEST_NAME = 200
 _OWN = ("seed", "out")
-"""Options that the grid gives each run."""
+"""Options that the grid sets for each run."""
 _LARGEST_SEED = 2**31 - 1
 PARAMS_FILE = "params.yaml"
 
 
 @dataclass(frozen=True)
 class GridCell:
-    """What is trained, whatever the seed."""
+    """A set of options that is trained with several seeds."""
 
     name: str
     options: Mapping[str, Any]
@@ -72,7 +72,7 @@ class GridRun:
 
     @property
     def history(self) -> list[dict[str, str]]:
-        """The lines of its history; none where it has not got that far."""
+        """The lines of its history; empty before its first epoch is over."""
         try:
             with (self.folder / "history.csv").open(newline="", encoding="utf-8") as file:
                 return list(csv.DictReader(file))
@@ -95,7 +95,7 @@ class GridRun:
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells, seeds, and where the runs lie."""
+    """Cells, their seeds, and the folder of the runs."""
 
     cells: tuple[GridCell, ...]
     seeds: tuple[int, ...]
@@ -143,11 +143,11 @@ def make_cell(name: str, options: Mapping[str, object], *, origin: str, method: 
     Args:
         name: the cell's.
         options: as params.yaml states them.
-        origin: where it is from, for messages.
-        method: what a cell that states none is trained with.
+        origin: where it comes from, for messages.
+        method: the method of a cell that states none.
 
     Raises:
-        UsageError: the name or an option can't be.
+        UsageError: the name or an option is not valid.
     """
     if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
         raise UsageError(
@@ -158,7 +158,7 @@ def make_cell(name: str, options: Mapping[str, object], *, origin: str, method: 
     for key in own:
         if key in _OWN:
             raise UsageError(
-                f"cell `{name}` in {origin} has `{key}`, which the grid gives each run", hint="leave it out"
+                f"cell `{name}` in {origin} has `{key}`, which the grid sets for each run", hint="leave it out"
             )
         if key not in OPTIONS:
             raise unknown_name(f"option of cell `{name}`", str(key), OPTIONS, listing="icdctl distill --dry-run")
@@ -178,7 +178,7 @@ def make_cell(name: str, options: Mapping[str, object], *, origin: str, method: 
 def _resolved(method: str) -> str:
     try:
         return methods.resolve(method)
-    except UsageError:  # reported where the run is planned, with what else is wrong with it
+    except UsageError:  # reported when the run is planned, with its other problems
         return method
 
 
@@ -190,7 +190,7 @@ def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
         seeds: `0-4`, in place of those in params.yaml.
 
     Raises:
-        UsageError: the file has no cells, or a cell can't be.
+        UsageError: the file has no cells, or a cell is not valid.
         ArtifactError: there is no such file, it is not a mapping, or cells.yaml is stale.
     """
     path = root / PARAMS_FILE
@@ -216,7 +216,7 @@ def _is_seed(value: object) -> bool:
 
 
 def _teacher_models(content: Mapping[str, object]) -> dict[str, str]:
-    """What the teachers that the pipeline makes are, by the paths that cells name them with."""
+    """The models of the teachers that the pipeline makes, by the paths that cells name."""
     entries = content.get("teachers")
     stated = entries.items() if isinstance(entries, dict) else ()
     return {
@@ -225,7 +225,7 @@ def _teacher_models(content: Mapping[str, object]) -> dict[str, str]:
 
 
 def read_params(root: Path) -> dict[str, object]:
-    """params.yaml, whole.
+    """The whole content of params.yaml.
 
     Raises:
         ArtifactError: there is no such file, or it is not a mapping.

@@ -22,7 +22,7 @@ VARIANTS = ("published", "corrected")
 
 @dataclass(frozen=True)
 class MethodSetting:
-    """What may be given as a setting, and what it does."""
+    """The values that a setting accepts, and what it does."""
 
     help: str
     is_above_zero: bool = False
