@@ -100,8 +100,8 @@ def epochs_of(run: str) -> list[str]:
 
 
 def goes_on(err: str, num_epochs: int) -> bool:
-    """Whether a process says that it goes on after so many epochs; a state may be one ahead of its history."""
-    return any(f"going on after epoch {number} of" in err for number in (num_epochs, num_epochs + 1))
+    """Whether a process says that it continues after so many epochs; a state may be one ahead of its history."""
+    return any(f"continuing after epoch {number} of" in err for number in (num_epochs, num_epochs + 1))
 
 
 def processes_naming(text: str) -> list[int]:

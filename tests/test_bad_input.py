@@ -243,7 +243,7 @@ def test_a_learning_rate_must_be_finite_and_above_0(icdctl: CommandLine, value: 
 @pytest.mark.parametrize("value", ["abc", "nan", "inf", "-1", "0", "", "1e400", "1_000", "90x", "0s", "-5m"])
 def test_a_time_limit_must_be_a_duration(icdctl: CommandLine, value: str) -> None:
     assert fails(icdctl(*TRAIN, f"--time-limit={value}", "--dry-run"), 2) == (
-        [f"time limit `{value}` is no duration above 0"],
+        [f"time limit `{value}` is not a duration above 0"],
         ["e.g. `--time-limit 90m`, `1h30m` or `45s`"],
     )
 
@@ -582,7 +582,7 @@ def test_a_stopped_run_survives_attempts_with_other_settings(icdctl: CommandLine
     fails(icdctl(*job, "--epochs", "9", "--seed", "3", "--resume"), 2)
     assert contents(out) == before
     code, _, err = icdctl(*job, "--resume")
-    assert (code, err) == (0, "going on after epoch 1 of 2\n")
+    assert (code, err) == (0, "continuing after epoch 1 of 2\n")
 
 
 @pytest.mark.parametrize(
@@ -1022,7 +1022,7 @@ def test_an_interrupted_training_goes_on(icdctl: CommandLine, tmp_path: Path) ->
     assert re.fullmatch(r"interrupted; the state after epoch \d+ of 500 is saved", failure.error)
     assert "`--resume --out" in failure.hint
     code, _, err = icdctl(*arguments, "--resume", "--time-limit", "0.001s")
-    assert (code, err.startswith("going on after epoch ")) == (0, True)
+    assert (code, err.startswith("continuing after epoch ")) == (0, True)
 
 
 # --- hints ---------------------------------------------------------------------------------------------------------

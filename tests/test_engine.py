@@ -383,7 +383,7 @@ def test_a_killed_process_resumes_and_a_terminated_one_says_143(tmp_path: Path) 
         assert process.returncode == code
         if code == 143:
             assert "error: interrupted; the state after epoch" in error
-            assert "hint: go on" in error
+            assert "hint: continue" in error
     assert len(history(out)) >= 4
 
 

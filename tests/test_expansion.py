@@ -94,13 +94,13 @@ cells: {res20-res8-kd: {teacher: res20, student: res8, method: kd, epochs: 3}}
     ("text", "message"),
     [
         ("pairs: {res20: {}}\nmethods: {kd: {}}", "pair `res20` in `params.yaml` can't be read"),
-        ("pairs: [res20:res8]", "`pairs` in `params.yaml` is no mapping, found list"),
+        ("pairs: [res20:res8]", "`pairs` in `params.yaml` is not a mapping, found list"),
         ("pairs: {res20:res8: 3}", "pair `res20:res8` in `params.yaml` is `3`, expected a mapping"),
         ("pairs: {res20:res8: {kd: 3}}\nmethods: {kd: {}}", "`kd` of pair `res20:res8`"),
         ("pairs: {res20:res8: {kdd: {}}}\nmethods: {kd: {}}", "unknown method of pair `res20:res8`"),
         ("pairs: {res20:res8: {}}\nmethods: {kdd: {}}", "unknown method `kdd`"),
         ("pairs: {res20:res8: {}}\nmethods: {kd: {gama: 1}}", "unknown setting of `kd` in `params.yaml` `gama`"),
-        ("pairs: {res20:res8: {}}\nmethods: {sdd_kd: {scales: 3}}", "scales `3` are no list"),
+        ("pairs: {res20:res8: {}}\nmethods: {sdd_kd: {scales: 3}}", "scales `3` are not a list"),
         ("pairs: {res20:res8: {}}\nmethods: {sdd_kd: {scales: [3]}}", "scale 3"),
         ("ablations: {a: {methods: kd}}", "ablation `a` in `params.yaml` names no `pairs`"),
         ("ablations: {a: {pairs: res20:res8}}", "ablation `a` in `params.yaml` names no `methods`"),
@@ -110,7 +110,7 @@ cells: {res20-res8-kd: {teacher: res20, student: res8, method: kd, epochs: 3}}
         ),
         (
             "ablations: {a: {pairs: res20:res8, methods: kd, temperature: [1, 1.0000001]}}",
-            "two cells `res20-res8-kd-temperature1` of different options",
+            "two cells `res20-res8-kd-temperature1` with different options",
         ),
         (
             "teachers: {a: {model: res20}, b: {model: res20}}\npairs: {res20:res8: {}}\nmethods: {kd: {}}",
@@ -152,7 +152,7 @@ def test_a_line_and_a_command_add_a_method_and_a_pair(icdctl: CommandLine) -> No
     params = project(icdctl)
     params.write_text(params.read_text().replace("methods:\n", "methods: # mine\n  kd: {temperature: 2}\n"))
     code, _, err = icdctl("grid", "plan")
-    assert (code, "params.yaml stands for now: 1 added (res20-res8-kd-temperature2)" in err) == (1, True), err
+    assert (code, "out of date with params.yaml: 1 added (res20-res8-kd-temperature2)" in err) == (1, True), err
     assert "hint: `icdctl grid expand` makes it again" in err
     assert icdctl("grid", "expand", "--check")[0] == 1
     code, out, err = icdctl("grid", "expand", "--json")

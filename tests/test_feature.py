@@ -127,7 +127,7 @@ def test_the_connector_learns_with_the_student_and_stays_behind(taught: Path, tm
     state = planned(taught, tmp_path / "run", method="fitnet", student="res14", epochs=3, deterministic=False)
     assert result.config.fingerprint == state.fingerprint
     with safe_open(checkpoint_path(state.fingerprint), framework="pt") as stored:
-        kept = [key for key in stored.keys() if key.startswith("objective.")]  # noqa: SIM118 (it is no dictionary)
+        kept = [key for key in stored.keys() if key.startswith("objective.")]  # noqa: SIM118 (it is not a dictionary)
     assert "objective.connector.conv.weight" in kept
     with safe_open(tmp_path / "run" / "student.safetensors", framework="pt") as stored:
         assert set(stored.keys()) == set(models.create("res14", 100).state_dict())

@@ -75,7 +75,7 @@ def test_a_run_of_other_settings_is_stale_until_it_is_replaced(icdctl: CommandLi
     assert "temperature 4.0 -> 2.0" in found["note"]
     code, out, err = icdctl("grid", "run")
     assert code == 1
-    assert "error: `kd/s0`: the folder holds another run than the cell asks for: temperature 4.0 -> 2.0" in err
+    assert "error: `kd/s0`: the folder holds a run with other settings than the cell: temperature 4.0 -> 2.0" in err
     assert "temperature 4.0 -> 2.0" in err
     assert "--replace" in err
     assert re.search(r"plain/s0 +done", out)
@@ -144,10 +144,10 @@ def test_the_method_may_come_from_the_train_section(icdctl: CommandLine) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("cells: {a: {method: ce, settings: [gamma]}}", "is no mapping of names"),
+        ("cells: {a: {method: ce, settings: [gamma]}}", "is not a mapping of names"),
         ("cells: {a: {method: ce}}\nseeds: [1, 2, 1]", "names 1 twice"),
-        ("cells: {a: {method: ce}}\nseeds: [3000000000]", "is no list of whole numbers"),
-        ("cells: {a: {method: ce}, a: {method: kd}}", "the key `a` stands twice, in line 1"),
+        ("cells: {a: {method: ce}}\nseeds: [3000000000]", "is not a list of whole numbers"),
+        ("cells: {a: {method: ce}, a: {method: kd}}", "the key `a` appears twice, in line 1"),
         ("cells: {1: {method: ce}, '1': {method: kd}}", "two cells in"),
         ("cells: &c {a: *c}", "refers to itself"),
         ("cells: " + "[" * 3000, "nested too deep"),
@@ -308,7 +308,7 @@ def test_two_grids_at_once_train_a_run_once(icdctl: CommandLine) -> None:
             assert (first.wait(), second.wait()) == (0, 0)
     (one,), (other,) = (json.loads(process.out)["runs"] for process in (first, second))
     assert (one["state"], other) == ("done", one)  # seconds too
-    assert "going on after" not in second.err
+    assert "continuing after" not in second.err
 
 
 def test_a_run_is_taken_over_from_whoever_dies() -> None:
@@ -367,7 +367,7 @@ def test_orphans_of_a_killed_grid_are_waited_for() -> None:
         wait_until(lambda: "waiting: run folder" in second.err, what="the second to wait")
         os.kill(busy, signal.SIGCONT)
         assert second.wait() == 0
-    assert "going on after" not in second.err
+    assert "continuing after" not in second.err
     assert [run["state"] for run in json.loads(second.out)["runs"]] == ["done"]
     wait_until(lambda: not any(map(is_alive, children)), what="the orphans to end")
     assert len(epochs_of("a/s0")) == len(epochs_of("b/s0")) == 12
@@ -396,7 +396,7 @@ def test_a_time_limit_is_the_childrens_too(icdctl: CommandLine) -> None:
     assert 0 < len(epochs_of("a/s0")) < 10
     code, out, err = icdctl("grid", "run", "--jobs", "2", "--json")
     assert (code, json.loads(out)["runs"][0]["state"]) == (0, "done"), err
-    assert "a/s0: going on after epoch" in err
+    assert "a/s0: continuing after epoch" in err
     assert len(epochs_of("a/s0")) == 10
 
 
@@ -442,9 +442,9 @@ def test_a_run_whose_folder_is_taken_away_stops_and_the_next_goes_on() -> None:
             wait_until(lambda: "waiting: run folder" in second.err, what="the second to wait")
             first.send(signal.SIGCONT)
             assert first.wait() == 1
-            wait_until(lambda: len(epochs_of("a/s0")) > num_before, what="the second to go on")
-            assert "going on after epoch" in second.err
-    assert "was taken away during the run" in first.err
+            wait_until(lambda: len(epochs_of("a/s0")) > num_before, what="the second to continue")
+            assert "continuing after epoch" in second.err
+    assert "was removed during the run" in first.err
 
 
 def test_the_table_of_progress_is_for_terminals() -> None:

@@ -687,7 +687,7 @@ def test_validation_images_are_watched_in_place_of_the_test_images(
         code, stdout, err = icdctl("registry", "add", out, "--json")
         assert code == 0, err
         card = Path("registry", *json.loads(stdout)["reference"].split("@")) / "card.md"
-        assert "the test images were looked at once" in card.read_text()
+        assert "the test images were used once" in card.read_text()
 
 
 def test_a_module_is_compared_with_at_the_size_of_what_it_is_compared_to(tmp_path: Path) -> None:
@@ -708,7 +708,7 @@ def test_validate_looks_at_a_folder_before_it_is_trained_on(icdctl: CommandLine,
     counts = torch.bincount(division.train_labels).tolist()
     assert found["classes"].startswith(f"{len(counts)} classes of {min(counts)} (`")
     assert f"to {max(counts)} images for training; {len(division.test_labels)} images for testing; 2 without" in out
-    assert found["images"] == f"all {len(division.train_labels) + len(division.test_labels) + 2} can be decoded"
+    assert found["images"] == f"all {len(division.train_labels) + len(division.test_labels) + 2} images can be decoded"
     first = next((folder / "train").rglob("*.png"))
     first.write_bytes(first.read_bytes()[:50])
     code, out, err = icdctl("validate", f"imagefolder:{folder}")
@@ -763,7 +763,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(icdctl: CommandLine, t
     assert "stopped" in stdout
     code, _, err = icdctl(*command, "--out", tmp_path / "halves", "--resume")
     assert code == 0, err
-    assert "going on after epoch 1 of 3" in err
+    assert "continuing after epoch 1 of 3" in err
     assert numbers(tmp_path / "halves") == numbers(tmp_path / "whole")
 
 

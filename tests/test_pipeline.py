@@ -89,13 +89,13 @@ def test_a_grid_is_planned_trained_once_and_evaluated(icdctl: CommandLine) -> No
     ("content", "message"),
     [
         ("cells: {}", "names no cells"),
-        ("cells: {a: 1}", "is no mapping of options"),
+        ("cells: {a: 1}", "is not a mapping of options"),
         ("cells: {a/b: {method: kd}}", "can't be the name of a cell"),
         ("cells: {a: {seed: 1}}", "has `seed`"),
         ("cells: {a: {epoch: 1}}", "unknown option of cell `a` `epoch`"),
-        ("cells: {a: {method: kd}}\nseeds: [x]", "is no list of whole numbers"),
+        ("cells: {a: {method: kd}}\nseeds: [x]", "is not a list of whole numbers"),
         ("[", "can't be read"),
-        ("- a", "holds no mapping"),
+        ("- a", "does not hold a mapping"),
     ],
 )
 def test_what_a_grid_can_not_be_is_told(icdctl: CommandLine, content: str, message: str) -> None:
@@ -134,7 +134,7 @@ def test_a_published_table_is_judged_and_written(icdctl: CommandLine, tmp_path: 
         (("icd-gamma", "--family", "gamma3"), "unknown family"),
         (("icd-gamma", "--epoch", "last"), "unknown epoch"),
         (("icd-gamma", "--seeds", "0", "--no-train"), "0 seeds"),
-        (("icd-gamma", "--seeds", "0-2", "--no-train"), "`--seeds 0-2` is no number of seeds"),
+        (("icd-gamma", "--seeds", "0-2", "--no-train"), "`--seeds 0-2` is not a number of seeds"),
         ((), "no table is named"),
     ):
         code, _, err = icdctl("reproduce", *wrong)
@@ -249,7 +249,7 @@ def test_an_experiment_changes_values_and_nothing_else(tmp_path: Path) -> None:
     content["methods"]["kd"] = {}
     (demo / "params.yaml").write_text(yaml.safe_dump(content))
     told = clone.dvc("repro", "demo/dvc.yaml", code=255)
-    assert "cells.yaml` is not what params.yaml stands for now: 1 added (res14-res8-kd)" in told
+    assert "cells.yaml` is out of date with params.yaml: 1 added (res14-res8-kd)" in told
     assert "hint: `icdctl grid expand` makes it again" in told
 
 
@@ -295,8 +295,8 @@ def test_a_killed_repro_goes_on_and_its_orphan_is_not_raced(tmp_path: Path, monk
         assert orphan in trainers()
         os.kill(orphan, signal.SIGCONT)
         wait_until(lambda: orphan not in trainers(), what="the orphan to end")
-        wait_until(lambda: len(epochs_of("kd/s0")) > num_before, what="the second to go on")
-        assert "going on after epoch" in second_said.read_text()
+        wait_until(lambda: len(epochs_of("kd/s0")) > num_before, what="the second to continue")
+        assert "continuing after epoch" in second_said.read_text()
         (trainer,) = trainers()
         os.kill(trainer, signal.SIGKILL)  # dead this time: taken over at once
         assert second.wait(timeout=120) != 0
@@ -305,8 +305,8 @@ def test_a_killed_repro_goes_on_and_its_orphan_is_not_raced(tmp_path: Path, monk
     finally:
         second.kill()
         second.wait()
-    assert "was taken away during the run" in first_said.read_text()
-    assert "going on after epoch" in third_said.read_text()
+    assert "was removed during the run" in first_said.read_text()
+    assert "continuing after epoch" in third_said.read_text()
     assert "waiting: " not in third_said.read_text()
     assert len(epochs_of("kd/s0")) == 200
     assert "Running stage" not in dvc("repro", "-s", "demo/dvc.yaml:distill@kd")

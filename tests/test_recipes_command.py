@@ -349,13 +349,13 @@ def test_a_file_of_the_reference_keeps_what_it_says_and_its_faults_are_told(icdc
     assert told == [
         "DATASET.TYPE is not stated, which is cifar100 in that code, though the file lies under cub200/: cifar100 is "
         "used",
-        "scales are no part of such a file (`--M` on its command line): 1,2,4; `--scales` for others",
+        "such a file does not state scales (that code takes `--M`): 1,2,4 are used; `--scales` gives others",
         "CD.GAMMA is not stated: 2, the default of gamma2; 8 by `--family gamma8`",
         "SOLVER.LR 0.05 is kept; the recipe `cifar100` has 0.01 for `mv2`",
         "EXPERIMENT.PROJECT baselines_gamma8 contradicts gamma 2, which is used",
         "EXPERIMENT.TAG SDD_DKD,vgg13 names another method than `cd_sdd_kd`, which is used",
         "DKD.BETA 6.0 is left out: `cd_sdd_kd` never reads it",
-        "LOG.WANDB False is left out: it has no place here",
+        "LOG.WANDB False is left out: it can't be taken over",
     ]
 
 
@@ -402,7 +402,7 @@ def test_settings_families_and_scales_of_a_file(icdctl: CommandLine) -> None:
         ("DISTILLER: {TYPE: KD, STUDENT: vgg8}", 2, "states no `DISTILLER.TEACHER`"),
         ("DISTILLER: 3", 2, "expected a section"),
         ("cells: {a: {method: kd}}", 2, "neither a section `DISTILLER`"),
-        ("- a", 2, "holds no mapping"),
+        ("- a", 2, "does not hold a mapping"),
         ("[" * 5000, 1, "can't be read as YAML"),
         ("a: &a [*a]", 1, "it has YAML aliases"),
         ("a: &a [x, x]\nb: &b [*a, *a]\n", 1, "it has YAML aliases"),
@@ -470,7 +470,7 @@ def test_only_what_is_replaced_changes(tmp_path: Path) -> None:
     [
         ("cells: [1]", 2, "`cells` in"),
         ("[", 1, "can't be read as YAML"),
-        ("- 1", 1, "holds no mapping"),
+        ("- 1", 1, "does not hold a mapping"),
         ("b: &b {x: 1}\ncells: *b\n", 1, "can't be added to"),
         ("z: 1\n...\n", 1, "can't be added to"),
     ],

@@ -237,7 +237,7 @@ def test_what_is_asked_for_is_shown(icdctl: CommandLine, inside: Path, tmp_path:
 def test_a_judged_table_joins_the_page(icdctl: CommandLine, project: Path, tmp_path: Path) -> None:
     given = ("report", project / "runs/plain", "--table", "icd-gamma", "--out", tmp_path, "--no-latency")
     code, _, err = icdctl(*given)
-    assert (code, "no run of table `icd-gamma`" in err) == (1, True)
+    assert (code, "table `icd-gamma` has no runs" in err) == (1, True)
     name = "cub200-res32x4-shuv1-cd_sdd_kd-gamma1"
     (found,) = [each for each in papers.load("icd-gamma").cells if name_of(each) == name]
     cell = grid_cell(found, {})

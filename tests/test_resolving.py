@@ -83,7 +83,7 @@ def test_all_problems_are_told_at_once_with_what_to_change() -> None:
         "unknown data set `digit100`",
         "unknown model `res9`",
         "unknown device `gpu`",
-        "time limit `soon` is no duration above 0",
+        "time limit `soon` is not a duration above 0",
         "`epochs` is `0`: input should be greater than or equal to 1",
         "`lr` is `-1`: input should be greater than 0",
     )
@@ -120,10 +120,10 @@ def test_an_unknown_setting_of_the_method_is_told_the_nearest() -> None:
 def test_an_option_among_the_settings_of_the_method_is_told_how_it_is_given() -> None:
     with pytest.raises(UsageError) as caught:
         distilled(settings={"lr": 0.1})
-    assert caught.value.hint == "it is an option of its own: `--lr`"
+    assert caught.value.hint == "it is a separate option: `--lr`"
     with pytest.raises(UsageError) as caught:
         distilled(settings={"ema_decay": 0.1})
-    assert caught.value.hint == "it is an option of its own: `--set ema_decay`"
+    assert caught.value.hint == "it is a separate option: `--set ema_decay`"
 
 
 def test_the_warm_up_of_the_distillation_is_a_share_of_the_epochs() -> None:
@@ -177,5 +177,5 @@ def test_a_duration_is_read(text: object, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-5", "90x", "1m30h", "nan"])
 def test_no_duration_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is no duration above 0"):
+    with pytest.raises(UsageError, match="is not a duration above 0"):
         parse_duration(text)

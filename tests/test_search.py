@@ -143,7 +143,7 @@ def test_what_comes_next_follows_from_the_trials(icdctl: CommandLine) -> None:
     assert first.trials[-1].score == -math.inf
     assert Trial({}, (1.0, 2.0)).score == 1.5
     first.trials = first.trials[-1:]
-    with pytest.raises(IcdctlError, match="no trial of `mine` got through"):
+    with pytest.raises(IcdctlError, match="all trials of `mine` failed"):
         _ = first.best
 
 

@@ -121,10 +121,10 @@ def test_an_empty_folder_is_no_wish_for_the_default(key: str) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("train: {lr: 0.1, lr: 0.2}", "the key `lr` stands twice, in line 1"),
-        ("train: [1]", "holds no mapping `train`, found list"),
+        ("train: {lr: 0.1, lr: 0.2}", "the key `lr` appears twice, in line 1"),
+        ("train: [1]", "does not hold a mapping `train`, found list"),
         ("train: {lr: ]", "can't be read as YAML"),
-        ("- a list", "holds no mapping `train`, found list"),
+        ("- a list", "does not hold a mapping `train`, found list"),
     ],
 )
 def test_a_params_yaml_that_can_not_be_is_refused(text: str, problem: str) -> None:

@@ -162,7 +162,7 @@ def test_a_batch_that_was_not_finite_is_kept_for_a_closer_look(teacher: Path, tm
     assert numbers in caught.value.message
     assert kept["pixels"].shape == (len(kept["labels"]), 32, 32, 3)
     assert kept["teacher_logits"].shape == (len(kept["labels"]), 100)
-    assert kept["teacher_cells"].shape == (len(kept["labels"]), 100, 4, 4)
+    assert kept["teacher_regions"].shape == (len(kept["labels"]), 100, 4, 4)
 
 
 def test_a_student_may_start_from_weights_of_its_own(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_table_of_answers_is_kept_checked_and_made_anew_where_it_is_wrong(monk
         )
 
     first = make(inline)
-    assert told == ["asking the teacher for every view 108"]
+    assert told == ["filling the teacher cache 108"]
     views = store.epoch(seed=0, epoch=1)
     expected = inline(store.inputs(views))
     for made in (first, make(inline)):
@@ -251,11 +251,11 @@ def test_a_table_of_answers_is_kept_checked_and_made_anew_where_it_is_wrong(monk
     assert told == []  # the second one came from the disk
     torch.manual_seed(1)
     make(InlineTeacher(models.create("res8", 100).eval(), reads=READS, device=CPU))
-    assert told[0].startswith("warning: the teacher's answers on disk differ from those that it gives now")
+    assert told[0].startswith("warning: the teacher cache differs from what the teacher computes now")
     assert table.folder is not None
     (table.folder / "cells.npy").write_bytes(b"")
     make(inline)
-    assert told == ["asking the teacher for every view 108"]
+    assert told == ["filling the teacher cache 108"]
     assert sorted(path.name for path in table.folder.iterdir()) == ["cells.npy", "facts.json", "logits.npy"]
 
 

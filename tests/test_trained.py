@@ -99,7 +99,7 @@ def test_weights_that_changed_since_their_run_are_refused_by_folder_and_taken_by
 def test_a_file_replaced_after_it_was_found_is_not_loaded(project: Path, run: Path) -> None:
     found = resolve(str(run))
     shutil.copy(project / "seed1" / "student.safetensors", found.path)
-    with pytest.raises(ArtifactError, match=r"student\.safetensors` was replaced"):
+    with pytest.raises(ArtifactError, match=r"student\.safetensors` changed while it was being read"):
         found.load()
 
 

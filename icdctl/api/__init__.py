@@ -44,8 +44,8 @@ def train(
 
     Args:
         config: options as a mapping, or a resolved configuration; keywords override it.
-        resume: start, go on, or finish at once, whatever the state of the run folder is.
-        observer: told of the progress.
+        resume: continue the run in the folder from its last checkpoint, or start it; a finished run returns at once.
+        observer: receives the progress.
         **options: `student` (a model's name or an nn.Module; `model` means the same), `dataset`, `out`, `epochs`, `lr`,
             `seed`, ...: the names in docs/settings.md.
 
@@ -69,8 +69,8 @@ def distill(
 
     Args:
         config: options as a mapping, or a resolved configuration; keywords override it.
-        resume: start, go on, or finish at once, whatever the state of the run folder is.
-        observer: told of the progress.
+        resume: continue the run in the folder from its last checkpoint, or start it; a finished run returns at once.
+        observer: receives the progress.
         **options: `method`, `teacher` (a name, `registry:NAME`, a run folder, a weights file or an nn.Module),
             `student` (a name or an nn.Module), `scales`, `settings`, ...: the names in docs/settings.md.
 
@@ -88,13 +88,13 @@ def distill_many(
     observer: Observer | None = None,
     **options: Any,
 ) -> list[RunResult | Failure]:
-    """Train many students of one teacher at once, each as if it were alone, each with a run folder of its own.
+    """Train many students of one teacher at once, each as if it were alone, each with its own run folder.
 
     Args:
         config: options as a mapping, or a resolved configuration; keywords override it.
         seeds: `0-4`, or a sequence.
-        resume: for each of them, as for `distill`.
-        observer: told of the progress.
+        resume: as for `distill`, for each run.
+        observer: receives the progress.
         **options: as for `distill`; `method`, `student` and the values of `settings` may be lists, and every
             combination is trained. `out` is the folder of the run folders.
 
@@ -132,16 +132,16 @@ def start(
     wait: bool = False,
     observer: Observer | None = None,
 ) -> list[RunResult | Failure]:
-    """`train` or `distill` by name, from options and a config.json; several runs share data and teacher.
+    """Start `train` or `distill` by name, from options and a config.json; several runs share data and teacher.
 
     Args:
-        command: of all of them.
-        several: options, a mapping a run.
+        command: the command of all runs.
+        several: one mapping of options for each run.
         config_file: a run's config.json, which the options override.
         in_folder: `out` is the folder of the run folders, not the run folder.
-        resume: for each of them, as for `distill`.
-        wait: for other processes that are at work in the run folders, rather than fail.
-        observer: told of the progress.
+        resume: as for `distill`, for each run.
+        wait: wait for other processes that are at work in the run folders, rather than fail.
+        observer: receives the progress.
 
     Raises:
         IcdctlError: with a message and a hint.
@@ -183,7 +183,7 @@ def _run(
 
 
 def _origin_of(teacher: TrainedModel | None) -> dict[str, str | None]:
-    """Whose weights a student learns from, for its metrics."""
+    """Source and licence of the weights that a student learns from, for its metrics."""
     return {} if teacher is None else {"teacher_source": teacher.source, "teacher_licence": teacher.licence}
 
 
@@ -197,9 +197,9 @@ class EvaluationResult:
     class_names: tuple[str, ...]
     numbers: evaluation.Evaluation
     agreement: float | None
-    """With the teacher, in percent."""
+    """Share of the images on which it gives the same class as the teacher, in percent."""
     fidelity: float | None
-    """Mean KL(teacher || this), in nats."""
+    """Mean KL(teacher || this classifier), in nats."""
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -220,18 +220,18 @@ def evaluate(
     device: str = "auto",
     observer: Observer | None = None,
 ) -> EvaluationResult:
-    """Top-1, top-5, loss, calibration and top-1 per class on the test images; with a teacher, how alike the two are.
+    """Measure a classifier on the test images: accuracies, loss, calibration; with a teacher, agreement too.
 
     Args:
         target: a run folder, a weights file, `registry:NAME`, an .onnx file or an nn.Module.
-        dataset: what to test on; by default what the target was trained on.
-        teacher: another such thing to compare with.
-        model: the nn.Module that the weights of `target` belong to, where it is one of your own.
-        data_dir: what holds the data sets.
-        test_images: how many test images digits100 makes.
-        image_size: what an nn.Module reads, in pixels, where `dataset` is an `imagefolder`; all else says it itself.
-        device: for torch models; ONNX files run on the CPU.
-        observer: told of the progress.
+        dataset: the data set to test on; by default the one that the target was trained on.
+        teacher: another classifier to compare with, or a model's name for its registered teacher.
+        model: the nn.Module that the weights of `target` belong to, where that is a custom module.
+        data_dir: the folder that holds the folders of the data sets.
+        test_images: number of test images that `digits100` draws.
+        image_size: side of the images that an nn.Module reads, in pixels, where `dataset` is an `imagefolder`.
+        device: the device for torch models; ONNX files run on the CPU.
+        observer: receives the progress.
 
     Raises:
         IcdctlError: with a message and a hint.
@@ -286,18 +286,18 @@ def predict(
     device: str = "auto",
     observer: Observer | None = None,
 ) -> PredictionResult:
-    """The likeliest classes of image files, which are decoded as a folder of training images is.
+    """Classify image files, which are decoded in the same way as training images.
 
     Args:
         target: a run folder, a weights file, `registry:NAME`, an .onnx file, an export folder or an nn.Module.
         images: a file, a folder, or several of them.
-        dataset: for a target that does not say what it was trained on.
-        model: the nn.Module that the weights of `target` belong to, where it is one of your own.
-        image_size: what an nn.Module reads, in pixels, where `dataset` is an `imagefolder`; all else says it itself.
-        top: how many classes to tell of each image.
+        dataset: the data set of a target that does not say what it was trained on.
+        model: the nn.Module that the weights of `target` belong to, where that is a custom module.
+        image_size: side of the images that an nn.Module reads, in pixels, where `dataset` is an `imagefolder`.
+        top: number of classes to report for each image.
         skip_broken: leave out files that can't be decoded, rather than fail.
-        device: for torch models; ONNX files run on the CPU.
-        observer: told of the progress.
+        device: the device for torch models; ONNX files run on the CPU.
+        observer: receives the progress.
 
     Raises:
         IcdctlError: with a message and a hint.
@@ -337,18 +337,18 @@ def export(
     data_dir: str | None = None,
     replace: bool = False,
 ) -> Export:
-    """An ONNX file that agrees with PyTorch, verified, in a folder with its card, hashes and report.
+    """Export a trained model to an ONNX file, verify it, and write its card, hashes and report beside it.
 
     Args:
         target: a run folder, a weights file or `registry:NAME`.
         out: the folder to make; by default `onnx` in the run folder, or beside the weights file.
         input_kind: `uint8` pixels [batch, H, W, 3], or normalised `float` images [batch, 3, H, W].
-        opset: 18 to 23.
-        dataset: for weights that do not say what they were trained on.
-        model: the nn.Module that the weights belong to, where it is one of your own; it is left as it is.
-        image_size: what such a module reads, in pixels, where `dataset` is an `imagefolder`; all else says it itself.
-        data_dir: what holds the data sets; where the data are there, the test images join the verification.
-        replace: an existing folder.
+        opset: the ONNX operator set, 18 to 23.
+        dataset: the data set of weights that do not say what they were trained on.
+        model: the nn.Module that the weights belong to, where that is a custom module; it is not changed.
+        image_size: side of the images that such a module reads, in pixels, where `dataset` is an `imagefolder`.
+        data_dir: the folder that holds the folders of the data sets; test images that are there join the verification.
+        replace: whether an existing folder is replaced.
 
     Raises:
         IcdctlError: with a message and a hint; a file that fails verification is not kept.
@@ -383,7 +383,7 @@ def export(
 
 
 def _facts(target: TrainedModel) -> dict[str, Any]:
-    """What the run folder of a weights file says of how it came about, for the model card."""
+    """How a weights file was made, as far as its run folder says so, for the model card."""
     row = data.row_of(target.dataset)
     facts: dict[str, Any] = {} if row is None else {"data_source": row.source, "data_licence": row.licence}
     if target.licence is not None:
@@ -397,9 +397,9 @@ def _facts(target: TrainedModel) -> dict[str, Any]:
             if not isinstance(value, dict):
                 raise ArtifactError(f"`{folder / name}` holds no JSON object", hint=hint)
         facts |= {key: config.get(key) for key in ("method", "teacher", "teacher_sha256", "scales", "settings", "seed")}
-        told = ("final_top1", "best_top1", "best_epoch", "variant", "teacher_source", "teacher_licence")
-        if metrics.get(HASH_KEY) in (None, target.sha256):  # else they are of other weights
-            facts |= {key: metrics[key] for key in told if metrics.get(key) is not None}
+        names = ("final_top1", "best_top1", "best_epoch", "variant", "teacher_source", "teacher_licence")
+        if metrics.get(HASH_KEY) in (None, target.sha256):  # otherwise they belong to other weights
+            facts |= {key: metrics[key] for key in names if metrics.get(key) is not None}
     return facts
 
 

@@ -1,4 +1,4 @@
-"""Runs that are not started: their options with every name resolved, and the configurations that come of them."""
+"""Runs that have not started: their options with every name resolved, and their configurations."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ FindTeacher = Callable[[str, DatasetInfo], TrainedModel]
 
 @dataclass(frozen=True)
 class StandIn:
-    """What is taken to be known of files that a configuration names and that are not here."""
+    """What is assumed about files that a configuration names and that are not on this machine."""
 
     teacher: tuple[str, str, str]
-    """Model, file, sha256 of its weights."""
+    """Model, weights file and its sha256."""
     init_sha256: str | None
-    """Of the first weights."""
+    """sha256 of the first weights."""
 
 
 class Planner:
@@ -41,12 +41,12 @@ class Planner:
         self._found: dict[tuple[str, DatasetInfo], TrainedModel | IcdctlError] = {}
 
     def plan(self, command: Command, options: Mapping[str, object], *, stand_in: StandIn | None = None) -> RunConfig:
-        """As the function `plan`.
+        """Resolve the configuration of one run, as the function `plan` does.
 
         Args:
-            command: of the run.
-            options: of the run.
-            stand_in: in place of a teacher and of first weights that are not here; None to fail without them.
+            command: the command of the run.
+            options: the options of the run.
+            stand_in: what is assumed where the teacher or the first weights are missing; None to fail without them.
 
         Raises:
             IcdctlError: with a message and a hint.
@@ -54,12 +54,12 @@ class Planner:
         return Job(command, options, find=self.find_teacher, stand_in=stand_in).config
 
     def find_teacher(self, teacher: str, dataset: DatasetInfo) -> TrainedModel:
-        """As `icdctl.teachers.find`, the second time from memory."""
+        """Find a teacher as `icdctl.teachers.find` does; the second time it comes from memory."""
         key = (teacher, dataset)
         if key not in self._found:
             try:
                 found = teachers.find(teacher, dataset=dataset)
-                # Its hash is what is wanted, its tensors are read again when it is loaded.
+                # Only its hash is needed here; its tensors are read again when it is loaded.
                 self._found[key] = replace(found, weights=replace(found.weights, tensors={}))
             except IcdctlError as error:
                 self._found[key] = error
@@ -70,7 +70,7 @@ class Planner:
 
 
 def plan(command: Command, options: Mapping[str, object], config_file: Path | None = None) -> RunConfig:
-    """The resolved configuration of a run that is not started; the teacher must be there, the data need not.
+    """The resolved configuration of a run that has not started; the teacher must be there, the data need not.
 
     Raises:
         IcdctlError: with a message and a hint.
@@ -85,7 +85,7 @@ def plan_many(
     *,
     in_folder: bool = False,
 ) -> list[RunConfig]:
-    """The resolved configurations of runs that are not started; arguments as for `make_jobs`.
+    """The resolved configurations of runs that have not started; arguments as for `make_jobs`.
 
     Raises:
         IcdctlError: with a message and a hint.
@@ -99,8 +99,8 @@ def make_jobs(
     """Runs that share what they find.
 
     Args:
-        command: of all of them.
-        several: options, a mapping a run.
+        command: the command of all runs.
+        several: one mapping of options for each run.
         config_file: a run's config.json, which the options override.
         in_folder: `out` is the folder of the run folders, not the run folder.
 
@@ -171,7 +171,7 @@ class Job:
         return CUSTOM_MODEL, "", models.hash_weights(self.teacher_module)
 
     def warnings(self) -> list[str]:
-        """What was given and does nothing."""
+        """Warnings about options that have no effect."""
         config = self.config
         needs_patches = methods.METHODS[config.method].needs_patches
         found = []
@@ -221,7 +221,7 @@ def _take_module(given: dict[str, object], key: str) -> nn.Module | None:
 
 
 def _check_needed(command: Command, options: Options) -> None:
-    """A student always; a method and a teacher for `distill`."""
+    """Check that a student is named, and a method and a teacher for `distill`."""
     needed = ["student"] if command == "train" else ["method", "student"]
     if command == "distill" and _needs_teacher(options):
         needed.append("teacher")
@@ -237,7 +237,7 @@ def _check_needed(command: Command, options: Options) -> None:
 
 
 def _described(options: Options) -> DatasetInfo:
-    """What is known of the data set that a run is to be on, before its configuration is complete."""
+    """What is known of the data set of a run, before its configuration is complete."""
     return data.describe(_requested(options))
 
 
@@ -256,7 +256,7 @@ def _needs_teacher(options: Options) -> bool:
 
 
 def _missing_data(options: Options) -> list[IcdctlError]:
-    """What is wrong with the data, to be reported together with a missing teacher.
+    """Problems of the data, to be reported together with a missing teacher.
 
     A folder of images is not decoded for that: it was looked at before the teacher was.
     """

@@ -395,9 +395,9 @@ def _their_names(model: str, needs_patches: bool) -> list[str]:
 def _choose_method(wanted: str | None, available: Sequence[str], checkout: Path) -> str:
     candidates = PREFERRED if wanted is None else (methods.resolve(wanted),)
     for method in candidates:
-        if method.upper() in available:
+        if method in methods.LOGIT_METHODS and method.upper() in available:
             return method
-    known = [name for name in methods.METHODS if name.upper() in available]
+    known = [name for name in methods.LOGIT_METHODS if name.upper() in available]
     raise ArtifactError(
         f"`{checkout}` has no method {' or '.join(f'`{name}`' for name in candidates)}",
         hint=f"choose `--method` from what it has: {', '.join(known) or 'none that icdctl knows'}",

@@ -1,4 +1,4 @@
-"""What can be declared of a setting of a run. `icdctl.config.settings` declares them all."""
+"""What is declared of each setting of a run: `icdctl.config.settings` declares them all."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class Given(Enum):
     FLAG = "flag"
     SET = "--set"
     KEYWORD = "keyword"
-    """Not at all: a repeated configuration states it."""
+    """On no command line: a repeated configuration states it."""
     COMPUTED = "computed"
-    """Not at all, and nowhere else: icdctl works it out from other settings."""
+    """Nowhere: icdctl computes it from other settings."""
 
 
 class Identity(Enum):
-    """Whether a setting is part of what runs must have in common to continue each other."""
+    """Whether a run may only be continued with the same value of a setting."""
 
     ALWAYS = "yes"
     WHEN_CHANGED = "where it is not the default"
-    """So that checkpoints of runs that began before there was such a setting are still found."""
+    """Only if it is not the default, so that checkpoints from before there was such a setting are still found."""
     NEVER = "no"
 
 
@@ -45,23 +45,23 @@ class Setting:
     """What to type, and what happens."""
     given: Given = Given.FLAG
     option: str | None = None
-    """Name of the text that the setting is worked out from, where the user does not give the setting itself."""
+    """Name of the option that the setting is computed from, where the user does not give the setting itself."""
     identity: Identity = Identity.ALWAYS
     swept: bool = False
-    """`grid --sweep` may change it. It may change whatever a recipe owns."""
+    """Whether `grid --sweep` may change it; it may always change settings that a recipe owns."""
     listed: bool = False
-    """One command may give several values, which make several runs."""
+    """Whether one command may give several values, which make several runs."""
     in_run_name: bool = False
-    """The default name of a run folder shows a value that is not the default. It always does for the recipe's."""
+    """Whether the default name of a run folder shows a value that is not the default; it always does for recipes'."""
     commands: tuple[Command, ...] = ("train", "distill")
-    """Which have the flag."""
+    """Commands that have the flag."""
     flag: str | None = None
-    """Its name where it is not that of the option."""
+    """The flag, where it is not named after the option."""
     flag_of_train: str | None = None
-    """The same, of `icdctl train` alone."""
+    """The flag of `icdctl train`, where it differs."""
     negative: bool = False
-    """There is a flag `--no-...` too."""
+    """Whether there is a flag `--no-...` too."""
     panel: Panel = Panel.TRAINING
     metavar: str | None = None
     shown_default: str | None = None
-    """What the help says of the default where that is not simply its value."""
+    """The default in the help, where it is not simply the value."""

@@ -20,8 +20,8 @@ def expand(options: Mapping[str, object], *, seeds: str | None = None) -> list[d
     A setting goes to the methods that have it; one that none of them has is an error.
 
     Args:
-        options: by name, as in `icdctl.config.lookup.OPTIONS`; `method`, `student` and values of `settings` may be
-            lists (`a,b` or a sequence), `scales` a list with `;` between its entries.
+        options: options by name, as in `icdctl.config.lookup.OPTIONS`; `method`, `student` and values of `settings`
+            may be lists (`a,b` or a sequence), `scales` a list with `;` between its entries.
         seeds: `0-4`, `0,2,5` or both.
 
     Returns:
@@ -65,7 +65,7 @@ def parse_seeds(text: str) -> list[int]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < first + _MOST_RUNS:
             raise UsageError(
-                f"seeds `{text}` are no list of whole numbers", hint="e.g. `--seeds 0-4` or `--seeds 0,2,5`"
+                f"seeds `{text}` are not a list of whole numbers", hint="e.g. `--seeds 0-4` or `--seeds 0,2,5`"
             )
         seeds += range(first, last + 1)
     if len(set(seeds)) < len(seeds):

@@ -12,16 +12,16 @@ from icdctl.errors import UsageError, unknown_name
 class Recipe(RecipeSettings):
     """A row of `icdctl list recipes`. Flags, environment and params.yaml override it setting by setting.
 
-    Pydantic refuses a row with a name that is no setting of a recipe, and a value that the setting can't have.
+    Pydantic refuses a row with a name that is not a setting of a recipe, and a value that the setting can't have.
     """
 
     about: str
     source: str
-    """Whose numbers they are."""
+    """Where the numbers come from."""
     dataset: str
-    """What it was made for; it is the default of that data set unless another row comes first."""
+    """The data set that it is for; the first row of a data set is its default."""
     lr_of_student: Mapping[str, float] = {}
-    """Learning rate of the students that `lr` is not for."""
+    """Learning rate of students that do not use `lr`."""
     distillation_warmup_share: float | None = None
     """Distillation warm-up as a share of the epochs, rounded down, at least one epoch, for the methods that have a
     warm-up; None keeps the method's own number of epochs."""
@@ -33,7 +33,7 @@ class Recipe(RecipeSettings):
             student: name of the model; None for the learning rate that most have.
 
         Returns:
-            By name, the learning rate last: default names of run folders go by this order.
+            Values by name, the learning rate last: default names of run folders have this order.
         """
         found: dict[str, object] = {key: getattr(self, key) for key in RecipeSettings.model_fields if key != "lr"}
         return {**found, "lr": self.lr_of_student.get(student or "", self.lr)}
@@ -71,7 +71,7 @@ RECIPES: dict[str, Recipe] = {
         drop_last=True,
     ),
     IMAGE_FOLDER: Recipe(
-        about="own images: cuts of changing size and shape, flips, cosine",
+        about="your own images: cuts of changing size and shape, flips, cosine",
         source=_OWN,
         dataset=IMAGE_FOLDER,
         epochs=100,
@@ -86,7 +86,7 @@ RECIPES: dict[str, Recipe] = {
         distillation_warmup_share=0.1,
     ),
     "digits100": Recipe(
-        about="students on the embedded digits, in seconds; never flipped, for a mirrored digit is another or none",
+        about="students on the embedded digits, in seconds; never flipped, because mirrored digits mean nothing",
         source=_OWN,
         dataset="digits100",
         epochs=16,
@@ -125,12 +125,12 @@ def resolve(name: str) -> str:
 
 
 def default_for(dataset: str) -> str:
-    """The first recipe that was made for a data set.
+    """The first recipe for a data set.
 
     Raises:
-        UsageError: none was.
+        UsageError: there is none.
     """
     for name, recipe in RECIPES.items():
         if recipe.dataset == DatasetName.parse(dataset).kind:
             return name
-    raise UsageError(f"no recipe was made for `{dataset}`", hint="name one with `--recipe`; see `icdctl list recipes`")
+    raise UsageError(f"there is no recipe for `{dataset}`", hint="name one with `--recipe`; see `icdctl list recipes`")

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 DEFAULT_DATASET = "cifar100"
 _FOREIGN_IMAGE_SIZE = 224
-"""What a model that is not of the CIFAR family most likely expects of an `imagefolder`."""
+"""Image size of an `imagefolder` that a custom model most likely expects."""
 
 
 def make_config(
@@ -40,9 +40,9 @@ def make_config(
 
     Args:
         command: `train` has no teacher.
-        options: from `gather`.
+        options: the result of `sources.gather`.
         teacher: model name, weights file and its sha256, already resolved.
-        problems: what is already known to be wrong; reported together with what is found here.
+        problems: known problems, which are reported together with those found here.
 
     Raises:
         UsageError, ArtifactError: all problems at once.
@@ -92,7 +92,7 @@ def make_config(
 
 
 def _stated(options: Options) -> dict[str, object]:
-    """Settings that are given as they are; those of data sets are checked elsewhere."""
+    """Settings that need no lookup, as given; those of data sets are checked elsewhere."""
     return {
         each.name: options.get(name)
         for name, each in OPTIONS.items()
@@ -134,18 +134,18 @@ def _first_weights(options: Options) -> dict[str, str]:
 
 @lru_cache(maxsize=64)
 def _sha256_of(path: Path, *state: int) -> str:
-    """sha256 of a file in that state: many runs may start from one."""
+    """sha256 of a file in that state; it is kept, because many runs may start from one file."""
     return files.sha256_file(path)
 
 
 def _method_settings(method: str, given: Mapping[str, object]) -> dict[str, float | str]:
-    """As `methods.check_settings` gives them; what is no setting of the method may be meant for the recipe."""
+    """The checked settings of a method; the error for another name also suggests settings of the recipe."""
     known = methods.check_settings(method, {})
     for key in given:
         if key in known:
             continue
         if key in OPTIONS:
-            hint = f"it is an option of its own: {OPTIONS[key].shown()}"
+            hint = f"it is a separate option: {OPTIONS[key].shown()}"
             raise UsageError(f"unknown setting of `{method}` `{key}`", hint=hint)
         names = [*known, *sorted(name for name, each in OPTIONS.items() if each.setting.given is Given.SET)]
         raise unknown_name(f"setting of `{method}`", key, names, listing="icdctl list methods")
@@ -153,12 +153,12 @@ def _method_settings(method: str, given: Mapping[str, object]) -> dict[str, floa
 
 
 def _given(value: str | None, default: str) -> str:
-    """The value, an empty one too: that is a mistake to report, not a wish for the default."""
+    """The given value, even if it is empty: that is a mistake to report, not the default."""
     return default if value is None else value
 
 
 def _attempt(problems: list[IcdctlError], function: Callable[[G], T], given: G) -> T | None:
-    """What `function` makes of a value, or None and one more problem."""
+    """The result of `function` for a value; None, and one more problem, if it fails."""
     try:
         return function(given)
     except IcdctlError as error:
@@ -177,7 +177,7 @@ def _scales(given: object) -> tuple[int, ...]:
     """`1,2,4`, `[1, 2, 4]` or numbers, in order.
 
     Raises:
-        UsageError: they are no whole numbers, or can't be pooled.
+        UsageError: they are not whole numbers, or not scales of patches.
     """
     if given is None:
         return SCALES
@@ -186,7 +186,7 @@ def _scales(given: object) -> tuple[int, ...]:
 
 
 def _default_folder(config: RunConfig) -> Path:
-    """`runs/<data set>/<name>` in the project; of a folder of images, its name."""
+    """`runs/<data set>/<name>` in the project, with the name of a folder of images."""
     name = data.DatasetName.parse(config.dataset).public
     place = name.kind if name.folder is None else f"{name.kind}-{name.folder}"
     return files.project_root() / "runs" / place / default_run_name(config)
@@ -214,7 +214,7 @@ def default_run_name(config: RunConfig) -> str:
 
 
 def _named_by_default() -> list[Declared]:
-    """What else the default name of a run folder shows. `max_steps` comes first: folders of earlier runs have it so."""
+    """Other settings in the default name of a run folder. `max_steps` is first, as in the names of earlier runs."""
     return sorted((each for each in SETTINGS.values() if each.setting.in_run_name), key=lambda x: x.name != "max_steps")
 
 

@@ -1,8 +1,8 @@
-"""One frozen description of a run: the type, and how single values of it are read. `config.json` is this, whole.
+"""The frozen configuration of a run, which `config.json` holds, and how some of its values are read.
 
 Every value comes from the first of these that has it: a flag (or keyword), `--config FILE`, the environment
 (`ICDCTL_LR`, ...), the `train` section of the project's `params.yaml`, the recipe, the default.
-`icdctl.config.settings` declares them all, `icdctl.config.sources` gathers the first four, `icdctl.config.resolving`
+`icdctl.config.settings` declares them all, `icdctl.config.sources` collects the first four, `icdctl.config.resolving`
 makes the configuration. Nothing later reads a flag, a variable or a file of settings.
 """
 
@@ -59,7 +59,8 @@ class RunConfig(Settings):
     def identity(self) -> dict[str, JsonValue]:
         """All that changes the numbers, and the run folder.
 
-        How the teacher is asked is not part of it: `auto` is decided when the run begins, and the checkpoint keeps it.
+        The teacher's mode and precision are not part of it: `auto` is decided when the run begins, and the checkpoint
+        keeps the decision.
         """
         usual = {key for key in names_in_identity(Identity.WHEN_CHANGED) if getattr(self, key) == SETTINGS[key].default}
         held = self.model_dump(mode="json", exclude=names_in_identity(Identity.NEVER) | usual)
@@ -72,7 +73,7 @@ class RunConfig(Settings):
 
 
 def check_device(name: str) -> str:
-    """The name of a device, which need not be there.
+    """The name of a device, which need not exist.
 
     Raises:
         UsageError: it is none of `auto`, `cpu`, `cuda` and `cuda:N`.
@@ -97,6 +98,6 @@ def parse_duration(given: object) -> float | None:
         seconds = hours * 3600 + minutes * 60 + rest
     if seconds <= 0:
         raise UsageError(
-            f"time limit `{given}` is no duration above 0", hint="e.g. `--time-limit 90m`, `1h30m` or `45s`"
+            f"time limit `{given}` is not a duration above 0", hint="e.g. `--time-limit 90m`, `1h30m` or `45s`"
         )
     return seconds

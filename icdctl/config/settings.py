@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from icdctl.config.declare import Command, Given, Identity, Panel, Setting
 
 NONE = "none"
-"""What the user writes to switch off a setting of the recipe."""
+"""The word that switches off a setting of the recipe."""
 
 
 def _listed(value: object) -> object:
@@ -26,7 +26,7 @@ def _listed(value: object) -> object:
 
 
 def _paired(value: object) -> object:
-    """The same, of exactly two."""
+    """A list of exactly two values."""
     listed = _listed(value)
     if not isinstance(listed, list | tuple) or len(listed) != 2:
         raise ValueError("expected two numbers, as in `0.35,1`")

@@ -27,12 +27,12 @@ _VARIABLE_PREFIX = "ICDCTL_"
 _LONGEST_SHOWN = 80
 _MOST_PRINTED = 10
 _MOST_YAML_VALUES = 1_000_000
-"""More than any params.yaml has, with what its aliases stand for written out."""
+"""More values than any params.yaml has, with its aliases written out."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user gave, by flag, file or variable. `RunConfig` checks the values."""
+    """The options that the user gave, by flag, file or variable. `RunConfig` checks the values."""
 
     given: Mapping[str, object] = field(default_factory=dict)
     """Option -> its value; those that were not given are not in it."""
@@ -43,7 +43,7 @@ class Options:
         """Its value; None where it was not given.
 
         Raises:
-            KeyError: there is no such option.
+            KeyError: no option has this name.
         """
         return self.given.get(OPTIONS[option].option)
 
@@ -63,7 +63,7 @@ class Options:
         return self.origins.get(key, f"`{key}`")
 
     def without(self, option: str) -> Options:
-        """As if that option had not been given."""
+        """The same options without this one."""
         return replace(self, given={key: value for key, value in self.given.items() if key != option})
 
 
@@ -88,9 +88,9 @@ def gather(given: Mapping[str, object], *, config_file: Path | None = None, comm
     """The options of a run from keywords, a config.json, the environment and params.yaml.
 
     Args:
-        given: by flag or keyword; None means not given.
+        given: options by flag or keyword; None means not given.
         config_file: a run's `config.json`, to repeat it.
-        command: "train" or "distill", which the file must be of.
+        command: "train" or "distill"; the file must be a configuration of this command.
 
     Raises:
         UsageError: an unknown key, an empty value, or one of the wrong shape, from any of them.
@@ -140,7 +140,7 @@ def _params_yaml() -> dict[str, object]:
         return {}
     if not isinstance(section, dict):
         raise UsageError(
-            f"`{path}` holds no mapping `train`, found {type(section).__name__}",
+            f"`{path}` does not hold a mapping `train`, found {type(section).__name__}",
             hint="write e.g. `train: {epochs: 240}` in it",
         )
     _refuse_unknown(map(str, section), f"key of `{path}`")
@@ -148,11 +148,11 @@ def _params_yaml() -> dict[str, object]:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file says. It is parsed once for many runs: whoever gets the value leaves it as it is.
+    """The content of a YAML file. It is parsed once for many runs, so callers must not change it.
 
     Raises:
-        FileNotFoundError: there is none.
-        UsageError: it is no YAML, names a key twice, or refers to itself.
+        FileNotFoundError: there is no such file.
+        UsageError: it is not YAML, names a key twice, or refers to itself.
     """
     try:
         state = path.stat()
@@ -160,8 +160,8 @@ def read_yaml(path: Path) -> Any:
     except FileNotFoundError:
         raise
     except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        # The last four come out of values that only look like dates, numbers or words of YAML, and of deep nesting.
-        raise UsageError(f"`{path}` can't be read as YAML: {_yaml_problem(error)}", hint=f"mend `{path}`") from error
+        # The last four come from values that only look like dates, numbers or words of YAML, and of deep nesting.
+        raise UsageError(f"`{path}` can't be read as YAML: {_yaml_problem(error)}", hint=f"fix `{path}`") from error
 
 
 @lru_cache(maxsize=8)
@@ -179,17 +179,17 @@ def _parsed(path: Path, *state: int) -> Any:
 
 
 def _check_nodes(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Refuse keys that stand twice, of which YAML would take the last, and values without an end.
+    """Refuse keys that appear twice, of which YAML would take the last, and values that contain themselves.
 
     Args:
-        node: with all below it.
-        sizes: of the nodes that were seen; 0 for one that is being looked at.
+        node: the node to check, with all nodes below it.
+        sizes: sizes of the nodes seen so far, by id; 0 for one that is being checked.
 
     Returns:
-        How many values it is, with aliases written out.
+        Number of values, with aliases written out.
 
     Raises:
-        yaml.YAMLError: it is so.
+        yaml.YAMLError: the node has such a key or value, or is too large.
     """
     if id(node) in sizes:
         if not sizes[id(node)]:
@@ -202,7 +202,7 @@ def _check_nodes(node: yaml.Node, sizes: dict[int, int]) -> int:
         for key, value in node.value:
             name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
             if name in keys:
-                raise yaml.MarkedYAMLError(problem=f"the key `{key.value}` stands twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"the key `{key.value}` appears twice", problem_mark=key.start_mark)
             keys.add(name)
             inside += (key, value)
     elif isinstance(node, yaml.SequenceNode):
@@ -215,7 +215,7 @@ def _check_nodes(node: yaml.Node, sizes: dict[int, int]) -> int:
 
 
 def _yaml_problem(error: Exception) -> str:
-    """In one line, with its place where it is known."""
+    """The error in one line, with its place if that is known."""
     if isinstance(error, RecursionError):
         return "it is nested too deep"
     if isinstance(error, OSError):
@@ -229,7 +229,7 @@ def _yaml_problem(error: Exception) -> str:
 
 
 def _from_config_file(path: Path, command: str | None) -> dict[str, object]:
-    """The options that a config.json states; its run folder is not taken over, for it is in use."""
+    """The options that a config.json states; without its run folder, which is in use."""
     hint = "pass the `config.json` of a run folder"
     stated = files.read_json(path, what="config", hint=hint)
     if not isinstance(stated, dict):
@@ -248,7 +248,7 @@ def _from_config_file(path: Path, command: str | None) -> dict[str, object]:
 def options_of(stated: Mapping[str, object]) -> dict[str, object]:
     """The options that lead to a resolved configuration, from its fields.
 
-    One that a resolved configuration does not state had its default: the run began before there was such a setting.
+    A setting that it does not state had its default: the run began before there was such a setting.
     """
     options = {key: value for key, value in stated.items() if key != "command" and value is not None}
     if not options.get("scales"):
@@ -257,7 +257,7 @@ def options_of(stated: Mapping[str, object]) -> dict[str, object]:
         options["teacher"] = weights
     if (seconds := options.pop("time_limit_seconds", None)) is not None:
         options["time_limit"] = seconds
-    if "crop_scale" in stated and stated["crop_scale"] is None:  # said, for the recipe may have one
+    if "crop_scale" in stated and stated["crop_scale"] is None:  # stated, because the recipe may have one
         options["crop_scale"] = NONE
     if "command" in stated:
         later = names_in_identity(Identity.WHEN_CHANGED) - stated.keys()
@@ -266,11 +266,11 @@ def options_of(stated: Mapping[str, object]) -> dict[str, object]:
 
 
 def from_validation(error: ValidationError, origin: Callable[[str], str] = lambda key: f"`{key}`") -> IcdctlError:
-    """All that pydantic found wrong, a line a key.
+    """All problems that pydantic found, one line for each key.
 
     Args:
-        error: of a validation.
-        origin: what to change, by key.
+        error: the error of a validation.
+        origin: returns what to change for a key.
     """
     problems: dict[str, IcdctlError] = {}
     for item in error.errors():

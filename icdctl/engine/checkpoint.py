@@ -1,7 +1,7 @@
 """The state of a run at the end of an epoch: one safetensors file, replaced atomically.
 
-It lives outside the run folder, under the run's fingerprint, and is kept after success, so that whatever deletes the
-outputs of a finished run gets them back at once.
+It lives outside the run folder, under the run's fingerprint, and is kept after success: when the outputs of a finished
+run are deleted, they are written again at once, without training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REPLAY_FILE = "nonfinite.safetensors"
 
 
 class Progress(BaseModel):
-    """How far a run is."""
+    """The progress of a run: epochs and steps done, history, and what was decided when it began."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,7 +42,7 @@ class Progress(BaseModel):
     steps: int = Field(ge=0)
     """Steps done."""
     history: list[dict[str, float]]
-    """A row an epoch, its columns in the order of history.csv."""
+    """One row per epoch, with the columns of history.csv."""
     seconds: float = Field(ge=0)
     """Training time of all attempts together."""
     done: bool
@@ -52,9 +52,9 @@ class Progress(BaseModel):
     nonfinite_steps: int = 0
     """Steps that were left out because they were not finite."""
     teacher_mode: str = "auto"
-    """As decided when the run began."""
+    """Decided when the run began."""
     teacher_precision: str = "auto"
-    """As decided when the run began."""
+    """Decided when the run began."""
 
     @model_validator(mode="after")
     def _has_a_row_an_epoch(self) -> Self:
@@ -74,12 +74,12 @@ def checkpoint_path(fingerprint: str) -> Path:
 
 
 class CheckpointWriter:
-    """Writes the states of a student. On CUDA the training goes on meanwhile, with one state on its way at a time."""
+    """Writes the states of a student. On CUDA the training continues meanwhile; one state is written at a time."""
 
     def __init__(self, device: torch.device, *, in_background: bool) -> None:
         """
         Args:
-            device: of the student.
+            device: the student's device.
             in_background: whether `save` returns before the file is there.
         """
         self._in_background = in_background
@@ -87,11 +87,11 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
 
     def save(self, path: Path, step: TrainingStep, progress: Progress, config: RunConfig | None = None) -> None:
-        """Write weights, optimiser state and progress, as they are now, and of which run they are.
+        """Write weights, optimiser state and progress, as they are now, and the run that they belong to.
 
         Raises:
-            ArtifactError: the place can't be written to; of a state that is written meanwhile, `wait` or the next
-                `save` tells.
+            ArtifactError: the file can't be written; where it is written in the background, `wait` or the next `save`
+                raises this.
         """
         self.wait()
         said = {_METADATA: progress.model_dump_json()}
@@ -106,7 +106,8 @@ class CheckpointWriter:
         copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
         with beside(self._stream):
             on_host = {key: _to_host(copy) for key, copy in copies.items()}
-        # Not the stream itself is waited for: torch has few, and one that something else captures can't be.
+        # It waits for an event, not for the stream: torch has few streams, and one that is being captured can't be
+        # waited for.
         copied = None if self._stream is None else self._stream.record_event()
         self._pending = Future()
         Thread(target=self._finish, args=(self._pending, copied, copies, path, on_host, said)).start()
@@ -143,7 +144,7 @@ class CheckpointWriter:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in the host's memory, which is there once the current stream has got so far."""
+    """A copy in the host's memory, complete once the current stream has reached this point."""
     on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return on_host.copy_(tensor, non_blocking=True)
 
@@ -185,7 +186,7 @@ def load_checkpoint(path: Path, step: TrainingStep) -> Progress | None:
         return None
     try:
         with safe_open(path, framework="pt") as stored:
-            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (it is no dictionary)
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (it is not a dictionary)
             progress = Progress.model_validate_json(stored.metadata()[_METADATA], strict=True)
         for prefix, module in _modules(step).items():
             module.load_state_dict(_below(prefix, tensors))
@@ -201,7 +202,7 @@ def load_checkpoint(path: Path, step: TrainingStep) -> Progress | None:
 
 
 def read_state(path: Path) -> tuple[Progress, RunConfig | None]:
-    """How far the run of a state is, and which run that is, as far as the file says so; no weight is read.
+    """The progress of the run that a state belongs to, and which run that is; no weight is read.
 
     Raises:
         ArtifactError: the file is broken.

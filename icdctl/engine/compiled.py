@@ -1,4 +1,4 @@
-"""torch.compile for the part of a step that calls the student, and the way back where it fails."""
+"""torch.compile for the part of a step that calls the student, with a fallback to plain calls where it fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Compiler:
-    """Compiles a function of each student of a process, and lets all of them be as they are once that has failed."""
+    """Compiles one function of each student of a process; once that fails, all of them run uncompiled."""
 
     def __init__(self, message: Callable[[str], None]) -> None:
         """
@@ -24,10 +24,10 @@ class Compiler:
         """
         self._message = message
         self.is_on = True
-        """False once it has failed."""
+        """Whether it still compiles: False once it has failed."""
 
     def give_up(self, error: Exception) -> None:
-        """Compile nothing any more, and call nothing that was compiled."""
+        """Stop compiling, and stop calling what was compiled."""
         if self.is_on:
             self.is_on = False
             cause = getattr(error, "inner_exception", error)  # where torch wraps what its backend said
@@ -38,7 +38,7 @@ class Compiler:
         """A bound method, compiled at its first call with each size of batch; if that fails, it is called as it is."""
         try:
             fast: Callable[..., Any] = torch.compile(_apart(method), backend=_BACKEND, fullgraph=True, dynamic=False)
-        except RuntimeError as error:  # this Python or system has none
+        except RuntimeError as error:  # this Python or system does not support it
             self.give_up(error)
             return method
 
@@ -50,7 +50,7 @@ class Compiler:
                         # Products are in float32 on purpose: the reference's are.
                         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
                         return fast(*arguments)
-                except Exception as error:  # of torch's many own; one of the function itself comes again below
+                except Exception as error:  # torch's own warnings; a warning of the function itself appears again below
                     self.give_up(error)
             return method(*arguments)
 
@@ -58,7 +58,7 @@ class Compiler:
 
 
 def _apart(method: Any) -> Any:
-    """The same method with code of its own: torch counts compilations by code, and gives up after a few."""
+    """The same method with its own code object: torch counts compilations by code, and gives up after a few."""
     function = method.__func__
     code = function.__code__.replace()
     own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)

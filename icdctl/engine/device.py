@@ -44,7 +44,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
     """`fp32`, `tf32` or `bf16`; `auto` is what the reference gets: tf32 convolutions on CUDA, fp32 elsewhere.
 
     Raises:
-        UsageError: tf32 was asked for on a device that has none.
+        UsageError: tf32 is wanted on a device that does not have it.
     """
     if name == "auto":
         return "tf32" if device.type == "cuda" else "fp32"
@@ -57,8 +57,8 @@ def resolve_precision(name: str, device: torch.device) -> str:
 def _keep_freed_memory() -> None:
     """Have glibc keep large freed buffers for the next ones, from now on, in the whole process.
 
-    By itself it gives them back to the kernel, which returns them page by page: 41,000 page faults a step of res32x4 to
-    mv2, a tenth of its time. Elsewhere than on glibc nothing happens.
+    By default it gives them back to the kernel, which returns them page by page: 41,000 page faults in a step of
+    res32x4 to mv2, a tenth of its time. Without glibc this does nothing.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -85,7 +85,7 @@ def side_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 @contextmanager
 def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """On another stream, behind all that the current one has been asked for; no change for None."""
+    """Work on another stream, after all that is queued on the current one; no change for None."""
     if stream is None:
         yield
         return
@@ -95,13 +95,13 @@ def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
 
 
 def join(stream: torch.cuda.Stream | None) -> None:
-    """Put the current stream behind all that another one has been asked for; the host does not wait."""
+    """Make the current stream wait for all that is queued on another one; the host does not wait."""
     if stream is not None:
         torch.cuda.current_stream(stream.device).wait_stream(stream)
 
 
 def wait_for(device: torch.device) -> None:
-    """Have the host wait until a device has done all that it was asked for."""
+    """Make the host wait until a device has done all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -123,7 +123,7 @@ def backend_settings(device: torch.device, precision: str, *, deterministic: boo
     torch.use_deterministic_algorithms(deterministic)
     new_tensors.fill_uninitialized_memory = False  # a kernel for each new tensor, which nothing reads
     if device.type == "cuda":
-        # Else cuBLAS may sum in another order each time. Torch looks once, at the process's first product, which may
+        # Without it cuBLAS may sum in another order each time. Torch looks once, at the process's first product, which
         # be of an earlier run that was not to be deterministic.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:

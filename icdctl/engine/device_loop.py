@@ -23,13 +23,13 @@ from icdctl.engine.teacher import Teacher
 from icdctl.models.external import Adapted
 
 _REHEARSALS = 3
-"""Steps before a capture, in which libraries choose their algorithms and take their workspaces."""
+"""Steps that run before a capture, in which libraries choose their algorithms and take their workspaces."""
 
 
 class DeviceLoop:
     """Steps of students that see the same images in the same order.
 
-    Where a capture fails, they go down a ladder: compiled students to plain ones, then graphs to plain calls.
+    Where a capture fails, compiled students become plain ones; where it fails again, graphs become plain calls.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class DeviceLoop:
         Args:
             store: the training images.
             labels: [N] int64 on the device.
-            batch_size: of a full batch.
-            teacher: of those students that have one.
+            batch_size: images of a full batch.
+            teacher: the teacher of those students that have one.
             message: receives one warning where steps can't be captured.
         """
         self._store, self._labels, self._message = store, labels, message
@@ -60,7 +60,7 @@ class DeviceLoop:
 
     @property
     def captures(self) -> bool:
-        """Whether steps become graphs; False once that has failed."""
+        """Whether steps become graphs: False once a capture has failed."""
         return self._can_capture
 
     def start_epoch(self, drawn: Views) -> None:
@@ -68,12 +68,12 @@ class DeviceLoop:
         self._feed.load(drawn)
 
     def step(self, index: int, students: Sequence[TrainingStep], size: int) -> None:
-        """The step that is due, of all these students.
+        """Run the step that is due for all these students.
 
         Args:
-            index: of the step in its epoch, from 0; one more than at the last call.
-            students: who learns.
-            size: of the batch, the full one or what the epoch has left.
+            index: number of the step in its epoch, from 0; one more than at the last call.
+            students: the students that learn.
+            size: number of images of the batch: a full one, or what is left of the epoch.
         """
         if self._answers is not None:
             self._answers.prepare(index)
@@ -83,12 +83,12 @@ class DeviceLoop:
         self._steps[key]()
 
     def forget(self, student: TrainingStep) -> None:
-        """Let go of the graphs of a student that is done or given up."""
+        """Release the graphs of a student that is done or has failed."""
         self._steps = {key: step for key, step in self._steps.items() if id(student) not in key[0]}
         self._pool = self._new_pool()
 
     def _new_pool(self) -> Any:
-        """Torch's name for memory that no graph has yet; one that all its graphs have left can't be captured into."""
+        """Torch's name for memory that no graph has yet; one that no graph uses any more can't be captured into."""
         return None if self._stream is None else torch.cuda.graph_pool_handle()
 
     def _made(self, students: list[TrainingStep], size: int) -> Callable[[], object]:
@@ -122,7 +122,7 @@ class DeviceLoop:
                 return plain
             for compiler in compilers:
                 compiler.give_up(_cause(error))
-        # One rung down: what was compiled may be what can't be captured.
+        # Try again without torch.compile: what was compiled may be what can't be captured.
         self._pool = self._new_pool()
         return self._made(students, size)
 
@@ -135,14 +135,14 @@ class DeviceLoop:
             for student, branch in zip(students, branches, strict=True):
                 with beside(branch):
                     student(self._feed.position, images, labels, answer)
-        finally:  # where one fails, the others' work is still to be taken back, and not before its end
+        finally:  # where one fails, the work of the others must be undone too, and only after its end
             for branch in branches:
                 join(branch)
         self._feed.position += 1
 
 
 def _cause(error: Exception) -> Exception:
-    """What broke a capture: after it, all that is asked of its streams fails too, up to the capture's very end."""
+    """The first error of a capture: after it, everything on its streams fails too, until the capture ends."""
     while "previous error during capture" in str(error) and isinstance(error.__context__, Exception):
         error = error.__context__
     return error
@@ -155,7 +155,7 @@ def _restore(state: list[Tensor], saved: list[Tensor]) -> None:
 
 
 def rehearse(step: Callable[[], None], state: list[Tensor]) -> None:
-    """Run a step some times, and take it back each time: the next one stands where the first one stood.
+    """Run a step several times, and undo it each time: the next one starts from the same state.
 
     Args:
         step: the function.
@@ -166,7 +166,7 @@ def rehearse(step: Callable[[], None], state: list[Tensor]) -> None:
         try:
             step()
         finally:
-            _restore(state, saved)  # each time: after an epoch's last step there is no next batch
+            _restore(state, saved)  # each time, because after an epoch's last step there is no next batch
 
 
 def record(step: Callable[[], None], stream: torch.cuda.Stream | None, pool: Any) -> Callable[[], object]:
@@ -182,7 +182,7 @@ def record(step: Callable[[], None], stream: torch.cuda.Stream | None, pool: Any
     """
     graph = torch.cuda.CUDAGraph()
     # Around it the stream once more: where a capture fails, torch before 2.15 leaves its stream the current one.
-    # Other threads (a checkpoint being written) may call the driver meanwhile: that is no matter of this capture.
+    # Other threads (a checkpoint being written) may call the driver meanwhile: that does not concern this capture.
     with (
         torch.cuda.stream(stream),
         torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),

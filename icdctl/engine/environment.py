@@ -1,4 +1,4 @@
-"""What a run ran on: versions, device, commit, command line."""
+"""The environment of a run: versions, device, commit, command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from icdctl import versions
 
 PACKAGES = ("icdctl", "torch", "torchvision", "numpy", "onnx", "onnxruntime", "safetensors", "scikit-learn", "dvc")
-"""Those that matter to a run."""
+"""Packages whose versions matter to a run."""
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -36,7 +36,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
+    """The processor's name, if the system states it."""
     try:
         lines = _CPU_INFO.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -46,7 +46,7 @@ def cpu_name() -> str:
 
 
 def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
-    """What environment.json holds."""
+    """The content of environment.json."""
     return {
         "versions": versions.versions(PACKAGES),
         "platform": platform.platform(),

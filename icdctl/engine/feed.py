@@ -23,8 +23,8 @@ class Feed:
     def __init__(self, batch_size: int, device: torch.device) -> None:
         """
         Args:
-            batch_size: of a full batch.
-            device: of the students.
+            batch_size: images of a full batch.
+            device: the students' device.
         """
         self.batch_size, self.device = batch_size, device
         self.position = torch.zeros((), dtype=torch.int64, device=device)
@@ -32,7 +32,7 @@ class Feed:
         self._offsets = torch.arange(batch_size, device=device)
 
     def load(self, drawn: Views) -> None:
-        """Put an epoch, drawn on the CPU, in place of the last one, and go to its first step.
+        """Load an epoch, drawn on the CPU, in place of the last one, and go to its first step.
 
         The views of all epochs have as many images, and none has a seed of random augmentation.
         """
@@ -43,7 +43,7 @@ class Feed:
         self.position.zero_()
 
     def rows(self, size: int, *, cycle: int | None = None) -> Tensor:
-        """Where the images of the due batch stand in the epoch: [B] int64.
+        """Positions of the due batch's images in the epoch: [B] int64.
 
         Args:
             size: B.

@@ -11,16 +11,16 @@ class Observer(Protocol):
     """Receives the progress of runs; it never changes them."""
 
     def begin(self, what: str, total: int) -> None:
-        """A stretch of work starts: `total` images."""
+        """A piece of work begins: `total` images."""
 
     def advance(self, images: int) -> None:
-        """That many more are done."""
+        """So many more images are done."""
 
     def epoch(self, row: dict[str, float], epochs: int) -> None:
-        """An epoch's line of history, of so many."""
+        """An epoch is over: its row of history, and the number of epochs in all."""
 
     def message(self, text: str) -> None:
-        """Something the user should read."""
+        """A line that the user should read."""
 
 
 class SilentObserver:
@@ -40,7 +40,7 @@ class SilentObserver:
 
 
 def decoding(observer: Observer) -> OnImages:
-    """Progress of decoding, as the observer hears it: (images here, in all) as steps."""
+    """A callback (images done, in all) that passes the progress of decoding to an observer."""
     here = 0
 
     def advance(done: int, total: int | None) -> None:

@@ -16,7 +16,7 @@ def make_optimizer(
     """The fused optimiser of a run.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         parameters: what is trained, on one device.
         device_driven: whether steps are driven from the device: learning rate and state are then tensors from the
             start.
@@ -28,7 +28,7 @@ def make_optimizer(
         optimizer = torch.optim.AdamW(
             parameters, lr=rate, weight_decay=config.weight_decay, fused=True, capturable=device_driven
         )
-        # torch warns of steps outside a graph; those before a capture, and all where it fails, are meant to be.
+        # torch warns of steps outside a graph; those before a capture, and all steps where it fails, are intended.
         optimizer._warned_capturable_if_run_uncaptured = True
     else:
         optimizer = torch.optim.SGD(

@@ -1,4 +1,4 @@
-"""Whether a frozen teacher may run in half precision: decided by a look at its speed and at its logits."""
+"""Whether a frozen teacher may run in half precision: decided by measuring its speed and comparing its logits."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from icdctl.models import Classifier
 
 _BATCH = 64
 _BATCHES = 4
-"""What the look at the logits sees."""
+"""Batches of views on which the logits are compared."""
 _LEAST_SPEEDUP = 1.3
 _LEAST_SAVED_SECONDS = 5.0
-"""Less is not worth another rounding."""
+"""Least number of seconds to save: less is not worth different rounding."""
 _MOST_DIVERGENCE = 1e-3
 """Mean KL(float32 || half) in nats, at temperature 1."""
 _LEAST_AGREEMENT = 0.99
@@ -38,9 +38,9 @@ def choose_teacher_precision(
     Args:
         wanted: `auto`, `fp32`, `bf16` or `fp16`.
         model: the teacher.
-        store: the training images, of which some are looked at.
-        num_images: how many the teacher will be asked for.
-        deterministic: `auto` is then float32, for the answer depends on the clock.
+        store: the training images, some of which are used for the measurement.
+        num_images: number of images that the teacher will see.
+        deterministic: `auto` is then float32, because the decision depends on the clock.
     """
     if wanted == "bf16":
         return "bf16"
@@ -68,12 +68,12 @@ def choose_teacher_precision(
 
 
 def _may_be_faster(device: torch.device) -> bool:
-    """CPUs without bfloat16 instructions emulate them, slowly; not even a test is due there."""
+    """CPUs without bfloat16 instructions emulate them, slowly; so nothing is measured there."""
     return device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _seconds_an_image(teacher: InlineTeacher, batches: list[torch.Tensor]) -> float:
-    """The best of all batches, after one that is not counted."""
+    """The shortest time of all batches, after one that is not counted."""
     times = []
     for batch in [batches[0], *batches]:
         wait_for(batch.device)
@@ -85,7 +85,7 @@ def _seconds_an_image(teacher: InlineTeacher, batches: list[torch.Tensor]) -> fl
 
 
 def _agree(logits: torch.Tensor, half_logits: torch.Tensor) -> bool:
-    """Whether two sets of logits [N, K] make the same predictions, as far as training can tell."""
+    """Whether two sets of logits [N, K] are close enough for training."""
     if not bool(torch.isfinite(half_logits).all()):
         return False
     log_probs, half_log_probs = F.log_softmax(logits.double(), dim=1), F.log_softmax(half_logits.double(), dim=1)

@@ -30,14 +30,14 @@ _SHARED_TEACHER = ("teacher", "teacher_sha256", "teacher_mode", "teacher_precisi
 
 @dataclass(frozen=True)
 class Failure:
-    """A student that did not get through, while the others went on."""
+    """A student whose training failed, while the others continued."""
 
     config: RunConfig
     error: IcdctlError
 
 
 class Interrupted(IcdctlError):
-    """A person or the system stopped the run; its state is saved."""
+    """The user or the system stopped the run; its state is saved."""
 
 
 def run_together(
@@ -51,19 +51,19 @@ def run_together(
     wait: bool = False,
     observer: Observer | None = None,
 ) -> list[RunResult | Failure]:
-    """Train many students in one process: each as if it were alone, with a run folder of its own.
+    """Train many students in one process: each as if it were alone, with its own run folder.
 
     Students of the same seed see the same images in the same order, which are prepared once and shown to the teacher
-    once. One that fails is given up, and the others go on.
+    once. One that fails is stopped, and the others continue.
 
     Args:
-        configs: of the runs; `check_together` accepts them.
+        configs: the configurations of the runs, which `check_together` accepts.
         dataset: the data that they name.
         teacher: the trained teacher, for methods that have one.
         teacher_origin: source and licence of its weights, for metrics.json.
-        students: own modules in place of those that the configurations name.
-        resume: start, go on, or finish at once, whatever the state of each of them is.
-        wait: for other processes that are at work in the run folders, rather than fail.
+        students: custom modules in place of the models that the configurations name; None for those.
+        resume: continue each run from its last checkpoint, or start it; a finished run returns at once.
+        wait: wait for other processes that are at work in the run folders, rather than fail.
         observer: receives the progress.
 
     Returns:
@@ -78,7 +78,7 @@ def run_together(
     precision = resolve_precision(configs[0].precision, device)
     observer = observer or SilentObserver()
     with ExitStack() as stack:
-        # In the same order everywhere, or two processes that wait could wait for each other.
+        # In the same order in every process: two that wait could otherwise wait for each other.
         for config in sorted(configs, key=lambda config: config.out):
             waiting = observer.message if wait else None
             stack.enter_context(claimed(config, resume=resume, waiting=waiting))
@@ -89,7 +89,7 @@ def run_together(
 
 
 def check_together(configs: Sequence[RunConfig]) -> None:
-    """Whether runs can share a process: the same images, cut alike, one teacher, one device.
+    """Check that runs can share a process: the same images, augmented alike, one teacher, one device.
 
     Raises:
         UsageError: they can't, or two of them would write to one folder.
@@ -133,7 +133,7 @@ def _check_same(key: str, first: RunConfig, other: RunConfig) -> None:
 
 
 class _Session:
-    """One attempt at some runs."""
+    """One attempt to train some runs."""
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class _Session:
         self.failures: dict[int, Failure] = {}
 
     def train(self, teacher_origin: Mapping[str, str | None]) -> list[RunResult | Failure]:
-        """All epochs that are left, then the results."""
+        """Train all epochs that are left, then return the results."""
         try:
             teacher = self._teacher()
             for run in self.runs:
@@ -172,11 +172,11 @@ class _Session:
                     run.output.writer.wait()
         if not is_in_time and self._waiting():
             done = min(run.progress.epoch for run in self._waiting())
-            self.observer.message(f"time limit: stopped after epoch {done}; `--resume` goes on")
+            self.observer.message(f"time limit: stopped after epoch {done}; continue with `--resume`")
         return [self._result(number, teacher_origin) for number in range(len(self.runs))]
 
     def _result(self, number: int, teacher_origin: Mapping[str, str | None]) -> RunResult | Failure:
-        """What a student leaves; where that can't be written, it is its own failure."""
+        """The result of a student; a file that can't be written is that student's failure."""
         run = self.runs[number]
         if number not in self.failures:
             if not run.progress.done:
@@ -187,7 +187,7 @@ class _Session:
         return self.failures[number]
 
     def _waiting(self) -> list[StudentRun]:
-        """Those that have not failed and are not done."""
+        """Students that have not failed and are not done."""
         failed = set(self.failures)
         return [run for number, run in enumerate(self.runs) if number not in failed and not run.progress.done]
 
@@ -196,10 +196,10 @@ class _Session:
             progress, config = run.progress, run.config
             if progress.epoch and not progress.done:
                 name = "" if len(self.runs) == 1 else f"`{run.out.name}`: "
-                self.observer.message(f"{name}going on after epoch {progress.epoch} of {config.epochs}")
+                self.observer.message(f"{name}continuing after epoch {progress.epoch} of {config.epochs}")
 
     def _train_all(self, teacher: Teacher | None) -> bool:
-        """Epoch after epoch, the ones that lag behind first; False where the time is up before the end."""
+        """Train epoch after epoch, students that lag behind first; return False if the time is up before the end."""
         started = time.perf_counter()
         limit = self.runs[0].config.time_limit_seconds
         steppings = {
@@ -218,7 +218,7 @@ class _Session:
         return True
 
     def _stream(self, runs: list[StudentRun], epoch: int, steppings: Mapping[int, Stepping]) -> None:
-        """One epoch of the students that see the same images in the same order; one that fails is given up."""
+        """One epoch of the students that see the same images in the same order; one that fails is stopped."""
         started = time.perf_counter()
         seed, num_views = _stream_of(runs[0])
         stepping = steppings[num_views]
@@ -244,7 +244,7 @@ class _Session:
 
     @contextmanager
     def _given_up(self, run: StudentRun, running: list[StudentRun]) -> Iterator[None]:
-        """Let a student's failure be its own, where there are others."""
+        """Keep a student's failure from stopping the others."""
         try:
             yield
         except IcdctlError as error:
@@ -273,15 +273,15 @@ class _Session:
 
 
 def _stream_of(run: StudentRun) -> tuple[int, int]:
-    """What decides the batches of a run: its seed, and how many views of an image they have."""
+    """What decides the batches of a run: its seed, and the number of views of each image."""
     return run.config.seed, run.num_views
 
 
 def _decided(key: str, runs: Sequence[StudentRun]) -> str:
-    """What was asked for, or what was decided when one of the runs began: it is kept to the end.
+    """The value that is wanted, or the one that was decided when one of the runs began, which is kept to the end.
 
     Raises:
-        UsageError: another value is asked for than the one that a run began with.
+        UsageError: the value is not the one that a run began with.
     """
     wanted = str(getattr(runs[0].config, key))
     begun = [run for run in runs if run.progress.epoch and not run.progress.done]
@@ -291,17 +291,17 @@ def _decided(key: str, runs: Sequence[StudentRun]) -> str:
     if len(held) > 1 or wanted not in ("auto", *held):
         flag = f"--{key.replace('_', '-')}"
         raise UsageError(
-            f"these runs began with `{flag} {' and '.join(sorted(held))}`, now `{wanted}` is asked for",
-            hint=f"leave `{flag}` out" if len(held) == 1 else "go on with them one by one",
+            f"these runs began with `{flag} {' and '.join(sorted(held))}`, but now `{wanted}` is given",
+            hint=f"leave `{flag}` out" if len(held) == 1 else "continue them one by one",
         )
     return held.pop()
 
 
 def _interrupted(interrupt: KeyboardInterrupt, run: StudentRun, *, num_runs: int) -> Interrupted:
-    """What is said when runs are stopped from outside, by the one that is the least far."""
+    """The error when runs are stopped from outside; it names the run with the fewest epochs done."""
     epoch, config = run.progress.epoch, run.config
     state = f"the state after epoch {epoch} of {config.epochs} is saved" if epoch else "no epoch was finished"
     again = f"`--resume --out {config.out}`" if num_runs == 1 else "`--resume`"
-    error = Interrupted(f"interrupted; {state}", hint=f"go on with the same command and {again}")
+    error = Interrupted(f"interrupted; {state}", hint=f"continue with the same command and {again}")
     error.exit_code = 143 if interrupt.args else 130
     return error

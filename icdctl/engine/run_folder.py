@@ -1,4 +1,4 @@
-"""The run folder: held by one process, refused where it holds something else, taken away where nothing came of it."""
+"""The run folder: locked by one process, refused if it holds something else, removed if no epoch was finished."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from icdctl.engine.checkpoint import checkpoint_path
 from icdctl.errors import ArtifactError, UsageError
 
 _WRITTEN = {"environment.json", "history.csv", "metrics.json", run_files.WEIGHTS_FILE}
-"""What a run leaves beside its config.json."""
+"""Files that a run writes besides its config.json."""
 
 
 @contextmanager
 def claimed(config: RunConfig, *, resume: bool, waiting: Callable[[str], None] | None = None) -> Iterator[Path]:
-    """Hold the run folder for one process; a run that dies before its first checkpoint leaves nothing behind.
+    """Lock the run folder for one process; a run that dies before its first checkpoint leaves nothing behind.
 
     Args:
-        config: of the run.
-        resume: whether a folder that holds this very run is welcome.
+        config: the configuration of the run.
+        resume: whether a folder that already holds this run is accepted.
         waiting: called with a message when another process is at work in it, which is then waited for; None to fail at
             once.
 
@@ -44,17 +44,18 @@ def claimed(config: RunConfig, *, resume: bool, waiting: Callable[[str], None] |
         try:
             yield out
         finally:
-            # A finished run whose state was cleaned away keeps what says what it is.
+            # A finished run whose state was deleted keeps the files that describe it.
             if not checkpoint_path(config.fingerprint).is_file() and not (out / "metrics.json").is_file():
                 _remove_new(out, existed)
 
 
 @contextmanager
 def held(out: Path, *, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold a run folder for one process, whatever is in it.
+    """Lock a run folder for one process, whatever is in it.
 
-    Two locks: one beside the folder, for all who can see it; one in the state folder, for a pipeline deletes a stage's
-    outputs, the first lock among them, while a trainer that outlived its pipeline may still be at work.
+    There are two locks: one beside the folder, for all processes that see it; one in the state folder, because a
+    pipeline deletes a stage's outputs, the first lock among them, while a trainer that outlived its pipeline may
+    still be at work.
 
     Args:
         out: the run folder.
@@ -74,7 +75,7 @@ def held(out: Path, *, waiting: Callable[[str], None] | None = None) -> Iterator
 
 
 def lock_path(out: Path) -> Path:
-    """The lock of a run folder: beside it, for the folder may turn out to be somebody else's."""
+    """The lock of a run folder: beside it, because the folder may turn out to belong to something else."""
     whole = out.resolve()
     return whole.parent / f".{whole.name}.lock"
 
@@ -86,7 +87,7 @@ def state_lock_path(out: Path) -> Path:
 
 
 def write_history(path: Path, history: list[dict[str, float]]) -> None:
-    """history.csv, whole: a line an epoch."""
+    """The whole text of history.csv: one line per epoch."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
     writer.writeheader()
@@ -95,7 +96,7 @@ def write_history(path: Path, history: list[dict[str, float]]) -> None:
 
 
 def _check_folder(out: Path, config: RunConfig, *, resume: bool) -> None:
-    """Refuse a folder that holds something else, or a run without `resume`, or another run with it."""
+    """Refuse a folder that holds something else, an existing run without `resume`, or another run with it."""
     if not out.is_dir():
         raise ArtifactError(f"`{out}` is a file, not a run folder", hint="choose another folder with `--out`")
     inside = sorted(path.name for path in out.iterdir())
@@ -111,7 +112,7 @@ def _check_folder(out: Path, config: RunConfig, *, resume: bool) -> None:
     if not resume:
         raise ArtifactError(
             f"run folder `{out}` exists",
-            hint="go on with it by `--resume`, or choose another folder with `--out`",
+            hint="continue it with `--resume`, or choose another folder with `--out`",
         )
     changed = differences(read_config(out, now_at=config.out), config)
     if changed:
@@ -126,7 +127,7 @@ def read_config(out: Path, *, now_at: str) -> RunConfig:
 
     Args:
         out: the run folder.
-        now_at: what `out` is to be, for folders are moved.
+        now_at: the value of `out` to use instead of the recorded one, because folders are moved.
 
     Raises:
         ArtifactError: it can't be read, or is of another version.
@@ -136,17 +137,17 @@ def read_config(out: Path, *, now_at: str) -> RunConfig:
     try:
         return RunConfig(**{**stated, "out": now_at})
     except (TypeError, ValueError) as error:
-        raise ArtifactError(f"`{path}` is no configuration of this version", hint=hint) from error
+        raise ArtifactError(f"`{path}` is not a configuration of this version", hint=hint) from error
 
 
 def differences(earlier: RunConfig, config: RunConfig) -> list[str]:
-    """What makes two runs different, `gamma 4.0 -> 8.0`; nothing where one may go on with the other."""
+    """What makes two runs different, e.g. `gamma 4.0 -> 8.0`; empty where one may continue the other."""
     new, old = config.identity, earlier.identity
     return [_change(key, old[key], new[key]) for key in new if new[key] != old[key]]
 
 
 def _change(key: str, old: Any, new: Any) -> str:
-    """What changed of one key; of settings, which of them; of hashes, their first digits."""
+    """The change of one key: for settings, each that changed; for hashes, their first digits."""
     if isinstance(old, dict) and isinstance(new, dict):
         inner = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
         return ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in inner)
@@ -154,7 +155,7 @@ def _change(key: str, old: Any, new: Any) -> str:
 
 
 def _remove_new(out: Path, existed: bool) -> None:
-    """Take away what this attempt put into a folder, and the folder where this attempt made it."""
+    """Remove what this attempt put into a folder, and the folder itself if this attempt made it."""
     for name in ("config.json", "environment.json"):
         (out / name).unlink(missing_ok=True)
     if not existed and out.is_dir() and not any(out.iterdir()):

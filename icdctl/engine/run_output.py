@@ -26,7 +26,7 @@ from icdctl.run_files import HASH_KEY, WEIGHTS_FILE
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left."""
+    """The result of a run."""
 
     out: Path
     """The run folder."""
@@ -34,7 +34,7 @@ class RunResult:
     metrics: dict[str, Any]
     """The content of metrics.json; empty where the run stopped before its end."""
     finished: bool
-    """False after a time limit: `--resume` goes on."""
+    """False after a time limit; `--resume` continues the run."""
     model: Classifier = field(repr=False)
     """The trained student, in eval mode."""
 
@@ -62,7 +62,7 @@ class RunOutput:
 
     @property
     def replay_path(self) -> Path:
-        """Where a batch that was not finite is kept."""
+        """The file for a batch that was not finite."""
         return self.state_path.with_name(REPLAY_FILE)
 
     def write_start(self, config: RunConfig) -> None:
@@ -75,7 +75,7 @@ class RunOutput:
         """Write the checkpoint, then history.csv.
 
         Raises:
-            ArtifactError: a file can't be written, or the run folder was taken away.
+            ArtifactError: a file can't be written, or the run folder was removed.
         """
         self.writer.save(self.state_path, step, progress, config)
         self._check_folder(progress)
@@ -85,15 +85,15 @@ class RunOutput:
         """Write history, weights and metrics of a run whose last epoch is done; the weights' hash joins `metrics`.
 
         Args:
-            config: of the run.
-            progress: at its end.
-            model: what is kept.
+            config: the configuration of the run.
+            progress: the progress at its end.
+            model: the model to keep.
             metrics: without the hash of the weights.
         """
         self._check_folder(progress)
         write_history(self.out / "history.csv", progress.history)
         metadata = self._shared.dataset.weights_metadata(config.student)
-        # Those of an earlier training in this folder, whose weights go now.
+        # These describe an earlier training in this folder, whose weights are replaced now.
         (self.out / "metrics.json").unlink(missing_ok=True)
         metrics[HASH_KEY] = models.save_weights(self.out / WEIGHTS_FILE, without_adapter(model), metadata)
         files.write_json(self.out / "metrics.json", metrics)
@@ -104,11 +104,11 @@ class RunOutput:
         The weights before its epoch are the checkpoint beside it, or those that the seed gives.
 
         Args:
-            config: of the run.
+            config: the configuration of the run.
             epoch: counted from 1.
-            index: of the step in its epoch, from 0.
-            views: of its images.
-            answer: the teacher's.
+            index: number of the step in its epoch, from 0.
+            views: the views of its images.
+            answer: the teacher's answer.
         """
         shared = self._shared
         held = {
@@ -122,15 +122,14 @@ class RunOutput:
         files.write_bytes(self.replay_path, save(tensors, metadata=metadata))
 
     def _check_folder(self, progress: Progress) -> None:
-        """Stop where the run folder was taken away: something else may be about to be trained there.
+        """Stop if the run folder was removed: another run may be about to be trained there.
 
         A pipeline that is started again deletes the outputs of a stage, and its first trainer may have outlived it.
         """
         if not (self.out / "config.json").is_file():
             raise ArtifactError(
-                f"run folder `{self.out}` was taken away during the run; the state after epoch {progress.epoch} "
-                "is saved",
-                hint="the same command with `--resume` goes on from there",
+                f"run folder `{self.out}` was removed during the run; the state after epoch {progress.epoch} is saved",
+                hint="continue from there with the same command and `--resume`",
             )
 
 
@@ -149,11 +148,11 @@ def run_metrics(
 
     Args:
         shared: the images.
-        config: of the run.
-        progress: at its end.
-        accuracy: on the test images, final and best.
-        num_parameters: of the student.
-        num_students: that were trained at once.
+        config: the configuration of the run.
+        progress: the progress at its end.
+        accuracy: accuracy on the test images, final and best.
+        num_parameters: number of parameters of the student.
+        num_students: number of students that were trained at once.
         compiled: whether torch.compile made the kernels.
         teacher_origin: source and licence of the teacher's weights.
     """

@@ -8,17 +8,17 @@ from icdctl.config.run import RunConfig
 
 
 def learning_rate(config: RunConfig, *, epoch: int, step: int, total_steps: int) -> float:
-    """The rate of one step.
+    """The learning rate of one step.
 
     `step`: the rate times `lr_decay_rate` for each of `lr_decay_epochs` that lies before this epoch, so that the first
     lower rate stands in the epoch after it, as in the reference. `cosine`: up linearly over the first
     `lr_warmup_share` of all steps, then down along half a cosine, to 0 just after the last.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         epoch: counted from 1.
-        step: of the whole run, counted from 0.
-        total_steps: of the whole run.
+        step: number of the step in the whole run, from 0.
+        total_steps: number of steps of the whole run.
     """
     if config.schedule == "step":
         return config.lr * config.lr_decay_rate ** sum(epoch > stage for stage in config.lr_decay_epochs)

@@ -31,7 +31,7 @@ class SharedData:
     """[V] int64 on the CPU."""
     batch_size: int
     num_steps: int
-    """Steps of an epoch."""
+    """Number of steps of an epoch."""
     device_driven: bool
     """Whether steps read what they need, the learning rate too, from tensors that stay where they are."""
 
@@ -41,7 +41,7 @@ class SharedData:
         return self.store.num_images
 
     def images_of(self, steps: int) -> int:
-        """How many images so many steps see, epochs with a smaller last batch included."""
+        """Number of images that so many steps see, in epochs whose last batch may be smaller."""
         epochs, rest = divmod(steps, self.num_steps)
         per_epoch = min(self.num_images, self.num_steps * self.batch_size)
         return epochs * per_epoch + rest * self.batch_size
@@ -61,7 +61,7 @@ def make_shared_data(config: RunConfig, dataset: Dataset, device: torch.device, 
             hint=f"use `--batch-size {num_images}` or less",
         )
     whole, rest = divmod(num_images, config.batch_size)
-    # Batch norm can't learn from a single image, so a rest of one is left out.
+    # Batch norm can't learn from a single image, so a last batch of one is left out.
     num_steps = whole + (1 if rest > 1 and not config.drop_last else 0)
     if num_steps == 0:
         raise UsageError("one training image is too few", hint="train on 2 images or more")

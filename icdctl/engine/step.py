@@ -23,7 +23,7 @@ from icdctl.methods import Objective
 from icdctl.models import MODELS, Classifier
 
 _AVERAGE_WARMUP = 10
-"""The average's decay is at most (1 + n) / (10 + n) after n steps, so that it soon forgets the first weights."""
+"""The EMA's decay is at most (1 + n) / (10 + n) after n steps, so that it soon forgets the first weights."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StepRule:
     skip_nonfinite: bool = False
     """Leave weights and statistics as they are where a loss or gradient is not finite, and count that."""
     ema_decay: float = 0.0
-    """Decay of the EMA of the weights; 0 for none."""
+    """Decay of the EMA of the weights; 0 disables it."""
 
 
 class TrainingStep:
@@ -56,13 +56,13 @@ class TrainingStep:
     ) -> None:
         """
         Args:
-            student: the model that is trained.
+            student: the model to train.
             objective: what is minimised.
             reads: names of the tensors of the student's pass that the objective reads.
-            optimizer: of the parameters of the student, then of the objective.
-            rule: how weights follow.
-            steps_per_epoch: rows of the log.
-            device: where all of them are.
+            optimizer: the optimiser of the student's parameters, then of the objective's.
+            rule: how weights follow the gradient.
+            steps_per_epoch: number of rows of the log.
+            device: the device of all of them.
             compiler: compiles the forward pass and the losses; None to run them as they are.
         """
         self.student = student
@@ -77,7 +77,7 @@ class TrainingStep:
         self._parameters = trained_parameters(student, objective)
         self._device = device
         dtype = self._parameters[0].dtype
-        # A column a term, then the gradient's norm before clipping.
+        # One column per term, then the gradient's norm before clipping.
         self.log = torch.zeros((steps_per_epoch, len(objective.term_names) + 1), dtype=dtype, device=device)
         self.num_right = torch.zeros((), dtype=torch.int64, device=device)
         self.num_averaged = torch.zeros((), dtype=torch.float32, device=device)
@@ -86,7 +86,7 @@ class TrainingStep:
         self.compiler = compiler
         self._compiled = None if compiler is None else compiler.compiled(self.outcome)
         norms = [module for module in student.modules() if isinstance(module, nn.BatchNorm2d) and module.momentum]
-        # The icdctl models run each of theirs once a pass; of other modules that is not known.
+        # The icdctl models run each batch norm once per pass; for other modules that is not known.
         self._norms = norms if student.name in MODELS else []
         guarded = [*student.buffers(), *objective.buffers()]
         self._buffers = _by_type(guarded) if rule.skip_nonfinite else []
@@ -105,7 +105,7 @@ class TrainingStep:
 
     @property
     def state(self) -> list[Tensor]:
-        """All that a step changes, gradients aside; as far as the optimiser has made its state yet."""
+        """All tensors that a step changes, except gradients; of the optimiser's state, what exists so far."""
         held = [self.log, self.num_right, self.num_averaged]
         for module in (self.student, self.objective, self.average, self.objective_average):
             if module is not None:
@@ -118,10 +118,11 @@ class TrainingStep:
         """Forward, backward, clip, update.
 
         Args:
-            index: of the step in its epoch, from 0; a zero-dimensional tensor on the device is not looked at.
+            index: number of the step in its epoch, from 0; a zero-dimensional tensor on the device is never read by
+                the host.
             images: [B, 3, H, W].
             labels: [B] int64; -1 for an image that has none.
-            answer: the teacher's, for methods that have one.
+            answer: the teacher's answer, for methods that have a teacher.
         """
         self._kept_buffers = [_joined(buffers) for buffers in self._buffers]
         self.optimizer.zero_grad(set_to_none=True)
@@ -147,9 +148,9 @@ class TrainingStep:
 
     @contextmanager
     def norms_counted(self) -> Iterator[None]:
-        """Around a forward pass: batch norms count it all at once, not each in a kernel of its own.
+        """Count a forward pass in all batch norms at once, rather than in one kernel for each.
 
-        Nothing else goes by their counters: those with a momentum do not read them.
+        Nothing reads the counters of batch norms with a momentum.
         """
         counters = [(norm, norm.num_batches_tracked) for norm in self._norms if norm.training]
         for norm, _ in counters:
@@ -163,7 +164,7 @@ class TrainingStep:
         if counted:
             torch._foreach_add_(counted, 1)
 
-    # The phases of a step are methods of their own so that `bench` can time each.
+    # The phases of a step are separate methods, so that `bench` can time each.
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """What the objective reads of the student's pass, in the precision of that pass."""
@@ -191,9 +192,9 @@ class TrainingStep:
 
     @torch.no_grad()
     def _guard(self, total: Tensor, gradient_norm: Tensor) -> None:
-        """Have the update left out where a number is not finite, and the statistics put back, without looking."""
+        """Skip the update and restore the statistics where a number is not finite, without reading a value."""
         bad = ~(torch.isfinite(total) & torch.isfinite(gradient_norm))
-        # What a gradient scaler would set: the fused optimisers leave everything as it is where it is 1.
+        # A gradient scaler would set this: the fused optimisers leave everything unchanged where it is 1.
         self.optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]  # torch declares it nowhere
         for kept, buffers in zip(self._kept_buffers, self._buffers, strict=True):
             sizes = [buffer.numel() for buffer in buffers]
@@ -214,7 +215,7 @@ class TrainingStep:
 
 
 def trained_parameters(student: nn.Module, objective: nn.Module) -> list[nn.Parameter]:
-    """What a step updates: the parameters of the student, then those of the objective."""
+    """The parameters that a step updates: the student's, then the objective's."""
     return [each for module in (student, objective) for each in module.parameters() if each.requires_grad]
 
 

@@ -1,4 +1,4 @@
-"""The steps of students that see the same images in the same order: driven by the host, or by the device."""
+"""The steps of students that see the same images in the same order: host-driven, or device-driven."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from icdctl.engine.student_run import NotFiniteError, StudentRun
 from icdctl.engine.teacher import Answer, Answers, Teacher
 
 Guard = Callable[[StudentRun], AbstractContextManager[object]]
-"""Around each student's share of a step that the host drives."""
+"""A context around each student's share of a host-driven step."""
 
 
 def unguarded(student: StudentRun) -> AbstractContextManager[object]:
@@ -32,9 +32,9 @@ class Stepping:
         """
         Args:
             shared: the images.
-            teacher: of those students that have one.
+            teacher: the teacher of those students that have one.
             message: receives a warning where steps can't be captured in a graph.
-            num_views: views of each image in a step.
+            num_views: number of views of each image in a step.
         """
         self._shared, self._teacher, self._message = shared, teacher, message
         self._num_views, self._batch_size = num_views, num_views * shared.batch_size
@@ -51,7 +51,7 @@ class Stepping:
         """Go to the first step of an epoch.
 
         Args:
-            seed: of the runs.
+            seed: the seed of the runs.
             epoch: counted from 1.
 
         Returns:
@@ -72,15 +72,15 @@ class Stepping:
         return drawn
 
     def step(self, index: int, students: Sequence[StudentRun], guard: Guard = unguarded) -> int:
-        """One step of those students whose epoch has so many; a device is not waited for.
+        """Run one step of those students whose epoch has so many; the host does not wait for the device.
 
         Args:
-            index: of the step in its epoch, from 0; one more than at the last call.
-            students: who learns.
-            guard: what becomes of a student's failure.
+            index: number of the step in its epoch, from 0; one more than at the last call.
+            students: the students that learn.
+            guard: decides what a student's failure leads to.
 
         Returns:
-            How many images they saw together.
+            Number of images that they saw together.
         """
         learning = [student for student in students if index < student.steps_of_epoch]
         if not learning:
@@ -102,7 +102,7 @@ class Stepping:
         return len(part) // self._num_views * len(learning)
 
     def _batch(self, index: int) -> tuple[Views, Tensor, Tensor, Answer | None]:
-        """Views, pixels, labels and the teacher's answer of a step that the host drives."""
+        """Views, pixels, labels and the teacher's answer of a host-driven step."""
         shared = self._shared
         assert self._views is not None
         part = self._views[index * self._batch_size : (index + 1) * self._batch_size]
@@ -128,6 +128,6 @@ class Stepping:
             wait_for(self._shared.device)
 
     def forget(self, student: StudentRun) -> None:
-        """Let go of what is held for a student that is done or given up."""
+        """Release what is held for a student that is done or has failed."""
         if self._loop is not None:
             self._loop.forget(student.step)

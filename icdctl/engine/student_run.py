@@ -1,4 +1,4 @@
-"""One student on its way through its epochs: built, stepped, evaluated. What it writes is in `run_output`."""
+"""The training of one student: building, steps, evaluation. `run_output` writes its files."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class StudentRun:
     ) -> None:
         """
         Args:
-            config: of the run.
+            config: the configuration of the run.
             shared: the images.
             student: a custom module in place of the model that the configuration names.
-            teacher: the frozen model, for a method that reads one; only its shapes are looked at.
+            teacher: the frozen model, for a method that reads one; only its shapes are read.
             compiler: for a run that is to be compiled.
 
         Raises:
@@ -119,23 +119,23 @@ class StudentRun:
 
     @property
     def images_left(self) -> int:
-        """How many images it will still see."""
+        """Number of images that it will still see."""
         return self.shared.images_of(self.limit_steps) - self.shared.images_of(self.progress.steps)
 
     @property
     def steps_of_epoch(self) -> int:
-        """Steps of the epoch that comes next."""
+        """Number of steps of the next epoch."""
         return min(self.shared.num_steps, self.limit_steps - self.progress.steps)
 
     def begin(self) -> None:
         """Write what is known before the first step."""
-        if self.progress.done:  # nothing is decided any more: what was, is stated again
+        if self.progress.done:  # everything was decided when the run began, and is stated again
             decided = {key: getattr(self.progress, key) for key in ("teacher_mode", "teacher_precision")}
             self.config = self.config.model_copy(update=decided)
         self.output.write_start(self.config)
 
     def start_epoch(self) -> None:
-        """Make ready for the epoch that comes next."""
+        """Prepare for the next epoch."""
         self.student.train()
         self.step.start_epoch(self.progress.epoch + 1)
 
@@ -143,14 +143,14 @@ class StudentRun:
         """One step, driven by the host.
 
         Args:
-            index: of the step in its epoch, from 0.
-            views: of its images.
+            index: number of the step in its epoch, from 0.
+            views: the views of its images.
             images: [B, 3, H, W], their pixels.
-            labels: [B].
-            answer: the teacher's.
+            labels: [B] int64.
+            answer: the teacher's answer.
 
         Raises:
-            NotFiniteError: on a CPU, where looking costs nothing; on other devices `end_epoch` looks.
+            NotFiniteError: on a CPU, where checking costs nothing; on other devices `end_epoch` checks.
         """
         self.set_learning_rate(index)
         self.step(index, images, labels, answer)
@@ -174,11 +174,11 @@ class StudentRun:
         self._rate = rate
 
     def end_epoch(self, order: Tensor, seconds: float) -> dict[str, float]:
-        """Evaluate, remember and save.
+        """Evaluate the epoch, add its row to the history, and save the state.
 
         Args:
             order: [V * N] images of the epoch's views, on the CPU.
-            seconds: that the epoch has taken so far, for this student's share.
+            seconds: this student's share of the time that the epoch has taken so far.
 
         Returns:
             The epoch's row of history.
@@ -225,7 +225,7 @@ class StudentRun:
 
     @property
     def result_model(self) -> Classifier:
-        """What is evaluated and kept: the student, or the EMA of its weights."""
+        """The model that is evaluated and kept: the student, or the EMA of its weights."""
         return self.student if self.step.average is None else self.step.average
 
     def evaluate(self, images: Tensor, labels: Tensor) -> Evaluation:
@@ -239,9 +239,9 @@ class StudentRun:
         """Stop where a loss term or the gradient is not a number: step, term and images are named.
 
         Args:
-            log: [S, terms + 1] of some steps.
-            order: of their images; of the one step alone where `log` is that of one step.
-            first_index: of the first of them in the epoch.
+            log: [S, terms + 1], the log of S steps.
+            order: the images of the epoch; those of the one step where `log` has a single row.
+            first_index: number of the first step in the epoch.
         """
         bad = ~torch.isfinite(log)
         if self.config.on_nonfinite == "skip" or not bad.any():
@@ -268,7 +268,7 @@ class StudentRun:
         self.output.keep_replay(self.config, epoch=epoch, index=index, views=views, answer=answer)
 
     def unfinished(self) -> RunResult:
-        """The result of a run that goes on another time."""
+        """The result of a run that stops before its end."""
         return RunResult(self.out, self.config, {}, False, self.result_model.eval())
 
     def finish(self, teacher_origin: Mapping[str, str | None], *, num_students: int) -> RunResult:
@@ -276,7 +276,7 @@ class StudentRun:
 
         Args:
             teacher_origin: source and licence of the teacher's weights.
-            num_students: that were trained at once.
+            num_students: number of students that were trained at once.
         """
         model = self.result_model
         metrics = run_metrics(
@@ -295,7 +295,7 @@ class StudentRun:
     def _accuracy(self, history: list[dict[str, float]]) -> dict[str, Any]:
         """Numbers of the final weights on the test images, and of the best epoch by the images that were watched.
 
-        Where validation images were watched, the test images are looked at here for the first and only time.
+        Where validation images were watched, the test images are evaluated here for the first and only time.
         """
         watched, last = self.shared.watched, history[-1]
         best = max(history, key=lambda row: row[f"{watched}_top1"])
@@ -307,7 +307,7 @@ class StudentRun:
             "final_top1": numbers.top1,
             "final_top5": numbers.top5,
             "final_loss": numbers.loss,
-            "best_top1": None,  # on the test images: they were not watched
+            "best_top1": None,  # the test images were not watched
             "best_epoch": int(best["epoch"]),
             **{f"final_val_{key}": last[f"val_{key}"] for key in ("top1", "top5", "loss")},
             "best_val_top1": best["val_top1"],
@@ -350,7 +350,7 @@ def _new_objective(config: RunConfig, shared: SharedData, student: Classifier, t
 
 
 def _load_first_weights(student: Classifier, config: RunConfig) -> None:
-    """Start from a file's weights."""
+    """Load the first weights from a file."""
     loaded = models.load_weights(without_adapter(student), Path(str(config.init_weights)))
     if loaded.sha256 != (config.init_sha256 or loaded.sha256):
         raise ArtifactError(

@@ -1,6 +1,6 @@
 """A frozen teacher that answers views of training images with the tensors that methods read.
 
-`icdctl.engine.teacher_cache` chooses whether it computes an answer now, some steps ahead, or did so long ago.
+`icdctl.engine.teacher_cache` chooses whether answers are computed now, some steps ahead, or come from a cache.
 Shapes: B images, K classes.
 """
 
@@ -32,7 +32,7 @@ Answer = Mapping[str, Tensor]
 """What a teacher gives for a batch: [B, ...] float32 by the names of `icdctl.methods.reads`; without gradient."""
 
 Answers = Callable[[int, Views, Tensor], Answer]
-"""(step of the epoch, its views, their pixels [B, 3, H, W]) -> the answer, asked for in the order of the steps."""
+"""(step of the epoch, its views, their pixels [B, 3, H, W]) -> the answer, called in the order of the steps."""
 
 
 class DeviceDrivenAnswers(Protocol):
@@ -42,7 +42,7 @@ class DeviceDrivenAnswers(Protocol):
         """Called by the host before each step, in order; it does not wait for the device."""
 
     def __call__(self, views: Views, images: Tensor) -> Answer:
-        """Called inside the step, with its views and their pixels: the same work at every step, on the device alone."""
+        """Called inside the step, with its views and their pixels: the same work at every step, without the host."""
 
 
 class Teacher(Protocol):
@@ -51,8 +51,8 @@ class Teacher(Protocol):
     def epoch(self, views: Views, batch_size: int) -> Answers:
         """
         Args:
-            views: of the whole epoch, in order, on the device.
-            batch_size: how many of them a step has.
+            views: the views of the whole epoch, in order, on the device.
+            batch_size: number of views in a step.
         """
 
     def device_driven(self, feed: Feed) -> DeviceDrivenAnswers:
@@ -98,7 +98,7 @@ class _Buffered:
         self._fill(number + 1)
 
     def _fill(self, number: int) -> None:
-        """Answer the chunk of that number, once the students are done with the one before the last."""
+        """Answer the chunk with this number, once the students are done with the one before the last."""
         chunk = _STEPS_AHEAD * self._feed.batch_size
         part = (self._feed.drawn if self._from_cpu else self._feed.views)[number * chunk : (number + 1) * chunk]
         if not len(part):
@@ -142,7 +142,7 @@ class InlineTeacher:
             model: the trained teacher; it is copied, not changed.
             reads: names of the tensors that any student's method reads, see `icdctl.methods.reads`.
             device: where it runs.
-            precision: of its weights and activations.
+            precision: the precision of its weights and activations.
             in_eval_mode: False to normalise with the statistics of each batch; its own ones then change too.
         """
         held = fold_batch_norms(model) if in_eval_mode else copy.deepcopy(model).requires_grad_(False).train()
@@ -218,7 +218,7 @@ class AheadTeacher:
 
 
 class CachedTeacher:
-    """Has seen every view of every image once, and looks its answer up."""
+    """Looks answers up in a table that was computed once for every view of every image."""
 
     def __init__(self, store: ImageStore, tables: Mapping[str, Tensor]) -> None:
         """
@@ -247,5 +247,5 @@ class CachedTeacher:
     def _taken(self, table: Tensor, rows: Tensor) -> Tensor:
         taken = table[rows.to(table.device)]
         if taken.device.type != self._store.device.type:
-            taken = taken.pin_memory()  # else the copy waits for what the device does before it
+            taken = taken.pin_memory()  # unpinned, the copy would wait for the device
         return taken.to(self._store.device, non_blocking=True).float()

@@ -1,8 +1,8 @@
-"""The teacher cache, and the choice between it and asking the teacher on each batch or some steps ahead.
+"""The teacher cache, and the choice between it and running the teacher on each batch or some steps ahead.
 
 A frozen teacher in eval mode is a pure function of the view, so its answers may be computed at any time. A table of all
-views is kept on disk, under the hashes of everything that it depends on, and a part of it is computed again before it
-is believed.
+views is kept on disk, under the hashes of everything that it depends on; a part of it is computed again and compared
+before it is used.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ Mode = Literal["inline", "ahead", "cache"]
 
 _CHECKED_VIEWS = 1000
 _KEPT_FROM_VIEWS = 20 * _CHECKED_VIEWS
-"""A smaller table is filled again each time: checking it would cost nearly as much."""
+"""Least number of views to keep on disk: checking a smaller table would cost nearly as much as filling it."""
 _LARGEST_FP32_BYTES = 2 * 1024**3
 _ALLOWED = {"float16": 2.0**-9, "float32": 1e-4}
-"""Largest difference of a checked answer, by the largest answer."""
+"""Largest accepted difference of a checked answer, relative to the largest answer."""
 _SCHEME = 2
 """Part of the key: raise it whenever answers change."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What will be asked of a teacher."""
+    """How often, and for which tensors, a teacher will be called."""
 
     num_streams: int
     """Different orders of the images."""
     num_images: int
-    """Asked for in all, over all streams and epochs."""
+    """Number of views in all, over all streams and epochs."""
     shapes: Mapping[str, tuple[int, ...]]
-    """What it answers for a view: name of the tensor -> shape."""
+    """Its answer for one view: name of the tensor -> shape."""
     deterministic: bool
 
 
@@ -58,7 +58,7 @@ class CachePlan:
     """A table of the answers for all views: how large it is, and where it is kept."""
 
     num_views: int
-    """Views of all images together."""
+    """Number of views of all images together."""
     dtype: torch.dtype
     num_bytes: int
     folder: Path | None
@@ -81,10 +81,10 @@ def plan_cache(
 
     Args:
         store: the training images.
-        demand: what will be asked.
-        dataset: whose images they are.
-        teacher_sha256: of the teacher's weights; empty for a module without a file.
-        precision: of the teacher.
+        demand: what the teacher will be called for.
+        dataset: the data set of the images.
+        teacher_sha256: sha256 of the teacher's weights; empty for a module without a file.
+        precision: the precision of the teacher.
         teacher: its model's name.
     """
     if store.num_views is None:
@@ -122,7 +122,7 @@ def choose_mode(wanted: str, table: CachePlan | None, demand: Demand, device: to
     """`auto` is the cache where that is less work and there is room, else `ahead` on CUDA and `inline` on a CPU.
 
     Raises:
-        UsageError: `cache` was asked for, but the views can't be counted, a method reads what is not cached, or there
+        UsageError: `cache` is wanted, but the views can't be counted, a method reads what is not cached, or there
             is no room.
     """
     if wanted == "inline":
@@ -175,7 +175,7 @@ def make_teacher(
         inline: runs the network.
         store: the training images.
         table: from `plan_cache`.
-        begin: receives what begins, and its number of views.
+        begin: called with what begins, and its number of views.
         advance: receives how many more are done.
         message: receives what the user should read.
 
@@ -194,10 +194,8 @@ def make_teacher(
         if kept is not None and _agrees(kept, inline, store, table):
             return kept
         if kept is not None:
-            message(
-                "warning: the teacher's answers on disk differ from those that it gives now: they are computed again"
-            )
-        begin("asking the teacher for every view", table.num_views)
+            message("warning: the teacher cache differs from what the teacher computes now: it is filled again")
+        begin("filling the teacher cache", table.num_views)
         return _kept(inline, store, table, advance)
 
 
@@ -211,7 +209,7 @@ def _in_memory(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def _filled(
     inline: InlineTeacher, store: ImageStore, table: CachePlan, advance: Callable[[int], None], make: _Make
 ) -> CachedTeacher:
-    """Ask for every view once."""
+    """Run the teacher once on every view."""
     tables: dict[str, Tensor] = {}
     for first in range(0, table.num_views, SUPER_BATCH):
         numbers = torch.arange(first, min(first + SUPER_BATCH, table.num_views))
@@ -224,7 +222,7 @@ def _filled(
 
 
 def _placed(store: ImageStore, tables: Mapping[str, Tensor]) -> CachedTeacher:
-    """On the device where it has room, else in the host's memory or its files."""
+    """The table on the device if there is room, else in the host's memory or in its files."""
     num_bytes = sum(table.numel() * table.element_size() for table in tables.values())
     if store.device.type == "cuda" and num_bytes <= torch.cuda.mem_get_info(store.device)[0] // 2:
         return CachedTeacher(store, {name: table.to(store.device) for name, table in tables.items()})
@@ -235,7 +233,7 @@ def _kept(inline: InlineTeacher, store: ImageStore, table: CachePlan, advance: C
     """Fill a table on disk under a temporary name, then rename it."""
     assert table.folder is not None
     building = table.folder.with_name(f".{table.folder.name}.part")
-    shutil.rmtree(building, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(building, ignore_errors=True)  # left by a run that was killed
     shutil.rmtree(table.folder, ignore_errors=True)
     files.make_folder(building)
 

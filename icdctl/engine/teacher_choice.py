@@ -29,7 +29,7 @@ def choose_teacher(
 
     Args:
         model: the trained teacher; it is copied, not changed.
-        configs: of the runs, whose methods read it.
+        configs: the configurations of the runs, whose methods read it.
         shared: the images.
         num_images: most that any of the runs will still see.
         wanted_mode: `auto`, `inline`, `ahead` or `cache`.
@@ -66,7 +66,7 @@ def choose_teacher(
         shared.store,
         demand,
         shared.dataset,
-        # The weights of a module that was handed over are known, but not its code: nothing is kept for it.
+        # The weights of a custom module are known, but not its code, so no cache is kept for it.
         teacher_sha256=(config.teacher_weights and config.teacher_sha256) or "",
         precision=precision,
         teacher=config.teacher or "",
@@ -95,7 +95,7 @@ def _in_training_mode(
     wanted_mode: str,
     wanted_precision: str,
 ) -> tuple[Teacher, dict[str, str]]:
-    """A teacher that normalises with the statistics of the batch: its answers are those to this very batch."""
+    """A teacher that normalises with the statistics of the batch, so that its answers belong to that batch alone."""
     if wanted_mode not in ("auto", "inline"):
         raise UsageError(
             f"`--teacher-mode {wanted_mode}` can't be used with `{config.method}`, whose teacher normalises with the "

@@ -27,14 +27,14 @@ from icdctl.grid.expansion import AFTER, PLAIN
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LONGEST_NAME = 200
 _OWN = ("seed", "out")
-"""Options that the grid gives each run."""
+"""Options that the grid sets for each run."""
 _LARGEST_SEED = 2**31 - 1
 PARAMS_FILE = "params.yaml"
 
 
 @dataclass(frozen=True)
 class GridCell:
-    """What is trained, whatever the seed."""
+    """A set of options that is trained with several seeds."""
 
     name: str
     options: Mapping[str, Any]
@@ -72,7 +72,7 @@ class GridRun:
 
     @property
     def history(self) -> list[dict[str, str]]:
-        """The lines of its history; none where it has not got that far."""
+        """The lines of its history; empty before its first epoch is over."""
         try:
             with (self.folder / "history.csv").open(newline="", encoding="utf-8") as file:
                 return list(csv.DictReader(file))
@@ -95,7 +95,7 @@ class GridRun:
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells, seeds, and where the runs lie."""
+    """Cells, their seeds, and the folder of the runs."""
 
     cells: tuple[GridCell, ...]
     seeds: tuple[int, ...]
@@ -143,11 +143,11 @@ def make_cell(name: str, options: Mapping[str, object], *, origin: str, method: 
     Args:
         name: the cell's.
         options: as params.yaml states them.
-        origin: where it is from, for messages.
-        method: what a cell that states none is trained with.
+        origin: where it comes from, for messages.
+        method: the method of a cell that states none.
 
     Raises:
-        UsageError: the name or an option can't be.
+        UsageError: the name or an option is not valid.
     """
     if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
         raise UsageError(
@@ -158,14 +158,14 @@ def make_cell(name: str, options: Mapping[str, object], *, origin: str, method: 
     for key in own:
         if key in _OWN:
             raise UsageError(
-                f"cell `{name}` in {origin} has `{key}`, which the grid gives each run", hint="leave it out"
+                f"cell `{name}` in {origin} has `{key}`, which the grid sets for each run", hint="leave it out"
             )
         if key not in OPTIONS:
             raise unknown_name(f"option of cell `{name}`", str(key), OPTIONS, listing="icdctl distill --dry-run")
     settings = own.get("settings")
     if settings is not None and not (isinstance(settings, dict) and all(isinstance(key, str) for key in settings)):
         raise UsageError(
-            f"`settings` of cell `{name}` in {origin} is no mapping of names", hint="e.g. `settings: {gamma: 4}`"
+            f"`settings` of cell `{name}` in {origin} is not a mapping of names", hint="e.g. `settings: {gamma: 4}`"
         )
     stated = own.get("method") or method
     if stated is None and own.get("teacher") is not None:
@@ -178,7 +178,7 @@ def make_cell(name: str, options: Mapping[str, object], *, origin: str, method: 
 def _resolved(method: str) -> str:
     try:
         return methods.resolve(method)
-    except UsageError:  # reported where the run is planned, with what else is wrong with it
+    except UsageError:  # reported when the run is planned, with its other problems
         return method
 
 
@@ -190,8 +190,8 @@ def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
         seeds: `0-4`, in place of those in params.yaml.
 
     Raises:
-        UsageError: the file has no cells, or a cell can't be.
-        ArtifactError: there is no such file, it is no mapping, or cells.yaml is stale.
+        UsageError: the file has no cells, or a cell is not valid.
+        ArtifactError: there is no such file, it is not a mapping, or cells.yaml is stale.
     """
     path = root / PARAMS_FILE
     origin = f"`{path}`"
@@ -202,7 +202,9 @@ def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
     given = content.get("seeds", [0]) if seeds is None else parse_seeds(seeds)
     if not isinstance(given, list) or not given or not all(_is_seed(seed) for seed in given):
         where = f"`seeds` in {origin}" if seeds is None else f"`--seeds {seeds}`"
-        raise UsageError(f"{where} is no list of whole numbers up to {_LARGEST_SEED}", hint="e.g. `seeds: [0, 1, 2]`")
+        raise UsageError(
+            f"{where} is not a list of whole numbers up to {_LARGEST_SEED}", hint="e.g. `seeds: [0, 1, 2]`"
+        )
     twice = next((seed for seed in given if given.count(seed) > 1), None)
     if twice is not None:
         raise UsageError(f"`seeds` in {origin} names {twice} twice", hint="name each seed once")
@@ -214,7 +216,7 @@ def _is_seed(value: object) -> bool:
 
 
 def _teacher_models(content: Mapping[str, object]) -> dict[str, str]:
-    """What the teachers that the pipeline makes are, by the paths that cells name them with."""
+    """The models of the teachers that the pipeline makes, by the paths that cells name."""
     entries = content.get("teachers")
     stated = entries.items() if isinstance(entries, dict) else ()
     return {
@@ -223,11 +225,11 @@ def _teacher_models(content: Mapping[str, object]) -> dict[str, str]:
 
 
 def read_params(root: Path) -> dict[str, object]:
-    """params.yaml, whole.
+    """The whole content of params.yaml.
 
     Raises:
-        ArtifactError: there is no such file, or it is no mapping.
-        UsageError: it is no YAML.
+        ArtifactError: there is no such file, or it is not a mapping.
+        UsageError: it is not YAML.
     """
     path = root / PARAMS_FILE
     hint = "a grid is the `cells` and `seeds` of a project's params.yaml; `icdctl reproduce` brings its own"
@@ -236,5 +238,5 @@ def read_params(root: Path) -> dict[str, object]:
     except FileNotFoundError as error:
         raise ArtifactError(f"`{path}` can't be read: there is no such file", hint=hint) from error
     if not isinstance(content, dict):
-        raise ArtifactError(f"`{path}` holds no mapping", hint=hint)
+        raise ArtifactError(f"`{path}` does not hold a mapping", hint=hint)
     return content

@@ -1,6 +1,6 @@
-"""cells.yaml: the cells that params.yaml stands for, one a line, as `dvc.yaml` reads them.
+"""cells.yaml: the cells that params.yaml describes, one a line, as `dvc.yaml` reads them.
 
-The file names the cells that it was made from by a digest. It is stale where params.yaml stands for others by now. A
+The file holds a digest of the cells that it was made from. It is stale when params.yaml describes other cells. A
 value that DVC changes in it for an experiment (`dvc exp run -S cells.yaml:grid.NAME.settings.gamma=4`) counts, and
 does not make it stale.
 """
@@ -26,13 +26,13 @@ _DIGITS = 16
 _MOST_NAMED = 3
 _HEAD = f"""\
 # Made by `{COMMAND}` from params.yaml, for dvc.yaml to read: edit params.yaml, and run that command again.
-# An edit here counts until then, for the one cell that it is about.
+# Until then, an edit here changes the one cell that it is in.
 """
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What two sets of cells do not have in common, by name."""
+    """The difference of two sets of cells, by name."""
 
     added: tuple[str, ...]
     changed: tuple[str, ...]
@@ -52,7 +52,7 @@ class Difference:
 
 
 def difference(before: Mapping[str, object], after: Mapping[str, object]) -> Difference:
-    """What became of the cells from one set to the other."""
+    """Which cells were added, changed or removed from one set to the other."""
     return Difference(
         added=tuple(name for name in after if name not in before),
         changed=tuple(name for name in after if name in before and _digest(before[name]) != _digest(after[name])),
@@ -61,13 +61,13 @@ def difference(before: Mapping[str, object], after: Mapping[str, object]) -> Dif
 
 
 def text(cells: Cells) -> str:
-    """cells.yaml, whole."""
+    """The whole text of cells.yaml."""
     lines = [f"  {flow_entry(name, options)}\n" for name, options in cells.items()]
     return f"{_HEAD}{_DIGEST}: '{_digest(cells)}'\n\n{_GRID}:\n{''.join(lines)}" if lines else _HEAD
 
 
 def write(root: Path, cells: Cells) -> Difference:
-    """Write cells.yaml, unless it is there as it should be.
+    """Write cells.yaml, unless it is up to date.
 
     Returns:
         What changed in it.
@@ -79,7 +79,7 @@ def write(root: Path, cells: Cells) -> Difference:
     try:
         held = path.read_text(encoding="utf-8")
         before = _read(path)[_GRID]
-    except (OSError, UnicodeDecodeError, ArtifactError):  # it is made again, whatever it was
+    except (OSError, UnicodeDecodeError, ArtifactError):  # it is made again, whatever it held
         held, before = "", {}
     made = text(cells)
     if held != made:
@@ -92,11 +92,11 @@ def current(root: Path, expanded: Cells) -> Cells:
 
     Args:
         root: the project.
-        expanded: what params.yaml stands for.
+        expanded: the cells that params.yaml describes.
 
     Raises:
         ArtifactError: the file is stale, or is not what `icdctl grid expand` writes.
-        UsageError: it is no YAML.
+        UsageError: it is not YAML.
     """
     path = root / CELLS_FILE
     if not path.is_file():
@@ -108,7 +108,7 @@ def current(root: Path, expanded: Cells) -> Cells:
     if content[_DIGEST] != _digest(expanded):
         found = difference(cells, expanded)
         raise ArtifactError(
-            f"`{path}` is not what params.yaml stands for now: {found or 'it was made from other cells'}",
+            f"`{path}` is out of date with params.yaml: {found or 'it was made from other cells'}",
             hint=f"`{COMMAND}` makes it again",
         )
     return {str(name): options for name, options in cells.items()}
@@ -126,7 +126,7 @@ def _broken(path: Path) -> ArtifactError:
 
 
 def _digest(value: object) -> str:
-    """The same for equal values, however they are written in YAML."""
+    """A digest of a value, equal for equal values, however they are written in YAML."""
     return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:_DIGITS]
 
 

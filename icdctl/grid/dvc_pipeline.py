@@ -1,4 +1,4 @@
-"""What the `dvc.yaml` beside a params.yaml makes before cells are trained, and cells.yaml, which it reads."""
+"""The pipeline of `dvc.yaml`: which teachers and data sets it makes before cells, and cells.yaml, which it reads."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Sections = dict[str, dict[str, object]]
 """Section of a params.yaml -> its entries by name."""
 
 DATA_FOLDERS = {"cifar100": cifar100.FOLDER, "cub200": cub200.FOLDER}
-"""Data sets that are fetched -> where their archives unpack to."""
+"""Data sets that are fetched -> the folders that their archives unpack to."""
 OWN_TEACHERS = {"digits100": "digits100-teacher"}
-"""Data sets of which nobody publishes teachers -> the recipe that trains ours."""
+"""Data sets without published teachers -> the recipe that trains ours."""
 PIPELINE_FILE = "dvc.yaml"
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a `dvc.yaml` makes for the cells of cells.yaml; nothing where it reads none."""
+    """What a `dvc.yaml` makes for the cells of cells.yaml; nothing where it does not read that file."""
 
     stages: bool = False
     """Teachers are stages, and each cell names what is made before it."""
@@ -54,7 +54,7 @@ def form_beside(params_file: Path) -> Form:
     """The form that the `dvc.yaml` in a file's folder reads.
 
     Raises:
-        ArtifactError: it is there, and can't be read.
+        ArtifactError: it exists, but can't be read.
     """
     path = params_file.parent / PIPELINE_FILE
     try:
@@ -92,7 +92,7 @@ def lacking(content: Mapping[str, object], *, form: Form, origin: str) -> Sectio
     """The teachers and data sets that pairs of a params.yaml name, and that it does not list.
 
     Raises:
-        UsageError: a pair can't be read, or its teacher is not listed and can't be.
+        UsageError: a pair can't be read, or its teacher is neither listed nor known.
     """
     found: Sections = {}
     for pair in expansion.pairs_of(content, origin=origin):
@@ -109,13 +109,13 @@ def lacking(content: Mapping[str, object], *, form: Form, origin: str) -> Sectio
 
 
 def unlisted(content: Mapping[str, object], section: str, entries: Mapping[str, object]) -> dict[str, object]:
-    """The entries whose names a section does not have yet; one of that name is the project's own, whatever it is."""
+    """The entries whose names a section does not have yet; an existing entry is the project's own and stays."""
     listed = content.get(section)
     return {key: value for key, value in entries.items() if not isinstance(listed, dict) or key not in listed}
 
 
 def joined(content: Mapping[str, object], more: Sections) -> dict[str, object]:
-    """A params.yaml with more entries in its sections; those that are there stay as they are."""
+    """A params.yaml with more entries in its sections; existing ones stay as they are."""
     made = dict(content)
     for section, entries in more.items():
         held = content.get(section)
@@ -124,7 +124,7 @@ def joined(content: Mapping[str, object], more: Sections) -> dict[str, object]:
 
 
 def check_placed(cells: Mapping[str, Mapping[str, object]]) -> None:
-    """Every cell names what `dvc.yaml` makes before it.
+    """Check that every cell names what `dvc.yaml` makes before it.
 
     Raises:
         UsageError: one does not.
@@ -141,7 +141,7 @@ def expand(root: Path) -> Expanded:
     """Write cells.yaml for the params.yaml of a project, and add to that file the teachers and data sets of new pairs.
 
     Raises:
-        UsageError: the file names no cells, or a pair, method, ablation or cell can't be.
+        UsageError: the file names no cells, or a pair, method, ablation or cell is not valid.
         ArtifactError: a file can't be read or written.
     """
     path = root / PARAMS_FILE
@@ -157,7 +157,7 @@ def expand(root: Path) -> Expanded:
 
 
 def check(root: Path) -> None:
-    """Whether the cells.yaml of a project is what its params.yaml stands for.
+    """Check that the cells.yaml of a project is up to date with its params.yaml.
 
     Raises:
         ArtifactError: it is stale, missing, or can't be read.
@@ -175,7 +175,7 @@ def is_expanded(root: Path) -> bool:
 
 
 def _teacher(dataset: str, model: str, form: Form) -> dict[str, object]:
-    """A teacher that is fetched where a program can, and trained here otherwise."""
+    """The entry of a teacher that is fetched if a program can download it, and trained here otherwise."""
     can_fetch = any((row.dataset, row.model) == (dataset, model) and row.urls for row in teachers.load_list())
     entry: dict[str, object] = {"dataset": dataset, "model": model, "source": "fetch" if can_fetch else "train"}
     if not can_fetch and dataset in OWN_TEACHERS:

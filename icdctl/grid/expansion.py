@@ -1,4 +1,4 @@
-"""The cells that the hand-made part of a params.yaml stands for: pairs x methods, ablations, and custom cells.
+"""The cells that the hand-made part of a params.yaml describes: pairs x methods, ablations, and custom cells.
 
     methods: {kd: {}, cd_sdd_kd: {gamma: 2, scales: [1, 2, 4]}}
     pairs: {cifar100/res32x4:mv2: {kd: {temperature: 2}}}
@@ -49,26 +49,26 @@ class Pair:
 
 
 def has_cells(content: Mapping[str, object]) -> bool:
-    """Whether a params.yaml has any section that cells come from."""
+    """Whether a params.yaml has any section that describes cells."""
     return any(content.get(section) for section in (_PAIRS, _ABLATIONS, CELLS))
 
 
 def expand(content: Mapping[str, object], *, origin: str) -> Cells:
-    """All cells of a params.yaml, in its order; a custom cell takes the place of another one of its name.
+    """All cells of a params.yaml, in its order; a custom cell replaces another one of its name.
 
     Args:
         content: the whole file.
         origin: the file, for messages.
 
     Raises:
-        UsageError: there is none, or a section or an entry has a form that can't be read.
+        UsageError: it has no cells, or a section or an entry has a form that can't be read.
     """
     made = combined(content, origin=origin)
     own = _section(content, CELLS, origin)
     seen: set[str] = set()
     for key, options in content_items(own):
         if not isinstance(options, dict):
-            raise UsageError(f"cell `{key}` in {origin} is no mapping of options", hint="e.g. `{method: kd, ...}`")
+            raise UsageError(f"cell `{key}` in {origin} is not a mapping of options", hint="e.g. `{method: kd, ...}`")
         if key in seen:
             raise UsageError(f"two cells in {origin} are called `{key}`", hint="call one of them otherwise")
         seen.add(key)
@@ -114,7 +114,7 @@ def teacher_key(pair: Pair, content: Mapping[str, object], *, origin: str) -> st
     """The key of the pair's teacher in the section `teachers`; None where it is not there.
 
     Raises:
-        UsageError: several entries are of that model and data set.
+        UsageError: several entries have that model and data set.
     """
     entries = dict(content_items(_section(content, TEACHERS, origin)))
     if pair.teacher in entries:
@@ -136,7 +136,7 @@ def teacher_key(pair: Pair, content: Mapping[str, object], *, origin: str) -> st
 
 
 def placed(options: Mapping[str, object], content: Mapping[str, object]) -> dict[str, object]:
-    """Options with what the sections `datasets` and `teachers` say of them: what is made before, and where data lie."""
+    """Options with what the sections `datasets` and `teachers` add: what is made before, and where the data are."""
     datasets = content.get(DATASETS)
     dataset = datasets.get(options.get("dataset")) if isinstance(datasets, dict) else None
     folder = dataset.get("folder") if isinstance(dataset, dict) else None
@@ -177,7 +177,7 @@ class _Combiner:
         }
 
     def cells(self) -> Cells:
-        """Every combination, once."""
+        """Add every combination, once."""
         made: Cells = {}
         for pair, own in self._pairs.items():
             for method in own:
@@ -195,7 +195,7 @@ class _Combiner:
     def _combinations(
         self, name: str, ablation: Mapping[str, object]
     ) -> Iterator[tuple[str, str, Mapping[str, object]]]:
-        """The pairs, methods and values of an ablation, one of each."""
+        """All combinations of a pair, a method and a value of an ablation."""
         where = f"ablation `{name}`"
         named = [_names(ablation, key, where, self._origin) for key in (_PAIRS, _METHODS)]
         axes = {key: value for key, value in ablation.items() if key not in (_PAIRS, _METHODS)}
@@ -211,7 +211,7 @@ class _Combiner:
                 yield pair, method, dict(zip(axes, values, strict=True))
 
     def _add(self, made: Cells, text: str, method: str, values: Mapping[str, object]) -> None:
-        """One cell, unless the same one is there."""
+        """Add one cell, unless the same one is there."""
         pair = parse_pair(text, self._origin)
         of_pair = _entry(self._pairs.get(text, {}).get(method), f"`{method}` of pair `{text}`", self._origin)
         stated = {**self._methods.get(method, {}), **of_pair, **values}
@@ -234,7 +234,7 @@ class _Combiner:
         )
         if made.setdefault(name, cell) != cell:
             raise UsageError(
-                f"{self._origin} makes two cells `{name}` of different options", hint="list one of them under `cells`"
+                f"{self._origin} makes two cells `{name}` with different options", hint="list one of them under `cells`"
             )
 
     def _teacher(self, pair: Pair) -> str:
@@ -269,7 +269,7 @@ def _section(content: Mapping[str, object], name: str, origin: str) -> Mapping[o
         return {}
     if not isinstance(section, dict):
         raise UsageError(
-            f"`{name}` in {origin} is no mapping, found {type(section).__name__}", hint=f"e.g. `{name}: {{}}`"
+            f"`{name}` in {origin} is not a mapping, found {type(section).__name__}", hint=f"e.g. `{name}: {{}}`"
         )
     return section
 
@@ -297,17 +297,17 @@ def _scales(value: object) -> list[int]:
     """Scales as a list; text as `1,2,4` is read too.
 
     Raises:
-        UsageError: they can't be.
+        UsageError: they are not valid.
     """
     if isinstance(value, str):
         return list(methods.parse_scales(value))
     if not isinstance(value, list):
-        raise UsageError(f"scales `{value}` are no list", hint="e.g. `scales: [1, 2, 4]`")
+        raise UsageError(f"scales `{value}` are not a list", hint="e.g. `scales: [1, 2, 4]`")
     return list(methods.check_scales(value))
 
 
 def _name(pair: Pair, method: str, settings: Mapping[str, object], options: Mapping[str, object]) -> str:
-    """The name of a cell and of the folder of its runs: what it is, then what is stated besides."""
+    """The name of a cell and of the folder of its runs: what it is, then what is stated in addition."""
     parts = [pair.dataset] if pair.dataset is not None else []
     parts += [] if method == PLAIN else [pair.teacher]
     parts += [pair.student, method]
@@ -318,7 +318,7 @@ def _name(pair: Pair, method: str, settings: Mapping[str, object], options: Mapp
     for values in (settings, rest):
         parts += [f"{key.replace('_', '')}{_short(values[key])}" for key in sorted(values)]
     name = "-".join(parts).replace("/", "-")
-    return re.sub(r"[^A-Za-z0-9_-]", "_", name)  # DVC takes a dot for a level of its own
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)  # DVC reads a dot as a level of its own
 
 
 def _short(value: object) -> str:

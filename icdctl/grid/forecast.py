@@ -1,4 +1,4 @@
-"""The forecast of a grid: how far each cell is, and how long the rest may take."""
+"""The forecast of a grid: the status of each cell, and how long the rest may take."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ANY_TEACHER = planning.StandIn(("custom", "", ""), None)
 
 @dataclass(frozen=True)
 class CellForecast:
-    """A cell, how many of its runs are how far, and how long the rest may take."""
+    """A cell, the number of its runs in each state, and how long the rest may take."""
 
     name: str
     done: int
@@ -34,12 +34,12 @@ class CellForecast:
     top1: tuple[float, ...]
     """Final-epoch top-1 of the runs that are done, by seed."""
     hours_left: float | None
-    """Hours for one process on one device; None where nothing says how long a run takes."""
+    """Hours for one process on one device; None where that is not known."""
     note: str
-    """How stale runs differ from the cell, what is wrong with those that are done, or why it can't be trained."""
+    """How stale runs differ from the cell, problems of runs that are done, or why the cell can't be trained."""
 
     def as_json(self) -> dict[str, object]:
-        """A line of `icdctl grid plan --json`."""
+        """An entry of `icdctl grid plan --json`."""
         return {**vars(self), "top1": list(self.top1)}
 
 
@@ -48,7 +48,7 @@ def forecast_cells(
 ) -> list[CellForecast]:
     """Every cell with what is known about its runs.
 
-    A run is taken to last as long as the cell's own runs that are done, on average; else as `icdctl bench` says.
+    A run is expected to take as long as the finished runs of its cell, on average; else as `icdctl bench` says.
 
     Args:
         grid: the grid of the project.

@@ -17,40 +17,40 @@ class GridPlan:
     refused: tuple[Outcome, ...]
     """Runs that can't be trained, each with its reason."""
     num_done: int
-    """Runs that were done before."""
+    """Number of runs that were done before."""
     num_slots: int
-    """Packs that are trained at a time."""
+    """Number of packs that are trained at a time."""
     seconds: float | None
-    """Forecast of the time that the packs take; None where no run that is done says how long one takes."""
+    """Forecast of the time that the packs take; None where that is not known."""
     forecast_is_partial: bool
     """Whether there are cells that the forecast knows nothing about."""
 
     @property
     def num_to_train(self) -> int:
-        """Runs in the packs."""
+        """Number of runs in the packs."""
         return sum(len(pack.runs) for pack in self.packs)
 
     @property
     def num_runs(self) -> int:
-        """Runs of the grid."""
+        """Number of runs of the grid."""
         return self.num_to_train + len(self.refused) + self.num_done
 
 
 class PackObserver(Protocol):
-    """Hears from an executor how its packs go."""
+    """Receives the progress of packs from an executor."""
 
     def begun(self, pack: Pack, place: str) -> None:
-        """A pack is at work; `place` says where (`GPU 0`), empty where there is nothing to say."""
+        """A pack is at work; `place` says where (`GPU 0`), empty where that needs no mention."""
 
     def doing(self, pack: Pack, what: str) -> None:
         """What a pack does at the moment: `decoding images 40 %`."""
 
     def message(self, text: str) -> None:
-        """Something that the user should read, often a line of the engine."""
+        """A line that the user should read, often from the engine."""
 
 
 class GridObserver(PackObserver, Protocol):
-    """Hears how the training of a grid goes; it never changes it."""
+    """Receives the progress of a grid; it never changes the training."""
 
     def start(self, plan: GridPlan) -> None:
         """Training begins. Runs in `plan.refused` have failed already and are not reported again."""
@@ -59,11 +59,11 @@ class GridObserver(PackObserver, Protocol):
         """A pack is over; an outcome for each of its runs, in order."""
 
     def stop(self) -> None:
-        """Nothing is at work any more, whether all went well, an error came or the user interrupted."""
+        """Training has ended: all packs are over, an error occurred, or the user interrupted."""
 
 
 class SilentGridObserver:
-    """Hears everything and says nothing."""
+    """An observer that shows nothing."""
 
     def start(self, plan: GridPlan) -> None:
         """See `GridObserver`."""

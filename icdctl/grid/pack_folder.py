@@ -1,4 +1,4 @@
-"""The folder by which a process that trains a pack learns what to train, and reports what became of it.
+"""The folder that tells a process which pack to train, and that receives its outcomes.
 
 It holds all that `python -m icdctl.grid.worker FOLDER` needs, so that an executor can start the worker in any process
 that sees this folder and the project: the same current folder, the same environment variables.
@@ -29,7 +29,7 @@ class PackFolder:
         """
         self._pack, self._outcomes = folder / "pack.json", folder / "outcomes.json"
         self.progress = folder / "progress.txt"
-        """What the worker is doing: a line each time, the last one holds."""
+        """What the worker is doing: it appends lines, and the last one counts."""
 
     def write_pack(self, pack: Pack, conditions: Conditions) -> None:
         """Describe what is to be trained; the time that is left counts from when the worker reads it.
@@ -58,7 +58,7 @@ class PackFolder:
         """What is to be trained, and under which conditions.
 
         Raises:
-            ArtifactError: there is no description, or it is none of this version.
+            ArtifactError: there is no description, or it is of another version.
         """
         stated = files.read_json(self._pack, what="pack", hint=_HINT)
         try:
@@ -69,10 +69,10 @@ class PackFolder:
             conditions = Conditions(Path(stated["root"]), bool(stated["replace"]), TimeLeft(stated["seconds"]))
             return Pack(tuple(runs), int(stated["epochs"])), conditions
         except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"`{self._pack}` is no pack of this version: {error}", hint=_HINT) from error
+            raise ArtifactError(f"`{self._pack}` is not a pack of this version: {error}", hint=_HINT) from error
 
     def write_outcomes(self, outcomes: Sequence[Outcome]) -> None:
-        """Say what became of the runs.
+        """Write the outcomes of the runs.
 
         Raises:
             ArtifactError: the folder can't be written to.
@@ -80,7 +80,7 @@ class PackFolder:
         files.write_json(self._outcomes, [outcome.as_json() for outcome in outcomes])
 
     def read_outcomes(self, pack: Pack) -> list[Outcome] | None:
-        """What became of the runs of a pack, in order; None where the worker has not said so, or not of all of them."""
+        """The outcomes of the runs of a pack, in order; None until the worker has written all of them."""
         try:
             stated = json.loads(self._outcomes.read_text(encoding="utf-8"))
             by_label = {each["label"]: Outcome(**each) for each in stated}

@@ -19,14 +19,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a run, or its begin: one line of `runs/grid.jsonl`."""
+    """The begin or the end of a run: one line of `runs/grid.jsonl`."""
 
     label: str
     """`CELL/sSEED`."""
     state: Literal["begun", "done", "stopped", "failed"]
-    """`stopped`: by a time limit or an interruption; the same call goes on with it."""
+    """`stopped` means by a time limit or an interruption; the same call continues the run."""
     top1: float | None = None
-    """On the test images after the final epoch, in percent."""
+    """Top-1 on the test images after the final epoch, in percent."""
     seconds: float | None = None
     """Seconds of training, all attempts together."""
     message: str = ""
@@ -34,7 +34,7 @@ class Outcome:
     hint: str = ""
 
     def as_json(self) -> dict[str, object]:
-        """All fields that say something, for `--json`, the log and other processes."""
+        """All fields that are not empty, for `--json`, the log and other processes."""
         return {key: value for key, value in vars(self).items() if value not in (None, "")}
 
 
@@ -60,8 +60,8 @@ def make_packs(
 
     Args:
         runs: the runs to train.
-        most: runs in one pack at most.
-        num_slots: packs that are trained at a time; packs are made smaller until no slot stays empty.
+        most: largest number of runs in one pack.
+        num_slots: number of packs that are trained at a time; packs are made smaller until no slot stays empty.
         planner: resolves the configurations.
 
     Returns:
@@ -87,7 +87,7 @@ def make_packs(
 
 
 def _split(group: Sequence[T], most: int) -> list[Sequence[T]]:
-    """Parts of about one size, none larger than `most`."""
+    """Parts of about equal size, none larger than `most`."""
     number = -(-len(group) // most)
     bounds = [len(group) * index // number for index in range(number + 1)]
     return [group[first:last] for first, last in pairwise(bounds)]
@@ -100,7 +100,7 @@ def failed(run: GridRun, error: IcdctlError) -> Outcome:
 
 def stale_outcome(stale: RunStatus) -> Outcome:
     """The outcome of a run that is not trained because its folder holds another run."""
-    message = f"the folder holds another run than the cell asks for: {stale.changes}"
+    message = f"the folder holds a run with other settings than the cell: {stale.changes}"
     return failed(stale.run, ArtifactError(message, hint=stale.error().hint))
 
 

@@ -22,7 +22,7 @@ _INDENT = 2
 
 @dataclass(frozen=True)
 class Written:
-    """What became of the entries, by name: `seeds`, `cells.NAME`."""
+    """Which entries were added, replaced or unchanged, by name: `seeds`, `cells.NAME`."""
 
     path: Path
     added: tuple[str, ...]
@@ -34,7 +34,7 @@ class Written:
 
 @dataclass(frozen=True)
 class _Node:
-    """Where a value stands in a text."""
+    """The place of a value in a text."""
 
     start: int
     end: int
@@ -54,17 +54,17 @@ class _Edit:
 
 
 def write_entries(path: Path, entries: Mapping[str, object], *, replace: bool = False) -> Written:
-    """Put entries into the sections of a params.yaml, which is made where it is not there.
+    """Put entries into the sections of a params.yaml, which is created if it does not exist.
 
     Args:
         path: the file.
-        entries: section -> its entries by name, which join those that are there; or -> a value that is no
+        entries: section -> its entries by name, which join the existing ones; or -> a value that is not a
             mapping, which is the whole section.
-        replace: overwrite an entry that is there and differs.
+        replace: overwrite an existing entry that differs.
 
     Raises:
-        UsageError: an entry differs from the one of that name, or a section is no mapping.
-        ArtifactError: the file is no YAML, or can't be written.
+        UsageError: an entry differs from the existing one of its name, or a section is not a mapping.
+        ArtifactError: the file is not YAML, or can't be written.
     """
     with files.waited_lock(files.state_folder() / "locks" / "params.lock"):
         text = _read(path)
@@ -89,10 +89,10 @@ def dump(entries: Mapping[str, object]) -> str:
 
 
 def parse(text: str, path: Path) -> dict[str, object]:
-    """What a params.yaml holds; nothing where it is empty.
+    """The content of a params.yaml; empty where the file is empty.
 
     Raises:
-        ArtifactError: it is no YAML, or no mapping.
+        ArtifactError: it is not YAML, or not a mapping.
     """
     hint = f"fix `{path}`, or name another file with `--to`"
     try:
@@ -102,15 +102,15 @@ def parse(text: str, path: Path) -> dict[str, object]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ArtifactError(f"`{path}` holds no mapping", hint=hint)
+        raise ArtifactError(f"`{path}` does not hold a mapping", hint=hint)
     return content
 
 
 def read(path: Path) -> dict[str, object]:
-    """What a params.yaml holds; nothing where there is none.
+    """The content of a params.yaml; empty where there is no file.
 
     Raises:
-        ArtifactError: it can't be read, is no YAML, or no mapping.
+        ArtifactError: it can't be read, is not YAML, or not a mapping.
     """
     return parse(_read(path), path)
 
@@ -125,7 +125,7 @@ def _read(path: Path) -> str:
 
 
 class _Changes:
-    """Edits of one text, collected; their places are those of the text before any of them."""
+    """Collected edits of one text; their places refer to the text before all edits."""
 
     def __init__(self, path: Path, content: Mapping[str, object], *, replace: bool) -> None:
         self._path = path
@@ -160,7 +160,7 @@ class _Changes:
         return text
 
     def report(self, entries: Mapping[str, object]) -> Written:
-        """What became of the entries."""
+        """Which entries were added, replaced or unchanged."""
         written = {*self._added, *self._replaced}
         parts = []
         for section, given in entries.items():
@@ -181,15 +181,17 @@ class _Changes:
             self._tail.append(_indented(dump({section: given}), top.column))
 
     def _join(self, text: str, section: str, node: _Node, given: Mapping[str, object], *, in_flow: bool) -> None:
-        """Entries into a section that is there."""
+        """Add entries to an existing section."""
         held = self._content[section]
         if held is not None and not isinstance(held, dict):
-            raise UsageError(f"`{section}` in `{self._path}` is no mapping", hint="make it one, or name another file")
+            raise UsageError(
+                f"`{section}` in `{self._path}` is not a mapping", hint="make it one, or name another file"
+            )
         new = {}
         for name, value in given.items():
             if name in (held or {}):
                 if name not in node.children:
-                    raise _not_editable(self._path)  # it comes out of an alias
+                    raise _not_editable(self._path)  # it is the value of an alias
                 self._put(text, f"{section}.", name, (held or {})[name], value, node)
             else:
                 new[name] = value
@@ -209,12 +211,12 @@ class _Changes:
             self._insert(end, lines if end == 0 or text[end - 1] == "\n" else f"\n{lines}")
 
     def _put(self, text: str, before: str, key: str, held: object, given: object, parent: _Node) -> None:
-        """An entry in the place of the one of that key in a mapping; `before` is what its name begins with."""
+        """Replace the entry of that key in a mapping; `before` is the prefix of its name in messages."""
         name = f"{before}{key}"
         if held == given:
             self._unchanged.append(name)
             return
-        if not self._replace and held is not None:  # null says nothing
+        if not self._replace and held is not None:  # null is empty
             self._differing.append(name)
             return
         self._replaced.append(name)
@@ -232,7 +234,7 @@ class _Changes:
 
 
 def _check_kept(path: Path, before: Mapping[str, object], made: str, entries: Mapping[str, object]) -> None:
-    """The new text says what it should, and all keys that were there are there.
+    """Check that the new text says what it should, and that no key was lost.
 
     Raises:
         ArtifactError: it does not, e.g. because of anchors or merged keys.
@@ -260,16 +262,16 @@ def _check_kept(path: Path, before: Mapping[str, object], made: str, entries: Ma
 
 def _not_editable(path: Path) -> ArtifactError:
     return ArtifactError(
-        f"`{path}` is written in a way that can't be added to",
+        f"entries can't be added to `{path}` in the way it is written",
         hint="write to another file with `--to`, and take the entries over by hand",
     )
 
 
 def _places(text: str) -> _Node:
-    """Where the top-level mapping of a text and what is in it stand.
+    """The places of the top-level mapping of a text and of what is in it.
 
     Raises:
-        yaml.YAMLError: it is no YAML; `parse` has reported that before.
+        yaml.YAMLError: it is not YAML; `parse` has reported that before.
     """
     events = iter(yaml.parse(text, Loader=yaml.SafeLoader))
     for event in events:
@@ -299,7 +301,7 @@ def _node(events: Iterator[yaml.Event], event: yaml.Event) -> _Node:
 
 
 def _line_end(text: str, place: int) -> int:
-    """Behind the line that a value ends on; a block of text has its line break in it."""
+    """The place after the line that a value ends on; a block of text includes its line break."""
     if place and text[place - 1] == "\n":
         return place
     end = text.find("\n", place)

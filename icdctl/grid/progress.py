@@ -26,7 +26,7 @@ class _Work:
 
 
 class GridProgress:
-    """Follows packs by the histories in their run folders, which is where every executor writes them."""
+    """Follows packs by the histories in their run folders, where every executor writes them."""
 
     def __init__(self, plan: GridPlan) -> None:
         """
@@ -43,7 +43,7 @@ class GridProgress:
         self._work[pack.label] = _Work(pack, place, time.monotonic(), _epochs(pack)[0])
 
     def doing(self, pack: Pack, what: str) -> None:
-        """What a pack does before its first epoch is over: its data are decoded, its teacher is asked ahead."""
+        """What a pack does before its first epoch is over: decoding images, filling the teacher cache."""
         if pack.label in self._work:
             self._work[pack.label].doing = what
 
@@ -60,7 +60,7 @@ class GridProgress:
         return ", ".join([f"{done} of {self._num_runs} runs done", *others])
 
     def state(self) -> tuple[list[list[object]], str]:
-        """Rows under `COLUMNS`, and a line on the whole; may be asked from another thread."""
+        """Rows under `COLUMNS`, and a line on the whole grid; may be called from another thread."""
         now = time.monotonic()
         rows = [self._row(work, now) for work in list(self._work.values())]
         return rows, f"{self.counts}, {duration(now - self._started)} so far"
@@ -82,7 +82,7 @@ class GridProgress:
 
 
 def _epochs(pack: Pack) -> tuple[int, int, list[float]]:
-    """Epochs of all runs together, epochs of the run that is the least far, and the last top-1 of each run."""
+    """Epochs of all runs together, epochs of the run that has done the fewest, and the last top-1 of each run."""
     histories = [run.history for run in pack.runs]
     top1 = []
     for history in histories:

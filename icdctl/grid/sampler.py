@@ -21,7 +21,7 @@ def next_values(space: Space, trials: Sequence[Trial], number: int, *, seed: int
         space: what is searched.
         trials: the trials so far; the same trials and seed give the same values.
         number: how many sets of values.
-        seed: of the sampler.
+        seed: the seed of the sampler.
 
     Raises:
         UsageError: optuna is not installed.
@@ -49,7 +49,7 @@ def _study(space: Space, trials: Sequence[Trial], seed: int) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # Trials that are asked for together are not over yet: the sampler takes them for bad, and spreads.
+        # Trials that are proposed together are not over yet: the sampler treats them as bad, so that they differ.
         sampler = optuna.samplers.TPESampler(seed=seed + len(trials), constant_liar=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     distributions = {key: _distribution(axis) for key, axis in space.items()}

@@ -17,14 +17,14 @@ from icdctl.grid.trials import LOCK_FILE, Search
 
 
 class SearchObserver(GridObserver, Protocol):
-    """Hears how a search goes, and how the training of its trials and of its best cells goes."""
+    """Receives the progress of a search, and of the training of its trials and best cells."""
 
     def searched(self, search: Search) -> None:
         """All trials of a cell are over, and the cell with the best values is trained."""
 
 
 class SilentSearchObserver(SilentGridObserver):
-    """Hears everything and says nothing."""
+    """An observer that shows nothing."""
 
     def searched(self, search: Search) -> None:
         """See `SearchObserver`."""
@@ -32,7 +32,7 @@ class SilentSearchObserver(SilentGridObserver):
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What became of the searches of a grid."""
+    """The results of the searches of a grid."""
 
     searches: tuple[Search, ...]
     """Searches that are over, one for each cell; fewer where a time limit came first."""
@@ -57,23 +57,23 @@ def search_grid(
 ) -> SearchResult:
     """Search each cell's settings in this process, then train a cell with the best values with every seed.
 
-    Call it again with the same arguments after any interruption, or with more trials: it goes on from `search.json`.
+    Call it again with the same arguments after any interruption, or with more trials: it continues from `search.json`.
 
     Args:
         grid: the cells; those without the settings that are searched are left out, with a message.
-        space: what is tried, from `parse_space`.
-        trials: how many each cell gets in all.
+        space: the values to try, from `parse_space`.
+        trials: number of trials of each cell in all.
         num_seeds: seeds of each trial, the first ones of the grid.
-        val_split: share of the training images that trials are judged on.
-        together: most runs in one process.
+        val_split: share of the training images to hold out and measure trials on.
+        together: largest number of runs in one process.
         replace: whether runs of other settings are trained again.
         time_limit: the limit for everything together: `90m`, or seconds.
         device: the device of all runs, in place of their own.
-        observer: hears of the progress.
+        observer: receives the progress.
 
     Raises:
         UsageError: the space fits no cell, the grid has too few seeds, or optuna is not installed.
-        IcdctlError: no trial of a cell got through.
+        IcdctlError: all trials of a cell failed.
         Interrupted, KeyboardInterrupt: the user or the system interrupted the search; the states are saved.
     """
     if num_seeds > len(grid.seeds):
@@ -92,14 +92,14 @@ def search_grid(
 def _run(
     grid: Grid, searches: Sequence[Search], trials: int, together: int, training: GridTraining, observer: SearchObserver
 ) -> SearchResult:
-    """Search after search, each with the training of its best cell."""
+    """Run one search after another, each with the training of its best cell."""
     finished: list[Search] = []
     outcomes: list[Outcome] = []
     earlier: list[Outcome] = []
     num_before = 0
     for search in searches:
         if not _try_values(search, trials, together, training, observer):
-            observer.message("the time limit came first: run the same command again, and the search goes on")
+            observer.message("the time limit came first: run the same command again to continue the search")
             break
         best = replace(grid, cells=(search.winner,))
         result = training.train(best)
@@ -113,7 +113,7 @@ def _run(
 
 
 def _try_values(search: Search, trials: int, together: int, training: GridTraining, observer: SearchObserver) -> bool:
-    """Trial after trial, as many at a time as share a process; False where time ran out."""
+    """Run the trials, as many at a time as share a process; return False if the time ran out."""
     name = search.cell.name
     busy = f"another process searches `{name}`"
     with files.locked(search.folder / LOCK_FILE, busy=busy, hint="wait for it", waiting=observer.message):

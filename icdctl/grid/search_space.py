@@ -1,4 +1,4 @@
-"""What a search may try, ranges of numbers and lists of values to choose from, and what it has tried."""
+"""The values that a search may try, as ranges and lists, and the trials that it has made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EXAMPLE = "e.g. `--search optuna --sweep gamma=0.5..8 --sweep lr=0.001..0.1:log
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers between two."""
+    """A range of numbers."""
 
     low: float
     high: float
@@ -35,7 +35,7 @@ Space = Mapping[str, Axis]
 
 @dataclass(frozen=True)
 class Trial:
-    """Values that were tried, and how well they did."""
+    """Values that were tried, and their top-1."""
 
     values: Mapping[str, str]
     val_top1: tuple[float, ...] | None
@@ -78,7 +78,7 @@ def _range(item: str, name: str, text: str) -> Range:
     except ValueError:
         low, high = math.nan, math.nan
     if scale.strip() not in ("", "log") or not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise UsageError(f"`--sweep {item}` is no range LOW..HIGH or LOW..HIGH:log", hint=_EXAMPLE)
+        raise UsageError(f"`--sweep {item}` is not a range LOW..HIGH or LOW..HIGH:log", hint=_EXAMPLE)
     if scale and low <= 0:
         raise UsageError(f"`--sweep {item}`: a logarithmic range begins above 0", hint=_EXAMPLE)
     known = RunConfig.model_fields.get(name)
@@ -86,7 +86,7 @@ def _range(item: str, name: str, text: str) -> Range:
 
 
 def searchable(grid: Grid, space: Space) -> tuple[Grid, list[str]]:
-    """The cells whose methods have all settings of a space, and a line on each cell that is left out.
+    """The cells whose methods have all settings of a space, and a message for each cell that is left out.
 
     Raises:
         UsageError: no cell has them, or a range ends at a value that its setting can't have.

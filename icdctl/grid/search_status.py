@@ -33,17 +33,17 @@ class SearchStatus:
     trials: tuple[Trial, ...]
     """Trials that are over."""
     running: tuple[str, ...]
-    """Folders of trials that a process is at work on, or is about to note."""
+    """Folders of trials that a process is training, or is about to note."""
     begun: tuple[str, ...]
-    """Folders of trials that were interrupted: the same command goes on with them."""
+    """Folders of trials that were interrupted; the same command continues them."""
     winner: CellForecast | None
-    """The cell with the best values; None before the first trial that got through."""
+    """The cell with the best values; None before the first trial that succeeded."""
     note: str
-    """Why the search can't go on, or why its trials can't be read."""
+    """Why the search can't continue, or why its trials can't be read."""
 
     @property
     def num_failed(self) -> int:
-        """Trials that did not get through."""
+        """Number of trials that failed."""
         return sum(trial.val_top1 is None for trial in self.trials)
 
     @property
@@ -77,7 +77,7 @@ class SearchStatus:
 
 
 def search_statuses(grid: Grid) -> list[SearchStatus]:
-    """The searches of those cells that were ever searched."""
+    """The searches of all cells that have been searched."""
     found = (_of_cell(grid, cell) for cell in grid.cells if folder_of(grid, cell).is_dir())
     return [search for search in found if search is not None]
 

@@ -23,7 +23,7 @@ from icdctl.teachers import FetchOptions, fetch_teacher, find_published
 TEACHERS, RESULTS = "teachers", "results"
 _PIPELINE_KEYS = ("source", "after", "model")
 _LARGEST_DIFFERENCE = 0.05
-"""Points of top-1 by which the weights may miss the run's own number on another device: near ties of 10,000 images."""
+"""Largest accepted difference in top-1, in points, from the run's own number: near ties differ between devices."""
 
 
 def make_teacher(root: Path, key: str, *, observer: Observer | None = None) -> Path:
@@ -32,7 +32,7 @@ def make_teacher(root: Path, key: str, *, observer: Observer | None = None) -> P
     Args:
         root: the folder of the project.
         key: the name of the teacher.
-        observer: hears of the progress of training.
+        observer: receives the progress of training.
 
     Returns:
         `teachers/<key>`, with its weights.
@@ -73,7 +73,7 @@ def make_teacher(root: Path, key: str, *, observer: Observer | None = None) -> P
 
 
 def evaluate_cell(grid: Grid, root: Path) -> Path:
-    """Measure what the weights of a cell's runs reach on the test images, beside the runs' own numbers.
+    """Measure the weights of a cell's runs on the test images, and write the results beside the runs' own numbers.
 
     Args:
         grid: a grid of one cell.

@@ -16,23 +16,23 @@ from icdctl.grid.cells import GridRun
 
 State = Literal["done", "begun", "stale", "missing"]
 REPLACED = ".replaced"
-"""Folder beside the cells that keeps the runs which others were trained in place of."""
+"""Folder beside the cells that keeps replaced runs."""
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run, and how far it is."""
+    """A run and its state."""
 
     run: GridRun
     state: State
-    """`stale`: the folder holds a run of other settings than the cell's."""
+    """`stale` means that the folder holds a run with other settings than the cell's."""
     changes: str = ""
     """How a stale run differs from its cell: `gamma 4.0 -> 8.0`."""
 
     def error(self) -> ArtifactError:
-        """The error for callers that need the run as the cell says, where it is stale."""
+        """The error for callers that need the run of the cell, where the folder's run is stale."""
         return ArtifactError(
-            f"`{self.run.folder}` holds another run than the cell `{self.run.cell.name}` asks for: {self.changes}",
+            f"`{self.run.folder}` holds a run with other settings than the cell `{self.run.cell.name}`: {self.changes}",
             hint="take the change back, or train it again: `icdctl grid run` and `icdctl reproduce` do so with "
             f"`--replace`, and keep the old folder in `{REPLACED}` beside the cells",
         )
@@ -52,10 +52,9 @@ def run_status(run: GridRun, planner: planning.Planner) -> RunStatus:
 def state_of(
     folder: Path, command: Literal["train", "distill"], options: Mapping[str, object], planner: planning.Planner
 ) -> tuple[State, str]:
-    """How far the run in a folder is, and how it differs from what options ask for.
+    """The state of the run in a folder, and how it differs from given options.
 
-    Where the teacher is not here, as on a machine that only looks at results, the teacher that the run states is taken
-    for it, as long as it is the same model.
+    Where the teacher is not on this machine, the teacher that the run states is accepted, if it is the same model.
 
     Args:
         folder: the run folder.
@@ -79,7 +78,7 @@ def state_of(
         changed = differences(earlier, planner.plan(command, {**options, "out": str(folder)}, stand_in=stand_in))
     except UsageError as error:
         return "stale", f"the cell can't be trained: {error.messages[0]}"
-    except IcdctlError:  # something else is not here, e.g. the folder of images: nothing to compare with
+    except IcdctlError:  # something else is missing, e.g. the folder of images: nothing to compare with
         changed = []
     if changed:
         return "stale", ", ".join(changed)
@@ -87,7 +86,7 @@ def state_of(
 
 
 def _other_model(named: object, earlier: str | None) -> tuple[str, str, str] | None:
-    """The teacher that a model's name asks for, where the run had another model."""
+    """The teacher of a model's name, where the run had another model."""
     if named is None or earlier is None:
         return None
     try:
@@ -105,12 +104,12 @@ def set_aside(
     Args:
         folder: the run folder.
         root: the folder of all runs.
-        is_stale: asked once no other process is at work there: that process may have replaced the run.
+        is_stale: called once no other process is at work there, because that process may have replaced the run.
         waiting: called with a message where another process is at work in the folder, which is then waited for; None
             to fail at once.
 
     Returns:
-        Where the run is now; None where there is nothing to move any more.
+        The run's new folder; None where there is nothing to move any more.
 
     Raises:
         ArtifactError: it can't be moved.

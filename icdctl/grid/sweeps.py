@@ -1,4 +1,4 @@
-"""Sweeps: each cell once for every combination of values of some of its settings and options."""
+"""Sweeps: a cell for every combination of values of some settings and options."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from icdctl.errors import ArtifactError, UsageError, unknown_name
 from icdctl.grid.cells import Grid, GridCell
 
 _OPTIONS = {name for name, each in OPTIONS.items() if each.swept}
-"""That a sweep may change besides a method's settings. Method, teacher and data set make another cell."""
+"""Options that a sweep may change besides a method's settings. Method, teacher and data set make another cell."""
 _LISTS = {name for name, each in OPTIONS.items() if each.is_list}
-"""Their values are lists themselves; `;` stands between two of them."""
+"""Options whose values are lists themselves; `;` separates two of them."""
 _MOST_CELLS = 10_000
 _ANY_TEACHER = planning.StandIn(("custom", "", ""), None)
 
 
 def parse_sweeps(given: Sequence[str]) -> dict[str, list[str]]:
-    """`["gamma=1,2,4", "scales=1,2;1,2,4"]` as what is swept and its values.
+    """`["gamma=1,2,4", "scales=1,2;1,2,4"]` as settings or options and their values.
 
     Raises:
         UsageError: one is not KEY=VALUES, or names a key or a value twice.
@@ -51,7 +51,7 @@ def parse_sweeps(given: Sequence[str]) -> dict[str, list[str]]:
 
 
 def swept(grid: Grid, axes: Mapping[str, Sequence[str]], *, taken: Collection[str]) -> tuple[Grid, list[str]]:
-    """Each cell once for every combination of values, called by it: `mine-gamma4-lr0.1`.
+    """Make a cell for every combination of values, and name it after them: `mine-gamma4-lr0.1`.
 
     Args:
         grid: the cells.
@@ -62,7 +62,7 @@ def swept(grid: Grid, axes: Mapping[str, Sequence[str]], *, taken: Collection[st
         The cells, and why others were left out: their methods do not have what is swept.
 
     Raises:
-        UsageError: no cell has all that is swept, a value can't be, or two cells would have one name.
+        UsageError: no cell has all that is swept, a value is not valid, or two cells would have one name.
     """
     for key in axes:
         if not any(_has(cell, key) for cell in grid.cells):
@@ -106,7 +106,7 @@ def _has(cell: GridCell, key: str) -> bool:
 
 
 def changed(cell: GridCell, values: Mapping[str, str]) -> GridCell:
-    """A cell with these values of its method's settings or of options, called by them."""
+    """A cell with these values of its method's settings or of options, named after them."""
     options = dict(cell.options)
     settings: dict[str, Any] = dict(options.get("settings") or {})
     for key, value in values.items():
@@ -118,10 +118,10 @@ def changed(cell: GridCell, values: Mapping[str, str]) -> GridCell:
 
 
 def _check(cell: GridCell, planner: planning.Planner) -> None:
-    """Refuse values before anything is trained; whether the teacher is there is another matter.
+    """Refuse wrong values before anything is trained; the teacher need not be there.
 
     Raises:
-        UsageError: the configuration can't be.
+        UsageError: the configuration is not valid.
     """
     try:
         planner.plan(cell.command, cell.options, stand_in=_ANY_TEACHER)
@@ -140,5 +140,5 @@ def _plain(value: str) -> float | str:
 
 
 def _short(value: str) -> str:
-    """As a part of a file name."""
+    """A value as part of a file name."""
     return re.sub(r"[^A-Za-z0-9.]+", "_", value).strip("_")

@@ -26,26 +26,26 @@ from icdctl.grid.status import RunStatus, run_statuses
 LOG_FILE = "grid.jsonl"
 """In the folder of all runs: a line for each run that begins, is done, stops or fails."""
 MOST_TOGETHER = 8
-"""Runs in one pack, where the caller names no number."""
+"""Largest number of runs in one pack, where the caller names none."""
 
 
 @dataclass(frozen=True)
 class GridResult:
-    """What became of the runs of a grid."""
+    """The outcomes of the runs of a grid."""
 
     outcomes: tuple[Outcome, ...]
     """Runs that were trained now, were stopped, or failed."""
     num_before: int
-    """Runs that were done before."""
+    """Number of runs that were done before."""
 
     @property
     def failed(self) -> list[Outcome]:
-        """Runs that did not get through."""
+        """Runs that failed."""
         return [outcome for outcome in self.outcomes if outcome.state == "failed"]
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a time limit stopped some runs: the same call goes on with them."""
+        """Whether a time limit stopped some runs: the same call continues them."""
         return any(outcome.state == "stopped" for outcome in self.outcomes)
 
     def error(self) -> IcdctlError:
@@ -72,24 +72,24 @@ def train_grid(
 ) -> GridResult:
     """Train every run of a grid that is not done. One that fails does not stop the others.
 
-    Call it again with the same grid after any interruption: each run goes on from its last checkpoint. What happens is
-    a line each in `grid.jsonl` in the grid's folder.
+    Call it again with the same grid after any interruption: each run continues from its last checkpoint.
+    `grid.jsonl` in the grid's folder gets a line for each run that begins or ends.
 
     Args:
         grid: the runs, e.g. from `read_grid`.
         executor: trains the packs; by default this process.
-        together: most runs in one process, on one teacher.
+        together: largest number of runs in one process, on one teacher.
         replace: whether runs of other settings are trained again, their old folders kept in `.replaced` beside the
             cells; they fail otherwise.
         time_limit: the limit for all runs together: `90m`, or seconds.
         device: the device of all runs, in place of their own.
-        observer: hears of the progress.
+        observer: receives the progress.
 
     Returns:
-        What became of each run; a failure is not raised, see `GridResult.error`.
+        The outcome of each run; a failure is not raised, see `GridResult.error`.
 
     Raises:
-        UsageError: the time limit is no duration, or there is no such device.
+        UsageError: the time limit is not a duration, or there is no such device.
         Interrupted, KeyboardInterrupt: the user or the system interrupted the training; the states are saved.
     """
     training = GridTraining(
@@ -111,7 +111,7 @@ class GridTraining:
         device: str | None = None,
         observer: GridObserver | None = None,
     ) -> None:
-        """See `train_grid`; the time counts from now."""
+        """See `train_grid` for the arguments; the time limit counts from now."""
         if device is not None:
             check_device(device)
         self.time = TimeLeft(parse_duration(time_limit))
@@ -160,7 +160,7 @@ class GridTraining:
         )
 
     def _train(self, packs: Sequence[Pack], folder: Path, is_tested: bool) -> list[Outcome]:
-        """Have the executor train packs; log and report each as it is over."""
+        """Let the executor train packs; log and report each one when it is over."""
         watched = _Watched(folder, self._observer)
         found: list[Outcome] = []
         try:
@@ -178,7 +178,7 @@ class GridTraining:
 
 
 class _Watched:
-    """Logs what an executor reports, and hands it on to the observer of the grid."""
+    """Logs what an executor reports, and passes it on to the observer of the grid."""
 
     def __init__(self, folder: Path, observer: GridObserver) -> None:
         self._folder, self._observer = folder, observer
@@ -206,7 +206,7 @@ class _Watched:
         self._observer.ended(pack, outcomes)
 
     def log_interruption(self) -> None:
-        """Packs that were at work are stopped."""
+        """Log that the packs that were at work are stopped."""
         runs = [run for pack in self._at_work for run in pack.runs]
         _write_log(self._folder, [Outcome(run.label, "stopped", message="interrupted") for run in runs])
 
@@ -233,12 +233,12 @@ def _write_log(folder: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def _seconds_left(grid: Grid, statuses: Sequence[RunStatus], num_at_once: int) -> tuple[float | None, bool]:
-    """Forecast of the time that is left, and whether cells are missing in it.
+    """Forecast of the time that is left, and whether cells are missing from it.
 
     Args:
         grid: the runs.
         statuses: the status of each run, in order.
-        num_at_once: packs at a time; 0 where there is nothing to train.
+        num_at_once: number of packs at a time; 0 where there is nothing to train.
     """
     if num_at_once == 0:
         return None, False
@@ -249,7 +249,7 @@ def _seconds_left(grid: Grid, statuses: Sequence[RunStatus], num_at_once: int) -
 
 @contextmanager
 def same_command_continues() -> Iterator[None]:
-    """Where a run within the block is interrupted, the hint names the call for all runs, not that for one run.
+    """If a run in the block is interrupted, let the hint name the command for all runs, not the one for that run.
 
     Raises:
         Interrupted: with that hint.
@@ -257,6 +257,6 @@ def same_command_continues() -> Iterator[None]:
     try:
         yield
     except Interrupted as error:
-        interrupted = Interrupted(error.message, hint="run the same command again: it goes on from there")
+        interrupted = Interrupted(error.message, hint="run the same command again to continue from there")
         interrupted.exit_code = error.exit_code
         raise interrupted from error

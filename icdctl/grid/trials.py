@@ -1,9 +1,9 @@
 """The trials of a search, kept in `search.json`.
 
-A trial trains without some of the training images and is judged on these, never on the test images. The values of the
-best trial then make a cell of its own, trained on all training images with every seed: that cell alone is tested.
-A search that is repeated or interrupted goes on from its file: what is tried next follows from the trials so far and
-the seed alone.
+A trial trains without some of the training images and is measured on these, never on the test images. The values of
+the best trial then make a new cell, which is trained on all training images with every seed: only that cell is tested.
+A search that is repeated or interrupted continues from its file: the next values depend only on the trials so far and
+the seed.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Search:
         """
         Args:
             grid: the grid of the cell.
-            cell: its settings are searched.
+            cell: the cell whose settings are searched.
             space: from `parse_space`.
             seeds: each trial is trained with all of them.
-            val_split: share of the training images that trials are judged on, above 0 and below 1.
+            val_split: share of the training images to hold out and measure trials on, above 0 and below 1.
 
         Raises:
             UsageError: the share is outside its bounds, or earlier trials have another space, cell, seeds or settings.
@@ -55,12 +55,12 @@ class Search:
         """The trial with the highest score, the earliest of equals.
 
         Raises:
-            IcdctlError: no trial got through.
+            IcdctlError: all trials failed.
         """
         found = best_of(self.trials)
         if found is None:
             raise IcdctlError(
-                f"no trial of `{self.cell.name}` got through", hint="the messages above say why; search other values"
+                f"all trials of `{self.cell.name}` failed", hint="the messages above say why; search other values"
             )
         return found
 
@@ -78,16 +78,16 @@ class Search:
         return sampler.next_values(self.space, self.trials, number, seed=self._seeds[0])
 
     def runs_of(self, several: Sequence[Mapping[str, str]]) -> Grid:
-        """The runs of values to try, as a grid of their own."""
+        """The runs of values to try, as a separate grid."""
         return trial_runs(self._grid, replace(self.cell, options=self._options), several, seeds=self._seeds)
 
     def note(self, several: Sequence[Mapping[str, str]], runs: Sequence[GridRun], failed: Sequence[str]) -> None:
-        """Note what became of values that were tried.
+        """Record the results of values that were tried.
 
         Args:
             several: the values, from `ask`.
             runs: their runs, from `runs_of`.
-            failed: labels of the runs that did not get through.
+            failed: labels of the runs that failed.
 
         Raises:
             ArtifactError: metrics of a run are broken, or the file can't be written.
@@ -110,12 +110,12 @@ class Search:
         return {"of": self._identity(), "trials": trials}
 
     def _identity(self) -> dict[str, object]:
-        """What trials must have in common."""
+        """The settings that all trials must have in common."""
         axes = {key: vars(axis) if isinstance(axis, Range) else list(axis) for key, axis in self.space.items()}
         return {"cell": self.cell.name, "options": _deciding(self._options), "seeds": list(self._seeds), "space": axes}
 
     def read(self) -> None:
-        """Take up the trials in the file: another process may have added some.
+        """Read the trials in the file again: another process may have added some.
 
         Raises:
             UsageError, ArtifactError: as when the search was made.
@@ -153,7 +153,7 @@ def folder_of(grid: Grid, cell: GridCell) -> Path:
 
 
 def best_of(trials: Iterable[Trial]) -> Trial | None:
-    """The trial with the highest score, the earliest of equals; None where none got through."""
+    """The trial with the highest score, the earliest of equals; None where all failed."""
     found = max(trials, key=lambda trial: trial.score, default=None)
     return None if found is None or found.val_top1 is None else found
 
@@ -164,7 +164,7 @@ def winner_of(cell: GridCell, best: Trial) -> GridCell:
 
 
 def trial_runs(grid: Grid, cell: GridCell, several: Sequence[Mapping[str, str]], *, seeds: Sequence[int]) -> Grid:
-    """The runs of values to try, as a grid of their own.
+    """The runs of values to try, as a separate grid.
 
     Args:
         grid: the grid of the cell.
@@ -198,7 +198,7 @@ def read_trials(folder: Path) -> tuple[dict[str, object], list[Trial]]:
         ]
         return dict(held["of"]), trials
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"`{path}` is no search of this version: {error}", hint=hint) from error
+        raise ArtifactError(f"`{path}` is not a search of this version: {error}", hint=hint) from error
 
 
 def _from_scratch(folder: Path) -> str:

@@ -1,6 +1,6 @@
 """A process that trains one pack: `python -m icdctl.grid.worker FOLDER [LABEL...]`.
 
-FOLDER is a `PackFolder`. The labels are for the user alone: `ps` shows with them what the worker trains. Messages go to
+FOLDER is a `PackFolder`. The labels are only for the user: with them `ps` shows what the worker trains. Messages go to
 stderr, a line each. The exit code is 0 where the outcomes are written, 130 or 143 where the worker was interrupted (the
 states of its runs are saved), and 1 where it could not train at all.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _INTERRUPTED, _TERMINATED = 130, 143
 _PROGRESS_SECONDS = 0.5
-"""Between two lines of progress: a step may take less than a millisecond."""
+"""Seconds between two lines of progress: a step may take less than a millisecond."""
 
 
 def main(arguments: list[str]) -> int:
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        # Not above: torch takes seconds, and a signal that comes meanwhile must end this process in order too.
+        # Not at the head: torch takes seconds, and a signal that comes meanwhile must end this process in order too.
         from icdctl.grid.executors.here import train_pack
         from icdctl.grid.pack_folder import PackFolder
 
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 class _Relay:
-    """Writes down how the pack goes, for the process that started this one."""
+    """Writes the progress of the pack to its folder, for the process that started this one."""
 
     def __init__(self, progress: Path) -> None:
         self._progress = progress
@@ -66,7 +66,7 @@ class _Relay:
         if now - self._written < _PROGRESS_SECONDS:
             return
         self._written = now
-        # Orphans go on where the folder has been deleted, or its disk is full.
+        # An orphan continues even if the folder was deleted or its disk is full.
         with suppress(OSError), self._progress.open("a", encoding="utf-8") as file:
             file.write(f"{what}\n")
 
@@ -76,13 +76,13 @@ class _Relay:
 
 
 def _say(text: str) -> None:
-    with suppress(OSError):  # the disk is full, which must not end a training
+    with suppress(OSError):  # a full disk must not end a training
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """Stop as on Ctrl-C, so that states are saved; the argument says that it was another signal."""
+    """Stop as on Ctrl-C, so that states are saved; the argument marks it as another signal."""
     raise KeyboardInterrupt(signal.SIGTERM)
 
 

@@ -81,7 +81,7 @@ def check_settings(method: str, given: Mapping[str, object]) -> dict[str, float 
     """A method's settings with the given ones in place of the defaults, and `variant` among them.
 
     Raises:
-        UsageError: a key that the method does not have, a value that is no number, not finite or out of range.
+        UsageError: a key that the method does not have, a value that is not a number, not finite or out of range.
     """
     return check_values(method, METHODS[method].defaults, given)
 
@@ -110,12 +110,12 @@ def distillation_terms(
         teacher_logits: [B, K]; no gradient reaches it. Not read by `ce`.
         student_patches: [B, K, P], read by the `sdd_` and `cd_` methods.
         teacher_patches: [B, K, P]; no gradient reaches it.
-        scales: what makes up P, ascending.
+        scales: the scales that make up P, ascending.
         epoch: counted from 1; with `warmup_epochs` W above 0 the `kd` term is multiplied by min(epoch / W, 1). A
             zero-dimensional tensor lets the factor change inside a captured graph.
         settings: some of the method's settings (see `check_settings`); the rest take their defaults.
-        label_smoothing: of the `ce` term.
-        class_weights: [K], of the `ce` term, whose mean they then weight.
+        label_smoothing: label smoothing of the `ce` term.
+        class_weights: [K], weights of the classes in the `ce` term and its mean.
         has_unlabeled: whether labels may be -1, for images that have none. Those are left out of the `ce` term, and
             the other terms take the teacher's own choice for their class.
 

@@ -21,7 +21,7 @@ from icdctl.methods.settings import Settings
 class FitNet(Method):
     """FitNets: the output of one stage, through a trained connector, imitates the teacher's output of that stage.
 
-    As in the reference code, and unlike the paper, the hint is not a training stage of its own: its term is added to
+    As in the reference code, and unlike the paper, the hint is not a separate training stage: its term is added to
     the cross-entropy in every epoch.
 
     Source: Romero et al. 2015, section 2.2, https://arxiv.org/abs/1412.6550

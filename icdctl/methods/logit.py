@@ -260,11 +260,11 @@ def kl_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor) -> tuple
 
 
 def with_gradient(inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-    """A value whose gradient is known, as autograd's own; it can be derived once.
+    """Give autograd a value whose gradient is known; it can be differentiated once.
 
     Args:
         inputs: [B, ...], what the value was computed from, elsewhere.
-        value: [B], each of its own row alone; no gradient flows through it.
+        value: [B], each entry depending on its own row alone; no gradient flows through it.
         gradient: [B, ...], of the value with respect to the inputs.
 
     Returns:
@@ -295,7 +295,7 @@ def _both(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def _is_target(labels: Tensor, num_classes: int) -> Tensor:
-    """[B] -> [B, K] bool; unlike `one_hot`, it never looks at the values, so no device has to be waited for."""
+    """[B] -> [B, K] bool; unlike `one_hot`, it never looks at the values, so the host never waits for a device."""
     return labels[:, None] == torch.arange(num_classes, device=labels.device)
 
 

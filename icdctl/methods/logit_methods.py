@@ -89,7 +89,7 @@ class CrossEntropy(Method):
         return False
 
     def teacher_reads(self, settings: Settings) -> frozenset[str]:
-        """See `Method`; nothing."""
+        """See `Method`; it reads nothing."""
         return frozenset()
 
     def build(
@@ -111,7 +111,7 @@ class CrossEntropyObjective(Objective):
     def distillation_terms(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], labels: Tensor, epoch: int | Tensor
     ) -> dict[str, Tensor]:
-        """See `Objective`; none."""
+        """See `Objective`; there are none."""
         return {}
 
 
@@ -207,7 +207,7 @@ class LogitObjective(Objective):
 
 
 def variants(loss: LogitLoss, sdd_defaults: Mapping[str, float]) -> dict[str, LogitMethod]:
-    """A loss by itself, on decoupled patches, and with the cluster term."""
+    """Three methods of a loss: by itself, on decoupled patches, and with the cluster term."""
     plain = LogitMethod(loss=loss, defaults=loss.defaults, source=loss.source, family=loss.name)
     decoupled = replace(plain, defaults={**loss.defaults, **sdd_defaults}, source=_SDD_PAPER, patches=True)
     clustered = replace(decoupled, defaults={**decoupled.defaults, "gamma": 2.0}, source=_ICD_PAPER, cluster=True)

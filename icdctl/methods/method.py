@@ -19,12 +19,12 @@ from icdctl.methods.settings import Settings
 
 @dataclass(frozen=True)
 class Supervision:
-    """How the cross-entropy with the labels is computed: a matter of the run, whatever its method."""
+    """How the cross-entropy with the labels is computed; the run decides it, not the method."""
 
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes."""
     class_weights: Tensor | None = None
-    """[K] on the device, by which the images of a class are weighted; None for none."""
+    """[K] on the device, weights of the images of each class; None for no weights."""
     has_unlabeled: bool = False
     """Whether labels may be -1, for images that have none: those are left out of the cross-entropy."""
 
@@ -143,10 +143,10 @@ class Method(ABC):
         """The objective for a student and a teacher; what it draws at random comes from torch's default generator.
 
         Args:
-            student: the model that is trained.
+            student: the model to train.
             teacher: the frozen model; None for a method without one.
             settings: from `check_settings`.
-            scales: of the patches; empty for a method that reads none.
+            scales: the scales of the patches; empty for a method that reads none.
             supervision: how labels are used.
 
         Raises:

@@ -17,7 +17,7 @@ from icdctl.errors import UsageError
 from icdctl.methods.logit import kl_divergence, with_gradient
 
 SCALES = (1, 2, 4)
-"""The grids that can be asked for; 4 x 4 is the finest, and the others are averages of it."""
+"""The scales that can be chosen; 4 x 4 is the finest grid, and the others are averages of it."""
 
 _CLUSTER_SOFTNESS = 2.0
 _SCALE_WEIGHTS = {1: 1.0, 2: 2.0, 4: 3.0}
@@ -107,7 +107,7 @@ def _at_each_place(feature_map: Tensor, head: Callable[[Tensor], Tensor]) -> Ten
 
 def _pooled(feature_map: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, C, 4, 4]."""
-    # torch's own pooling adds up its gradient in no fixed order on CUDA, and refuses to where that was asked for.
+    # torch's own pooling adds up its gradient in no fixed order on CUDA, and fails where determinism is required.
     is_ordered = feature_map.is_cuda and torch.are_deterministic_algorithms_enabled()
     return pooled_in_order(feature_map) if is_ordered else F.adaptive_avg_pool2d(feature_map, FINEST)
 

@@ -42,7 +42,7 @@ def preactivation(index: int) -> str:
 
 
 class PassOutputs(Protocol):
-    """One pass through a model, as `icdctl.models.Outputs` has it."""
+    """One pass through a model; `icdctl.models.Outputs` has these properties."""
 
     @property
     def logits(self) -> Tensor:
@@ -115,7 +115,7 @@ class ModelProbe:
             UsageError: the model has no such stage.
         """
         head = self._head
-        if name in SMALL_READS:  # known without a look at the model
+        if name in SMALL_READS:  # known without running the model
             num_classes, channels = head.out_features, head.in_features
             return {LOGITS: (num_classes,), REGIONS: (num_classes, FINEST, FINEST), POOLED: (channels,)}[name]
         if self._outputs is None:

@@ -22,7 +22,7 @@ VARIANTS = ("published", "corrected")
 
 @dataclass(frozen=True)
 class MethodSetting:
-    """What may be given as a setting, and what it does."""
+    """The values that a setting accepts, and what it does."""
 
     help: str
     is_above_zero: bool = False
@@ -65,7 +65,7 @@ def check_values(method: str, defaults: Mapping[str, float], given: Mapping[str,
         given: some of them.
 
     Raises:
-        UsageError: a key that the method does not have, a value that is no number, not finite or out of range.
+        UsageError: a key that the method does not have, a value that is not a number, not finite or out of range.
     """
     settings: dict[str, float | str] = {**defaults, VARIANT: VARIANTS[0]}
     for key, value in given.items():

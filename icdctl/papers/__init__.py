@@ -1,1 +1,1 @@
-"""Recipes by name: training recipes, the papers' cells, into a params.yaml, out of files of others."""
+"""Recipes and tables of papers: find them by name, copy or import them into a params.yaml, rerun and judge them."""

@@ -1,4 +1,4 @@
-"""What `icdctl recipes` knows by name: training recipes, and every cell of the papers, once.
+"""The catalogue of `icdctl recipes`: training recipes, and every cell of the papers, once.
 
 A cell is a row of the papers' tables (`icdctl.science.tables`), or a configuration file of the reference that no table
 has, whatever the scales that its scripts give.
@@ -30,18 +30,18 @@ LISTING = "icdctl recipes list"
 
 @dataclass(frozen=True)
 class PaperRecipe:
-    """A cell of the papers, with all that is known of it."""
+    """A cell of the papers, with all that is known about it."""
 
     cell: Cell
-    """With the families of all its tables."""
+    """The cell, with the families of all its tables."""
     in_tables: tuple[tuple[str, Cell], ...]
-    """Each table that it stands in, and its form there; none for a file of the reference that no table has."""
+    """Each table that has it, and its form there; empty for a file of the reference that no table has."""
     configs: tuple[PaperConfig, ...]
-    """The reference's files of it."""
+    """The reference's configuration files for it."""
 
     @property
     def name(self) -> str:
-        """As `recipes` shows it: `cifar100/res32x4-mv2-cd_sdd_dkd-beta2-gamma2`."""
+        """Its name in `icdctl recipes`: `cifar100/res32x4-mv2-cd_sdd_dkd-beta2-gamma2`."""
         return self.cell.key
 
     @property
@@ -51,12 +51,12 @@ class PaperRecipe:
 
     @property
     def options(self) -> dict[str, object]:
-        """Options of its runs, seed and folder apart."""
+        """Options of its runs, without seed and folder."""
         return dict(grid_cell(self.cell, {}).options)
 
     @property
     def corrections(self) -> tuple[Correction, ...]:
-        """Faults of its files, and what is used instead; where the cell is the fault itself, it says so."""
+        """Errors in its files, and what is used instead; a cell that reproduces the error says so."""
         names = {config.config for config in self.configs}
         return tuple(
             correction.model_copy(
@@ -73,7 +73,7 @@ class PaperRecipe:
 
 
 def find(name: str) -> Recipe | PaperRecipe:
-    """The recipe of that name; a cell goes by the name of its folder too (`cifar100-res32x4-...`).
+    """The recipe of that name; a cell is also found by the name of its folder (`cifar100-res32x4-...`).
 
     Raises:
         UsageError: there is none.
@@ -94,8 +94,8 @@ def select(
     """Training recipes and cells.
 
     Args:
-        texts: all of which stand in the name.
-        table: that the cells stand in; no training recipes then.
+        texts: texts that must all be in the name.
+        table: the table that must have the cells; training recipes are then left out.
         family: the set of defaults that the cells belong to; cells that belong to none are in all of them.
 
     Raises:
@@ -144,13 +144,13 @@ def paper_recipes() -> Mapping[str, PaperRecipe]:
 
 
 def training_options(name: str) -> dict[str, object]:
-    """The numbers of a training recipe as options of a run, and its name, which has what is no option.
+    """The numbers of a training recipe as options of a run, and its name, which stands for what is not an option.
 
-    The learning rate is left out where it depends on the student: as an option it would be that of all.
+    The learning rate is left out where it depends on the student: as an option it would hold for every student.
     """
     recipe = RECIPES[recipes.resolve(name)]
     options: dict[str, object] = {"recipe": name}
-    if recipe.dataset != IMAGE_FOLDER:  # which names no folder
+    if recipe.dataset != IMAGE_FOLDER:  # whose name lacks the folder
         options["dataset"] = recipe.dataset
     for key in RecipeSettings.model_fields:
         if key != "lr" or not recipe.lr_of_student:
@@ -160,10 +160,10 @@ def training_options(name: str) -> dict[str, object]:
 
 
 def resolved(options: Mapping[str, Any]) -> RunConfig:
-    """The configuration of a run by these options alone: no params.yaml, variable or teacher is looked for.
+    """The configuration of a run by these options alone: params.yaml, variables and teachers are not read.
 
     Raises:
-        UsageError: a value can't be.
+        UsageError: a value is not valid.
     """
     own = {key: value for key, value in options.items() if key in OPTIONS and value is not None}
     teacher = own.get("teacher")
@@ -180,7 +180,7 @@ def _recipe(cell: Cell, in_tables: tuple[tuple[str, Cell], ...]) -> PaperRecipe:
 
 
 def _is_of(config: PaperConfig, cell: Cell) -> bool:
-    """Whether a file of the reference is about a cell; one whose method does not exist is by its folder."""
+    """Whether a file of the reference is about a cell; a file whose method does not exist is matched by its folder."""
     same_method = config.method == cell.method or (config.settings is None and config.group == cell.method)
     same_models = config.student == cell.student and cell.teacher in (None, config.teacher)
     if config.dataset != cell.dataset or not same_method or not same_models or cell.detail:
@@ -195,7 +195,7 @@ def _but_scales(cell: Cell) -> tuple[object, ...]:
 
 
 def _cells_of_files() -> Iterable[Cell]:
-    """The reference's files as cells, but for the ablations, which are tables, and methods that do not exist."""
+    """The reference's files as cells, without ablations, which are tables, and methods that do not exist."""
     unreal = {correction.config for correction in paper.load().corrections if correction.used == "none"}
     for config in paper.load().configs:
         if config.group.startswith("ablation") or (config.settings is None and config.config in unreal):

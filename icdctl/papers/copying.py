@@ -1,4 +1,4 @@
-"""Recipes and imported cells, written into the hand-made part of a params.yaml."""
+"""Copying recipes and imported cells into the hand-made part of a params.yaml."""
 
 from __future__ import annotations
 
@@ -42,32 +42,32 @@ class Copied:
     written: Written
     warnings: tuple[str, ...]
     expanded: Expanded | None
-    """The cells.yaml beside the file, made again; None where the project has none."""
+    """The cells.yaml beside the file, written again; None where the project has none."""
 
 
 def copy(names: Sequence[str], path: Path, *, seeds: str | None = None, replace: bool = False) -> Copied:
     """Write recipes to a params.yaml.
 
     Args:
-        names: of training recipes, at most one of which becomes the section `train`, and of cells.
-        path: the file; it is made where it is not there.
-        seeds: `0-4`, of all cells of the file; 0 to 4 where neither this nor the file says any.
+        names: names of cells, and of at most one training recipe, which becomes the section `train`.
+        path: the file; it is created if it does not exist.
+        seeds: `0-4`, for all cells of the file; 0 to 4 where neither this nor the file states any.
         replace: overwrite entries that differ.
 
     Raises:
-        UsageError: a name is not known, a cell can't be run, or an entry that is there differs.
+        UsageError: a name is not known, a cell can't be run, or an existing entry differs.
         ArtifactError: the file can't be read or written.
     """
     training, cells = _found(dict.fromkeys(names))
     if len(training) > 1:
         raise UsageError(
-            f"a params.yaml has one section `train`, and {' and '.join(f'`{name}`' for name in training)} would be it",
+            f"a params.yaml has one section `train`, and {' and '.join(f'`{name}`' for name in training)} are given",
             hint="copy one of them",
         )
     section: Sections = {_TRAIN: catalogue.training_options(training[0])} if training else {}
     done = _write(section, cells, path, seeds=seeds, replace=replace)
-    told = tuple(text for name in training for text in _not_taken(name, path))
-    return dataclasses.replace(done, warnings=told + done.warnings)
+    warnings = tuple(text for name in training for text in _not_taken(name, path))
+    return dataclasses.replace(done, warnings=warnings + done.warnings)
 
 
 def write_cells(cells: Sequence[GridCell], path: Path, *, seeds: str | None, replace: bool) -> Copied:
@@ -122,10 +122,10 @@ def _write(entries: Sections, cells: Sequence[GridCell], path: Path, *, seeds: s
 def _new_cells(
     held: Mapping[str, object], found: Sections, path: Path, *, form: Form, replace: bool
 ) -> tuple[tuple[str, ...], dict[str, object]]:
-    """Which cells the pairs and ablations of a file make already, and the others, which are to be written.
+    """Cells that the pairs and ablations of a file make already, and the others, which are to be written.
 
     Raises:
-        UsageError: a pair or ablation makes another cell of that name, or the pipeline makes nothing before a cell.
+        UsageError: a pair or ablation makes another cell of that name, or the pipeline can't make what a cell needs.
     """
     origin = f"`{path}`"
     content = joined(held, {section: found[section] for section in (DATASETS, TEACHERS) if section in found})
@@ -149,7 +149,7 @@ def _new_cells(
 
 
 def _not_taken(name: str, path: Path) -> list[str]:
-    """Where the section `train` is not the recipe, number by number."""
+    """Warnings about numbers of the section `train` that are not the recipe's."""
     recipe = RECIPES[name]
     train, taken = params_file.read(path)[_TRAIN], catalogue.training_options(name)
     there = train if isinstance(train, dict) else {}
@@ -165,7 +165,7 @@ def _not_taken(name: str, path: Path) -> list[str]:
 
 
 def _changes(train: Mapping[str, object], cells: Sequence[GridCell]) -> list[str]:
-    """What the file's own `train` section makes of cells that were to be as published."""
+    """Warnings about numbers of cells that the file's `train` section changes from the published ones."""
     known = {str(key): value for key, value in train.items() if key in OPTIONS and value is not None}
     found = []
     for cell in cells:

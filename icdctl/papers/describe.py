@@ -1,4 +1,4 @@
-"""What `icdctl recipes list` and `show` say: plain values, ready for JSON."""
+"""The output of `icdctl recipes list` and `show` as plain values, ready for JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from icdctl.science.experiments import Cell
 
 
 def training(name: str) -> dict[str, Any]:
-    """All of a training recipe."""
+    """All facts about a training recipe."""
     recipe = RECIPES[name]
     numbers: dict[str, Any] = {}
     for key in RecipeSettings.model_fields:
@@ -31,7 +31,7 @@ def training(name: str) -> dict[str, Any]:
 
 
 def paper_row(recipe: PaperRecipe) -> dict[str, Any]:
-    """A line of the list."""
+    """The entry of a cell in the list."""
     cell = recipe.cell
     return {
         "name": recipe.name,
@@ -54,7 +54,7 @@ def paper_row(recipe: PaperRecipe) -> dict[str, Any]:
 
 
 def paper(recipe: PaperRecipe) -> dict[str, Any]:
-    """All of a cell: what is run, by which numbers, what was published, and what was wrong in the reference's files."""
+    """All facts about a cell: its numbers, the published results, and errors in the reference's files."""
     found = paper_row(recipe)
     runs: dict[str, Any] = {"options": None, "recipe": None, "method_settings": None, "training": None}
     if recipe.why_not is None:

@@ -1,7 +1,7 @@
-"""Configurations of others as cells: YAML files of the mdistiller family (itself, SDD, iCD), and a run's config.json.
+"""Importing configurations as cells: YAML files of the mdistiller family (itself, SDD, iCD), and a run's config.json.
 
-What a file says is kept, also where it looks wrong. A warning, one line each, names what has no place here, contradicts
-itself, or is never read by the code that the file was written for.
+Values of a file are kept, even where they look wrong. A warning, one line each, names what can't be taken over,
+contradicts itself, or is never read by the code that the file was written for.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SOLVER: dict[str, tuple[str, object]] = {
     "WEIGHT_DECAY": ("weight_decay", 1e-4),
     "MOMENTUM": ("momentum", 0.9),
 }
-"""Key -> our option, and what that code takes where a file does not state it."""
+"""Key -> our option, and the default of that code."""
 _KD_KEYS = {"temperature": "KD.TEMPERATURE", "ce_weight": "KD.LOSS.CE_WEIGHT", "kd_weight": "KD.LOSS.KD_WEIGHT"}
 _DKD_KEYS = {"ce_weight": "DKD.CE_WEIGHT", "alpha": "DKD.ALPHA", "beta": "DKD.BETA", "temperature": "DKD.T"}
 _NKD_KEYS = {"ce_weight": "DKD.CE_WEIGHT", "beta": "DKD.BETA", "temperature": "DKD.T", "warmup_epochs": "DKD.WARMUP"}
@@ -77,17 +77,17 @@ class Imported:
 
 
 def read(path: Path, *, name: str | None = None, family: str = "gamma2", scales: str | None = None) -> Imported:
-    """The cell of a configuration.
+    """Read a configuration as a cell.
 
     Args:
-        path: of a YAML file of the mdistiller family, or a run's config.json.
-        name: of the cell; made of what the file says by default.
-        family: whose beta and gamma a YAML file has where it states none.
-        scales: of the patches, which a YAML file does not state; 1,2,4 by default.
+        path: a YAML file of the mdistiller family, or a run's config.json.
+        name: the name of the cell; by default it is made from the file.
+        family: the paper whose beta and gamma are taken where a YAML file states none.
+        scales: the patch grids, which a YAML file does not state; 1,2,4 by default.
 
     Raises:
-        ArtifactError: the file is missing, no YAML, or hostile.
-        UsageError: it is no such configuration, or names what icdctl does not have.
+        ArtifactError: the file is missing, is not YAML, or is hostile.
+        UsageError: it is not such a configuration, or names what icdctl does not have.
     """
     if family not in FAMILIES:
         raise unknown_name("family", family, FAMILIES, listing="icdctl recipes import --help")
@@ -109,7 +109,7 @@ def read(path: Path, *, name: str | None = None, family: str = "gamma2", scales:
 
 
 def _parsed(path: Path) -> dict[str, object]:
-    """The mapping in a file that came from anywhere."""
+    """The mapping in a file that is not trusted."""
     hint = "name a configuration of mdistiller, SDD or iCD, or a run's config.json"
     if path.is_file() and path.stat().st_size > _LARGEST_BYTES:
         raise ArtifactError(f"`{path}` is refused: larger than {_LARGEST_BYTES // 1024} KiB", hint=hint)
@@ -119,15 +119,15 @@ def _parsed(path: Path) -> dict[str, object]:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise ArtifactError(f"`{path}` is refused: it has YAML aliases", hint="write out what they stand for")
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that can't be
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is not valid
         raise ArtifactError(f"`{path}` can't be read as YAML: {str(error).splitlines()[0]}", hint=hint) from error
     if not isinstance(value, dict):
-        raise UsageError(f"`{path}` holds no mapping", hint=hint)
+        raise UsageError(f"`{path}` does not hold a mapping", hint=hint)
     return value
 
 
 class _Stated:
-    """What a YAML file says, with a note of what was read."""
+    """The content of a YAML file, which remembers what was read."""
 
     def __init__(self, path: Path, content: Mapping[str, object]) -> None:
         self.path = path
@@ -168,7 +168,7 @@ class _Stated:
         return value
 
     def rest(self) -> Iterator[tuple[str, object]]:
-        """Dotted keys that nobody read, with their values; empty ones say nothing."""
+        """Dotted keys that were not read, with their values, without empty ones."""
         return (
             (key, value) for key, value in _leaves(self._content) if key not in self._read and value not in ("", None)
         )
@@ -203,7 +203,7 @@ def _from_reference(stated: _Stated, family: str, scales: str | None) -> tuple[d
     if row.needs_patches:
         if scales is None:
             warnings.append(
-                "scales are no part of such a file (`--M` on its command line): 1,2,4; `--scales` for others"
+                "such a file does not state scales (that code takes `--M`): 1,2,4 are used; `--scales` gives others"
             )
         parsed = SCALES if scales is None else methods.parse_scales(scales)
         options["scales"] = list(parsed)
@@ -222,7 +222,7 @@ def _from_reference(stated: _Stated, family: str, scales: str | None) -> tuple[d
     warnings += _contradictions(stated, method, settings)
     for key, value in stated.rest():
         is_method = key.partition(".")[0] not in _NO_METHOD_SECTIONS
-        reason = f"`{method}` never reads it" if is_method else "it has no place here"
+        reason = f"`{method}` never reads it" if is_method else "it can't be taken over"
         warnings.append(f"{key} {_shown(value)} is left out: {reason}")
     resolved(options)
     return options, [f"{stated.path}: {warning}" for warning in warnings]
@@ -255,7 +255,7 @@ def _dataset(stated: _Stated, warnings: list[str]) -> str:
 
 
 def _settings(stated: _Stated, method: str, family: str, warnings: list[str]) -> dict[str, float]:
-    """Beta and gamma always, as the cells of the papers; the others where they are not the method's defaults."""
+    """Settings of the method: always beta and gamma, as in the papers' cells; others that are not defaults."""
     defaults = METHODS[method].defaults
     of_family = paper.load().families
     found: dict[str, float] = {}
@@ -277,7 +277,7 @@ def _settings(stated: _Stated, method: str, family: str, warnings: list[str]) ->
 
 
 def _solver(stated: _Stated, options: Mapping[str, object], warnings: list[str]) -> dict[str, object]:
-    """What differs from the recipe of the data set."""
+    """Options that differ from the recipe of the data set."""
     usual = resolved(options).model_dump(mode="json")
     found: dict[str, object] = {}
     for key, (option, default) in _SOLVER.items():
@@ -315,7 +315,7 @@ def _stages(stated: _Stated, key: str) -> list[int] | None:
 
 
 def _contradictions(stated: _Stated, method: str, settings: Mapping[str, float]) -> Iterator[str]:
-    """Names of the experiment that say something else than its numbers."""
+    """Warnings about names of the experiment that contradict its numbers."""
     for key in ("PROJECT", "TAG", "NAME"):
         name = f"EXPERIMENT.{key}"
         value = str(stated.take(name) or "") if stated.take("EXPERIMENT") is not None else ""
@@ -329,11 +329,11 @@ def _contradictions(stated: _Stated, method: str, settings: Mapping[str, float])
         named = value.partition(",")[0].strip().lower()
         if named in METHODS and named != method:
             faults.append(f"{shown} names another method than `{method}`, which is used")
-        yield from faults or ([f"{shown} is left out: it has no place here"] if value else [])
+        yield from faults or ([f"{shown} is left out: it can't be taken over"] if value else [])
 
 
 def _usual_name(options: Mapping[str, Any]) -> str:
-    """As the cells of the papers are named: what is unusual stands behind the method."""
+    """A name like those of the papers' cells: unusual values follow the method."""
     taken = ("dataset", "teacher", "student", "method", "scales", "settings")
     overrides = {key: value for key, value in options.items() if key not in taken}
     numbers = {key: value for key, value in overrides.items() if isinstance(value, int | float)}
@@ -356,7 +356,7 @@ def _joined(value: object) -> str:
 
 
 def _from_run(path: Path, content: Mapping[str, object]) -> tuple[dict[str, object], list[str], str]:
-    """Options of a run, warnings, and the name of the cell: all that its recipe does not say by itself."""
+    """Options of a run, warnings, and the name of the cell, without what its recipe already states."""
     try:
         config = RunConfig.model_validate(content)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Cells of the papers as entries of a params.yaml, in the form that the `dvc.yaml` beside it reads."""
+"""Entries of a params.yaml for cells of the papers, in the form that the `dvc.yaml` beside it reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from icdctl.papers.catalogue import resolved
 
 SEEDS = (0, 1, 2, 3, 4)
 _NO_NUMBERS = frozenset({"out", "device", "data_dir", "recipe", "precision", "teacher_mode", "teacher_precision"})
-"""Fields of a run that are not what a recipe is about."""
+"""Fields of a run that do not change its published numbers."""
 
 
 def entries(cells: Sequence[GridCell], form: Form) -> Sections:
@@ -39,10 +39,10 @@ def entries(cells: Sequence[GridCell], form: Form) -> Sections:
 
 
 def changed_by(train: Mapping[str, object], cell: GridCell) -> list[str]:
-    """Numbers of a cell that the `train` section of a params.yaml makes others than they are without it.
+    """Numbers of a cell that the `train` section of a params.yaml changes.
 
     Raises:
-        UsageError: a value of the section can't be.
+        UsageError: a value of the section is not valid.
     """
     alone = resolved(cell.options).model_dump()
     together = resolved({**train, **cell.options}).model_dump()

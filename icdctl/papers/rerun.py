@@ -22,7 +22,7 @@ from icdctl.science.verdicts import Compared, Judgement
 
 
 class RerunObserver(GridObserver, Protocol):
-    """Hears how a table is rerun."""
+    """Receives the progress of a table that is rerun."""
 
     def teachers(self) -> AbstractContextManager[Observer]:
         """An observer for the training of teachers, which comes before the grid's; its display ends with the block."""
@@ -30,11 +30,11 @@ class RerunObserver(GridObserver, Protocol):
 
 @dataclass(frozen=True)
 class Rerun:
-    """What came of rerunning a table."""
+    """The result of rerunning a table."""
 
     judgement: Judgement
     training: GridResult | None
-    """What became of the runs; None where none was to be trained."""
+    """The outcomes of the runs; None where none was to be trained."""
     files: tuple[Path, ...]
     """The written tables."""
 
@@ -45,7 +45,7 @@ class Wanted:
 
     table: str
     texts: Sequence[str] = ()
-    """Only cells with one of these in their name; all cells where there is none."""
+    """Only cells with one of these texts in their name; all cells where it is empty."""
     family: str | None = None
     """Defaults of the papers, `gamma2` or `gamma8`; None for both."""
     num_seeds: int = 5
@@ -67,16 +67,16 @@ def rerun_table(
     epoch: Compared = "as published",
     out: Path | None = None,
 ) -> Rerun:
-    """Train what is missing of a table, judge all runs that are done, and write the tables.
+    """Train the missing runs of a table, judge all runs that are done, and write the tables.
 
     Args:
         wanted: the table, its cells and seeds.
-        observer: hears of the progress.
+        observer: receives the progress.
         options: options that hold for all runs, besides those of their cells.
-        trains: whether what is missing is trained; otherwise the runs that are there are judged.
+        trains: whether missing runs are trained; otherwise only existing runs are judged.
         executor, together, replace, time_limit, device: see `icdctl.grid.train_grid`.
         margin: the difference that does not matter, in points of top-1; None for the table's.
-        epoch: which epoch of our runs stands beside the published number.
+        epoch: the epoch of our runs to compare with the published number.
         out: the folder of the written tables, by default `runs/reproduce/<table>` in the project.
 
     Raises:
@@ -117,7 +117,7 @@ def rerun_table(
 
 
 def _warnings_of_changes(grid: Grid) -> list[str]:
-    """A warning where the project's own options make other runs of a table's cells than the published ones."""
+    """A warning where the project's own options change cells of a table from the published ones."""
     train = sources.gather({}).given
     changed: dict[str, None] = {}
     num_changed = 0
@@ -132,5 +132,5 @@ def _warnings_of_changes(grid: Grid) -> list[str]:
         return []
     return [
         f"warning: `train` of params.yaml or `ICDCTL_` variables change {', '.join(changed)} in {num_changed} of "
-        f"{len(grid.cells)} cells: these are not the runs that the table is of"
+        f"{len(grid.cells)} cells: these runs are not those of the table"
     ]

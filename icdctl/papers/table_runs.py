@@ -1,4 +1,4 @@
-"""From a table of a paper to runs, and from runs to verdicts."""
+"""The runs of a paper's table, their teachers, and the verdicts on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def select(table: PaperTable, *, texts: Sequence[str], family: str | None) -> tu
 
     Args:
         table: from `tables.load`.
-        texts: cells with one of these in their name; all cells where there is none.
+        texts: take cells with one of these texts in their name; all cells where it is empty.
         family: `gamma2` or `gamma8`, the defaults of a paper; cells that belong to no family are in both.
 
     Raises:
@@ -68,12 +68,12 @@ def name_of(cell: Cell) -> str:
 
 
 def folder_name(key: str) -> str:
-    """The key of a cell in paths and in params.yaml, where DVC would take a dot for a level of its own."""
+    """The key of a cell in paths and in params.yaml, where DVC would read a dot as a level of its own."""
     return key.replace("/", "-").replace(".", "_").removesuffix("-time")
 
 
 def grid_cell(cell: Cell, options: Mapping[str, object]) -> GridCell:
-    """A cell of a table as one of a grid, with options that hold besides its own."""
+    """A cell of a table as a cell of a grid, with options in addition to its own."""
     stated: dict[str, object] = {
         "dataset": cell.dataset,
         "teacher": cell.teacher,
@@ -90,7 +90,7 @@ def grid_cell(cell: Cell, options: Mapping[str, object]) -> GridCell:
 
 
 def with_own_teachers(grid: Grid) -> Grid:
-    """The same runs, with our own teachers for data sets without published ones: see `train_own_teachers`."""
+    """The same runs, with our own teachers for data sets without published ones; see `train_own_teachers`."""
     cells = []
     for cell in grid.cells:
         folder = _own_teacher(grid, cell)
@@ -99,7 +99,7 @@ def with_own_teachers(grid: Grid) -> Grid:
 
 
 def _own_teacher(grid: Grid, cell: GridCell) -> Path | None:
-    """The run folder, beside the cells' folders, of the teacher that is trained for a cell; None where none is."""
+    """The run folder, beside the cells' folders, of the teacher trained for a cell; None where there is none."""
     dataset, teacher = str(cell.options.get("dataset")), cell.options.get("teacher")
     if teacher is None or dataset not in OWN_TEACHERS:
         return None
@@ -121,7 +121,7 @@ def train_own_teachers(
         replaces: whether a teacher that was trained with other settings is trained again.
         device: the device to train on.
         message: called with a line about each folder that is moved out of the way.
-        observer: hears of the progress.
+        observer: receives the progress.
 
     Raises:
         IcdctlError: a teacher can't be trained, or was trained with other settings.
@@ -140,7 +140,7 @@ def train_own_teachers(
             )
         if state == "stale":
             kept = set_aside(folder, grid.folder, is_stale=partial(_is_stale, folder, given), waiting=message)
-            message(f"the teacher of other settings is now `{kept}`")
+            message(f"the teacher with other settings was moved to `{kept}`")
         if state != "done":
             with same_command_continues():
                 (result,) = api.start("train", [{**given, "device": device}], resume=True, wait=True, observer=observer)
@@ -155,14 +155,14 @@ def _is_stale(folder: Path, given: Mapping[str, object]) -> bool:
 def judge(
     table: PaperTable, cells: Sequence[Cell], runs: Sequence[RunStatus], *, margin: float | None, epoch: Compared
 ) -> Judgement:
-    """Verdicts on the table by the runs that are done; stale runs have no part in them.
+    """Verdicts on the table by the runs that are done; stale runs are ignored.
 
     Args:
         table: from `tables.load`.
         cells: from `select`.
         runs: the status of each run of `with_own_teachers(grid_of(...))`.
         margin: the difference that does not matter, in points of top-1; None for the table's.
-        epoch: which epoch of our runs stands beside the published number.
+        epoch: the epoch of our runs to compare with the published number.
 
     Raises:
         ArtifactError: the metrics of a run are broken.
@@ -175,18 +175,18 @@ def judge(
 
 
 def judged(name: str) -> Judgement:
-    """Verdicts on a table by all runs that are there; nothing is trained.
+    """Verdicts on a table by all existing runs; nothing is trained.
 
     Raises:
         UsageError: there is no such table.
-        ArtifactError: the metrics of a run are broken, or no run of it is there.
+        ArtifactError: the metrics of a run are broken, or the table has no run.
     """
     table = tables.load(name)
     cells = select(table, texts=(), family=None)
     folders = [files.project_root() / "runs" / name_of(cell) for cell in cells]
     seeds = [int(run.name[1:]) for folder in folders for run in folder.glob("s*") if run.name[1:].isdigit()]
     if not seeds:
-        raise ArtifactError(f"no run of table `{name}` is there", hint=f"`icdctl reproduce {name}` trains them")
+        raise ArtifactError(f"table `{name}` has no runs", hint=f"`icdctl reproduce {name}` trains them")
     grid = with_own_teachers(grid_of(cells, num_seeds=max(seeds) + 1, options={}))
     return judge(table, cells, run_statuses(grid.runs, planning.Planner()), margin=None, epoch="as published")
 

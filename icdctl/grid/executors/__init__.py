@@ -1,4 +1,4 @@
-"""Where the packs of a grid are trained: a file for each executor, all of them as `protocol.py` says.
+"""Executors, which train the packs of a grid: one file for each, all following `protocol.py`.
 
 `here` trains in this process, `subprocesses` in processes of this machine. CONTRIBUTING.md says how to add one.
 """

@@ -31,14 +31,14 @@ class Here:
 
 
 def train_pack(pack: Pack, conditions: Conditions, observer: PackObserver) -> list[Outcome]:
-    """Train a pack in this process. A run that another process is at work on is waited for.
+    """Train a pack in this process. It waits for a run that another process is training.
 
     Where the pack as a whole fails, its runs are trained one by one, so that each gets its own outcome.
 
     Args:
         pack: the pack to train.
-        conditions: what holds for all packs.
-        observer: hears of the progress.
+        conditions: the conditions of all packs.
+        observer: receives the progress.
 
     Returns:
         An outcome for each run, in order.
@@ -60,7 +60,7 @@ def train_pack(pack: Pack, conditions: Conditions, observer: PackObserver) -> li
         )
     except Interrupted:
         raise
-    except Exception as error:  # a bug or a lack of memory in one pack must not end a night of others
+    except Exception as error:  # a bug or a lack of memory in one pack must not end the others
         if len(pack.runs) == 1:
             return [_failure(pack.runs[0], error)]
         observer.message(f"{pack.label}: {_described(error)}; they are trained one by one")
@@ -70,7 +70,7 @@ def train_pack(pack: Pack, conditions: Conditions, observer: PackObserver) -> li
 
 
 class _EngineObserver:
-    """Hands on to the observer of packs what the engine says about one pack."""
+    """Passes what the engine reports about one pack on to the observer of packs."""
 
     def __init__(self, pack: Pack, observer: PackObserver) -> None:
         self._pack, self._observer = pack, observer

@@ -1,4 +1,4 @@
-"""What every executor promises. `tests/test_executors.py` holds all of them to it."""
+"""The protocol of executors. `tests/test_executors.py` tests all of them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from icdctl.grid.observer import PackObserver
 from icdctl.grid.packs import Outcome, Pack
 
 Trained = Generator[tuple[Pack, list[Outcome]], None, None]
-"""Each pack as it is over, with an outcome for each of its runs, in order."""
+"""Each pack when it is over, with an outcome for each of its runs, in order."""
 
 
 class TimeLeft:
-    """The time that is left for everything together."""
+    """The time that is left for all packs together."""
 
     def __init__(self, seconds: float | None) -> None:
         """
         Args:
-            seconds: from now on; None for no limit.
+            seconds: time from now on; None for no limit.
         """
         self._until = None if seconds is None else time.monotonic() + seconds
         self._is_ended = False
 
     @property
     def seconds(self) -> float | None:
-        """Seconds that are left, 0 or less where time is over; None where there is no limit."""
+        """Seconds that are left, 0 or less when the time is over; None where there is no limit."""
         if self._until is None:
             return None
         return 0.0 if self._is_ended else self._until - time.monotonic()
@@ -40,45 +40,45 @@ class TimeLeft:
         return seconds is not None and seconds <= 0
 
     def end(self) -> None:
-        """Let no pack begin any more, where there is a limit: one has found that its next epoch would not fit."""
+        """If there is a limit, let no further pack begin: one found that its next epoch would not fit."""
         self._is_ended = True
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What holds for all packs."""
+    """The conditions of all packs."""
 
     root: Path
     """The folder of all runs."""
     replace: bool
-    """Whether stale runs are moved out of the way and trained again; they fail otherwise."""
+    """Whether stale runs are moved out of the way and trained again; otherwise they fail."""
     time: TimeLeft
 
 
 class Executor(Protocol):
     """Trains packs: packs go in, outcomes come out.
 
-    There is no state to hand over from one process to another. A run folder is held by one process, and a run goes on
-    from its checkpoint in whichever process trains it next. All processes must see the run folders and the state
+    Processes pass no state to each other. A run folder is locked by one process, and a run continues from its
+    checkpoint in whichever process trains it next. All processes must see the run folders and the state
     folder.
     """
 
     @property
     def num_slots(self) -> int:
-        """How many packs it trains at a time."""
+        """Number of packs that it trains at a time."""
 
     def train(self, packs: Sequence[Pack], conditions: Conditions, observer: PackObserver) -> Trained:
         """Train packs until all of them are over.
 
         Args:
             packs: the packs to train, in the order in which they should begin.
-            conditions: what holds for all of them.
-            observer: hears of each pack that begins, what it is doing, and what its process says.
+            conditions: the conditions of all packs.
+            observer: receives which pack begins, what it is doing, and the messages of its process.
 
         Yields:
-            Each pack as it is over. One failing run, and a process that dies, are outcomes: they stop no other run. A
-            pack that would begin when `conditions.time.is_over` is over at once, with the outcomes of `not_begun`.
-            Closing the generator ends what is at work, with its state saved.
+            Each pack when it is over. A failing run or a dying process is an outcome and stops no other run. A pack
+            that would begin when `conditions.time.is_over` is over at once, with the outcomes of `not_begun`. Closing
+            the generator ends the packs at work, with their states saved.
 
         Raises:
             KeyboardInterrupt, Interrupted: the user or the system interrupted the training; all states are saved, and

@@ -19,18 +19,18 @@ from icdctl.grid.packs import HINT_ON_MEMORY, Outcome, Pack, left_behind, not_be
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 2.0
-"""For processes that Ctrl-C has reached together with this one, before they get a signal from here."""
+"""Seconds for processes that Ctrl-C has reached together with this one, before they get a signal from here."""
 _KILLED_EXIT_CODE = 137
 """Exit code of a shell or container whose process got SIGKILL."""
 
 
 class Subprocesses:
-    """The executor that trains each pack in a process of its own."""
+    """The executor that trains each pack in its own process."""
 
     def __init__(self, jobs: int | None = None, gpus: str | None = None) -> None:
         """
         Args:
-            jobs: processes at a time; by default one, or one for each GPU.
+            jobs: number of processes at a time; by default one, or one for each GPU.
             gpus: `0,1`: GPUs for the processes to share out, each process on one of them; None leaves
                 `CUDA_VISIBLE_DEVICES` alone.
 
@@ -41,7 +41,7 @@ class Subprocesses:
         if names is None:
             self.slots: list[str | None] = [None] * (jobs or 1)
         elif "" in names:
-            raise UsageError(f"GPUs `{gpus}` are no list", hint="e.g. `--gpus 0,1`")
+            raise UsageError(f"GPUs `{gpus}` are not a list", hint="e.g. `--gpus 0,1`")
         else:
             self.slots = [names[index % len(names)] for index in range(jobs or len(names))]
 
@@ -85,7 +85,7 @@ class _Child:
 
     def __init__(self, pack: Pack, slot: str | None, conditions: Conditions, observer: PackObserver) -> None:
         self.pack, self.slot, self._observer = pack, slot, observer
-        # Files, no pipes: they are still there when this process dies and the child, an orphan, goes on.
+        # Files, not pipes: they are still there when this process dies and the child, an orphan, continues.
         self._temporary = tempfile.TemporaryDirectory(prefix="icdctl-grid-")
         folder = Path(self._temporary.name)
         self._files = PackFolder(folder)
@@ -108,7 +108,7 @@ class _Child:
             )
 
     def relay(self) -> None:
-        """Hand on what it has said since the last time."""
+        """Pass on what it has written since the last time."""
         for line in self._said.read():
             self.lines.append(line)
             self._observer.message(f"{self.pack.label}: {line}")
@@ -116,7 +116,7 @@ class _Child:
             self._observer.doing(self.pack, line)
 
     def outcomes(self) -> list[Outcome]:
-        """What became of its runs, once it is over: by its own word, or by the run folders where it died."""
+        """The outcomes of its runs, once it is over: those that it wrote, or what the run folders show if it died."""
         try:
             self.relay()
             written = self._files.read_outcomes(self.pack)
@@ -125,7 +125,7 @@ class _Child:
             self._temporary.cleanup()
 
     def close(self) -> None:
-        """Hand on its last words, once it is over and its outcomes are not wanted any more."""
+        """Pass on its last messages, once it is over and its outcomes are not needed any more."""
         self.relay()
         self._temporary.cleanup()
 
@@ -137,7 +137,7 @@ class _Lines:
         self._path, self._offset = path, 0
 
     def read(self) -> list[str]:
-        """Whole lines since the last time, without those that are blank; none where there is no file yet."""
+        """Complete new lines that are not blank; none where there is no file yet."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
@@ -150,8 +150,8 @@ class _Lines:
 
 
 def _cause_of_death(code: int, lines: Sequence[str]) -> tuple[str, str]:
-    """Why a process ended without a word on its runs, and what to do about it: a message and a hint."""
-    again = "the same command goes on from the last checkpoint"
+    """Why a process ended without writing outcomes, and what to do about it: a message and a hint."""
+    again = "the same command continues from the last checkpoint"
     if code in (-signal.SIGKILL, _KILLED_EXIT_CODE):
         return f"its process was killed (exit code {code}), most likely because memory ran out", HINT_ON_MEMORY
     if code < 0:
@@ -161,11 +161,11 @@ def _cause_of_death(code: int, lines: Sequence[str]) -> tuple[str, str]:
 
 
 def _end(children: Sequence[_Child], *, grace: float) -> None:
-    """Have all processes save their states and end; a second interruption kills them.
+    """Let all processes save their states and end; a second interruption kills them.
 
     Args:
         children: those at work.
-        grace: seconds in which they may end by themselves.
+        grace: seconds that they get to end by themselves.
     """
     try:
         until = time.monotonic() + grace
