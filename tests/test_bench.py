@@ -335,7 +335,7 @@ def test_the_beginning_of_a_step_does_what_the_step_does_so_far() -> None:
         (3, True, False),
         (4, True, True),
     ):
-        beginning = speed._Beginning(*step.parts, steps_per_epoch=5, device=torch.device("cpu"))
+        beginning = speed._Beginning.like(step)
         beginning.num_parts = num_parts
         beginning(0, images, labels, session.inline(images))
         parameters = list(step.student.parameters())
@@ -471,7 +471,7 @@ def test_a_wrong_method_for_a_checkout_says_what_it_has() -> None:
     assert against._choose_method(None, ["KD", "DKD"], Path("x")) == "dkd"
     assert against._choose_method("CD-SDD-DKD", ["CD_SDD_DKD"], Path("x")) == "cd_sdd_dkd"
     with pytest.raises(ArtifactError, match="has no method `sdd_kd`") as caught:
-        against._choose_method("sdd_kd", ["KD", "DKD", "FITNET"], Path("x"))
+        against._choose_method("sdd_kd", ["KD", "DKD", "NOT_OURS"], Path("x"))
     assert caught.value.hint == "choose `--method` from what it has: kd, dkd"
 
 

@@ -315,7 +315,7 @@ def test_bf16_trains_too(tmp_path: Path) -> None:
 
 
 def configuration(**given: Any) -> run.RunConfig:
-    return resolving.make_config("train", sources.gather({"student": "res8", **given}))
+    return resolving.make_config("train", sources.collect({"student": "res8", **given}))
 
 
 def test_the_step_schedule_falls_in_the_epoch_after_each_stage() -> None:

@@ -122,7 +122,7 @@ def test_fetch_data_says_what_can_not_be_done(icdctl: CommandLine, tmp_path: Pat
     for wrong, message in (
         (("fetch-data",), "nothing is named"),
         (("fetch-data", "cifar101"), "unknown data set `cifar101`"),
-        (("fetch-data", "--all", "--from", "x"), "`--from` is one file, 3 are wanted"),
+        (("fetch-data", "--all", "--from", "x"), "`--from` gives one file for 3 names"),
         (("fetch-data", "digits100", "--from", "x"), "nothing to read from a file"),
         (("fetch-data", "cifar100", "--mirror", "ftp://x"), "is not a mirror"),
         (("fetch-teachers",), "nothing is named"),

@@ -114,7 +114,7 @@ def test_broken_files_stop_it_or_are_left_out(icdctl: CommandLine, run: Path, pi
         (("RUN", "nowhere.png"), 1, "image `nowhere.png` does not exist"),
         (("RUN", "empty"), 1, "`empty` holds no images"),
         (("RUN", "empty", "--top", "0"), 2, "--top"),
-        (("RUN",), 2, "missing argument 'images'"),
+        (("RUN",), 2, "missing argument 'IMAGE'"),
         (("nowhere", "empty"), 1, "`nowhere`"),
         (("RUN", "empty", "--device", "tpu"), 2, "unknown device `tpu`"),
     ],

@@ -10,7 +10,7 @@ import pytest
 from icdctl.config import resolving
 from icdctl.config.recipes import RECIPES
 from icdctl.config.run import RunConfig, check_device, parse_duration
-from icdctl.config.sources import Options, gather
+from icdctl.config.sources import Options, collect
 from icdctl.errors import ArtifactError, UsageError
 
 TEACHER = ("res20", "/weights/teacher.safetensors", "ab" * 32)
@@ -78,7 +78,7 @@ def test_all_problems_are_told_at_once_with_what_to_change() -> None:
     Path("params.yaml").write_text("train: {epochs: 0}")
     given = {"student": "res9", "dataset": "digit100", "device": "gpu", "time_limit": "soon", "lr": -1}
     with pytest.raises(UsageError) as caught:
-        resolving.make_config("train", gather(given))
+        resolving.make_config("train", collect(given))
     assert caught.value.messages == (
         "unknown data set `digit100`",
         "unknown model `res9`",

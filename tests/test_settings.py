@@ -161,7 +161,7 @@ DISTILLED = {
 
 def configured(command: Command, given: dict[str, Any]) -> RunConfig:
     teacher = TEACHER if command == "distill" else None
-    return resolving.make_config(command, sources.gather(given), teacher=teacher)
+    return resolving.make_config(command, sources.collect(given), teacher=teacher)
 
 
 @pytest.mark.parametrize(

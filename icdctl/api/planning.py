@@ -132,33 +132,33 @@ class Job:
         given = dict(options)
         self.student_module = _take_module(given, "student")
         self.teacher_module = _take_module(given, "teacher")
-        gathered = sources.gather(given, config_file=config_file, command=command)
-        _check_needed(command, gathered)
+        collected = sources.collect(given, config_file=config_file, command=command)
+        _check_needed(command, collected)
         self._stand_in: StandIn | None = None
         problems: list[IcdctlError] = []
         self.teacher_target: TrainedModel | None = None
-        self.scales_are_given = gathered.get("scales") is not None
-        needs_teacher = command == "distill" and _needs_teacher(gathered)
-        self.teacher_is_ignored = command == "distill" and not needs_teacher and gathered.get("teacher") is not None
+        self.scales_are_given = collected.get("scales") is not None
+        needs_teacher = command == "distill" and _needs_teacher(collected)
+        self.teacher_is_ignored = command == "distill" and not needs_teacher and collected.get("teacher") is not None
         if needs_teacher and self.teacher_module is None:
             try:
-                teachers.model_of(str(gathered.get("teacher")))  # reported even where the data set is wrong too
+                teachers.model_of(str(collected.get("teacher")))  # reported even where the data set is wrong too
                 find = find or Planner().find_teacher
-                self.teacher_target = find(str(gathered.get("teacher")), _described(gathered))
-                _check_same_teacher(self.teacher_target, gathered.text("teacher_sha256"))
+                self.teacher_target = find(str(collected.get("teacher")), _described(collected))
+                _check_same_teacher(self.teacher_target, collected.text("teacher_sha256"))
             except IcdctlError as error:
                 self._stand_in = stand_in
                 if stand_in is None:
                     problems.append(error)
         if problems and not any(isinstance(problem, UsageError) for problem in problems):
-            problems += _missing_data(gathered)
+            problems += _missing_data(collected)
         build = partial(resolving.make_config, command, teacher=self._teacher_identity(), problems=problems)
-        first_weights = gathered.text("init_weights")
+        first_weights = collected.text("init_weights")
         if stand_in is not None and first_weights is not None and not files.user_path(first_weights).is_file():
-            config = build(gathered.without("init_weights"))
+            config = build(collected.without("init_weights"))
             self.config = config.model_copy(update={"init_sha256": stand_in.init_sha256})
         else:
-            self.config = build(gathered)
+            self.config = build(collected)
 
     def _teacher_identity(self) -> tuple[str, str, str] | None:
         if self._stand_in is not None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from icdctl import files
 from icdctl.data import Preprocessing
@@ -132,22 +133,10 @@ def predict_files(
     batch: list[tuple[Path, Pixels]] = []
 
     def classify() -> None:
-        images = torch.from_numpy(np.stack([pixels for _, pixels in batch]))
-        logits = predict(images).double()
-        if logits.shape[1] != len(class_names):
-            raise ArtifactError(
-                f"`{target}` has {logits.shape[1]} classes, expected the {len(class_names)} of its data set",
-                hint="name the data set that it was trained on with `--dataset`",
-            )
-        if not torch.isfinite(logits).all():
-            raise IcdctlError(
-                f"`{target}` gives logits that are not finite", hint="check it with `icdctl validate` and `icdctl eval`"
-            )
-        likeliest = logits.softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
-        rows = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
-        for (path, _), (classes, probabilities) in zip(batch, rows, strict=True):
-            guesses = (Guess(class_names[place], share) for place, share in zip(classes, probabilities, strict=True))
-            predictions.append(Prediction(path, tuple(guesses)))
+        logits = predict(torch.from_numpy(np.stack([pixels for _, pixels in batch]))).double()
+        _check_logits(logits, target, len(class_names))
+        found = _most_probable(logits, class_names, top)
+        predictions.extend(Prediction(path, guesses) for (path, _), guesses in zip(batch, found, strict=True))
         on_images(len(batch))
         batch.clear()
 
@@ -169,3 +158,25 @@ def predict_files(
     if batch:
         classify()
     return PredictionResult(target, tuple(predictions), tuple(broken))
+
+
+def _check_logits(logits: Tensor, target: str, num_classes: int) -> None:
+    """Refuse logits [B, K] that are not finite or belong to other classes."""
+    if logits.shape[1] != num_classes:
+        raise ArtifactError(
+            f"`{target}` has {logits.shape[1]} classes, expected the {num_classes} of its data set",
+            hint="name the data set that it was trained on with `--dataset`",
+        )
+    if not torch.isfinite(logits).all():
+        raise IcdctlError(
+            f"`{target}` gives logits that are not finite", hint="check it with `icdctl validate` and `icdctl eval`"
+        )
+
+
+def _most_probable(logits: Tensor, class_names: Sequence[str], top: int) -> list[tuple[Guess, ...]]:
+    """The `top` most probable classes of each row of logits [B, K], in descending order."""
+    likeliest = logits.softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
+    return [
+        tuple(Guess(class_names[place], share) for place, share in zip(classes, probabilities, strict=True))
+        for classes, probabilities in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    ]

@@ -63,7 +63,7 @@ def time_steps(step: Callable[[], None], *, seconds: float, device: torch.device
 
     Args:
         step: takes one step.
-        seconds: wall seconds to go on for.
+        seconds: wall seconds to run for.
         device: the device that the steps run on.
     """
     return _time_on_cuda(step, seconds, device) if device.type == "cuda" else _time_on_cpu(step, seconds)

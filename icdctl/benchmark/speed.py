@@ -176,7 +176,7 @@ def _wall_seconds(step: Callable[[], None], device: torch.device) -> float:
 
 
 def _checkpoint_seconds(session: Session) -> float:
-    """Wall seconds until a checkpoint is on disk; on CUDA a run goes on training meanwhile."""
+    """Wall seconds until a checkpoint is on disk; on CUDA a run continues training meanwhile."""
     run = session.run
     with tempfile.TemporaryDirectory(prefix="icdctl-bench-") as folder:
         before = time.perf_counter()
@@ -225,7 +225,7 @@ class _TimedStep(TrainingStep):
 def _split(session: Session, *, seconds: float) -> dict[str, float]:
     """Median milliseconds of each part of a step, in a separate run with a clock around each part."""
     shared, run = session.shared, session.run
-    timed = _TimedStep(*run.step.parts, steps_per_epoch=shared.num_steps, device=shared.device)
+    timed = _TimedStep.like(run.step)
     timed.clock = clock = PhaseClock(shared.device)
     views, answers = session.start_epoch(EPOCH)
     timed.start_epoch(EPOCH)
@@ -305,7 +305,7 @@ def _split_graph(session: Session, seconds: float) -> dict[str, float]:
     known = _Known(session.inline(shared.store.inputs(first)))
 
     def spent(num_parts: int, teacher: Teacher) -> float:
-        beginning = _Beginning(*run.step.parts, steps_per_epoch=shared.num_steps, device=shared.device)
+        beginning = _Beginning.like(run.step)
         beginning.num_parts = num_parts
         loop = DeviceLoop(shared.store, shared.labels, session.batch_size, teacher, session.message)
         indices = itertools.cycle(range(shared.num_steps))

@@ -18,7 +18,7 @@ def predict(
             help="Classifier: an .onnx file, an export folder, a run folder, a weights file or `registry:NAME`.",
         ),
     ],
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, or folders of images.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files, or folders of images.")],
     top: Annotated[int, typer.Option(min=1, help="Number of classes to print per image, the most probable first.")] = 1,
     dataset: Annotated[
         str | None,

@@ -40,7 +40,7 @@ def make_config(
 
     Args:
         command: `train` has no teacher.
-        options: the result of `sources.gather`.
+        options: the result of `sources.collect`.
         teacher: model name, weights file and its sha256, already resolved.
         problems: known problems, which are reported together with those found here.
 

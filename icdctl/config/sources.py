@@ -84,7 +84,7 @@ _FORMS: dict[str, Any] = {name: (_form(each), None) for name, each in OPTIONS.it
 _Reader = create_model("_Reader", __base__=_Variables, **_FORMS)
 
 
-def gather(given: Mapping[str, object], *, config_file: Path | None = None, command: str | None = None) -> Options:
+def collect(given: Mapping[str, object], *, config_file: Path | None = None, command: str | None = None) -> Options:
     """The options of a run from keywords, a config.json, the environment and params.yaml.
 
     Args:

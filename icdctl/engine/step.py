@@ -12,6 +12,7 @@ import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -92,10 +93,18 @@ class TrainingStep:
         self._buffers = _by_type(guarded) if rule.skip_nonfinite else []
         self._kept_buffers = [_joined(buffers) for buffers in self._buffers]
 
-    @property
-    def parts(self) -> tuple[Classifier, Objective, list[str], torch.optim.Optimizer, StepRule]:
-        """What another step of the same student is made of."""
-        return self.student, self.objective, self._reads, self.optimizer, self.rule
+    @classmethod
+    def like(cls, other: TrainingStep) -> Self:
+        """Another step of the same student, objective and optimiser, uncompiled, with its own log and EMA."""
+        return cls(
+            other.student,
+            other.objective,
+            other._reads,
+            other.optimizer,
+            other.rule,
+            steps_per_epoch=len(other.log),
+            device=other._device,
+        )
 
     def start_epoch(self, epoch: int) -> None:
         """Set the epoch, counted from 1, which the distillation warm-up reads, and clear the log."""

@@ -47,15 +47,7 @@ def choose_teacher(
     reads = frozenset().union(*(METHODS[each.method].teacher_reads(each.settings) for each in configs))
     if not METHODS[config.method].teacher_in_eval_mode:
         return _in_training_mode(model, config, reads, shared, wanted_mode, wanted_precision)
-    probe = ModelProbe(model, shared.dataset.preprocessing.size)
-    num_streams = len({(each.seed, METHODS[each.method].num_views) for each in configs})
-    num_views = max(METHODS[each.method].num_views for each in configs)
-    demand = Demand(
-        num_streams=num_streams,
-        num_images=num_streams * num_images * num_views,
-        shapes={name: probe.shape(name) for name in sorted(reads)},
-        deterministic=config.deterministic,
-    )
+    demand = _demand(model, configs, reads, shared, num_images)
     num_forwards = demand.num_images
     if shared.store.num_views is not None and wanted_mode in ("auto", "cache"):
         num_forwards = min(num_forwards, shared.num_images * shared.store.num_views)
@@ -85,6 +77,21 @@ def choose_teacher(
         message=observer.message,
     )
     return teacher, {"teacher_mode": mode, "teacher_precision": precision}
+
+
+def _demand(
+    model: Classifier, configs: Sequence[RunConfig], reads: frozenset[str], shared: SharedData, num_images: int
+) -> Demand:
+    """How often, and for which tensors, the runs call their teacher; arguments as for `choose_teacher`."""
+    probe = ModelProbe(model, shared.dataset.preprocessing.size)
+    num_streams = len({(each.seed, METHODS[each.method].num_views) for each in configs})
+    num_views = max(METHODS[each.method].num_views for each in configs)
+    return Demand(
+        num_streams=num_streams,
+        num_images=num_streams * num_images * num_views,
+        shapes={name: probe.shape(name) for name in sorted(reads)},
+        deterministic=configs[0].deterministic,
+    )
 
 
 def _in_training_mode(

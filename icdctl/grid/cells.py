@@ -196,7 +196,7 @@ def read_grid(root: Path, *, seeds: str | None = None) -> Grid:
     path = root / PARAMS_FILE
     origin = f"`{path}`"
     content = read_params(root)
-    usual = sources.gather({}).text("method")
+    usual = sources.collect({}).text("method")
     named = cells_file.current(root, expansion.expand(content, origin=origin))
     made = [make_cell(name, options, origin=origin, method=usual) for name, options in named.items()]
     given = content.get("seeds", [0]) if seeds is None else parse_seeds(seeds)

@@ -118,7 +118,7 @@ def rerun_table(
 
 def _warnings_of_changes(grid: Grid) -> list[str]:
     """A warning where the project's own options change cells of a table from the published ones."""
-    train = sources.gather({}).given
+    train = sources.collect({}).given
     changed: dict[str, None] = {}
     num_changed = 0
     for cell in grid.cells if train else ():

@@ -1,4 +1,4 @@
-"""Choose the figures of a report, and gather the numbers for them."""
+"""Choose the figures of a report, and collect the numbers for them."""
 
 from __future__ import annotations
 
