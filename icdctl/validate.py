@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from icdctl import data, files
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.config.sources import from_validation
 from icdctl.data import IMAGE_FOLDER, DatasetName, OnImages, Request, imagefolder
 from icdctl.data.decode import BrokenImage, broken_images_message, decode_in_order

@@ -14,7 +14,7 @@ import torch
 from conftest import CommandLine
 
 from icdctl import models
-from icdctl.commands import training
+from icdctl.commands import train_and_show
 from icdctl.methods import METHODS, check_settings
 
 TINY = ("--dataset", "digits100", "--train-images", "128", "--test-images", "100", "--epochs", "1", "--device", "cpu")
@@ -91,7 +91,7 @@ def test_the_whole_job_by_commands(icdctl: CommandLine, run_folder: Path, tmp_pa
 def test_a_long_run_tells_a_log_now_and_then_that_it_is_alive(
     icdctl: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(train_and_show, "_SECONDS_BETWEEN_LINES", 0.0)
     given = ("--model", "res8", *TINY, "--epochs", "2", "--out", tmp_path / "run")
     code, stdout, err = icdctl("train", *given, "--json")
     assert code == 0

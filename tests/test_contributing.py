@@ -25,8 +25,8 @@ from icdctl.exporting import verify_file
 from icdctl.exporting.package import onnx_bytes
 from icdctl.methods import METHODS, Method, ModelProbe, Objective, Settings, Supervision, logit_methods
 from icdctl.methods.logit_methods import LogitLoss
+from icdctl.methods.method_settings import DECLARED, MethodSetting
 from icdctl.methods.reads import LOGITS, POOLED
-from icdctl.methods.settings import DECLARED, MethodSetting
 from icdctl.models import MODELS, Classifier
 from icdctl.models.outputs import Features
 from icdctl.registry import trained
@@ -129,7 +129,7 @@ def test_a_method_with_parameters_is_two_classes_and_a_row(
 
 def trained_config(run: Path) -> str:
     """The fingerprint of a run, by its config.json."""
-    from icdctl.config.run import RunConfig
+    from icdctl.config.run_config import RunConfig
 
     return RunConfig(**json.loads((run / "config.json").read_text())).fingerprint
 

@@ -36,7 +36,7 @@ from icdctl.data.release import Release
 from icdctl.errors import ArtifactError
 from icdctl.registry import trained
 from icdctl.registry.artifact import read_manifest
-from icdctl.teachers import fetch, sources
+from icdctl.teachers import fetch, published_teachers
 
 MEMBERS = cub_members()
 ARCHIVE = cub_archive(MEMBERS)
@@ -44,7 +44,7 @@ RELEASE = cub_release_of(MEMBERS, ARCHIVE)
 NAME = "CUB_200_2011.tgz"
 REAL, NUM_REAL = cub200.RELEASE, (cub200.NUM_TRAIN, cub200.NUM_TEST)
 KNOWN = list(REAL.member_md5)
-PUBLISHED = sources.load_list()
+PUBLISHED = published_teachers.load_list()
 CPU = torch.device("cpu")
 
 
@@ -533,11 +533,11 @@ def checkpoint(model: str = "res32x4", *, num_classes: int = 200, side: int = 22
     return buffer.getvalue()
 
 
-def small_teacher(monkeypatch: pytest.MonkeyPatch, *, top1: float) -> sources.PublishedTeacher:
+def small_teacher(monkeypatch: pytest.MonkeyPatch, *, top1: float) -> published_teachers.PublishedTeacher:
     """A published teacher that classifies 224 x 224 images in milliseconds."""
     known = next(row for row in PUBLISHED if row.name == "cub200/res32x4")
     teacher = known.model_copy(update={"model": "res8", "reference": "resnet8", "top1": top1})
-    monkeypatch.setattr(sources, "load_list", lambda: (*PUBLISHED, teacher))
+    monkeypatch.setattr(published_teachers, "load_list", lambda: (*PUBLISHED, teacher))
     return teacher
 
 

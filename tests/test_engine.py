@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import icdctl as library
 from icdctl import files, methods, models
 from icdctl.api import planning
-from icdctl.config import resolving, run, sources
+from icdctl.config import resolving, run_config, sources
 from icdctl.engine import run as engine
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
 from icdctl.engine.observer import SilentObserver
@@ -314,7 +314,7 @@ def test_bf16_trains_too(tmp_path: Path) -> None:
     assert library.train(model="res8", **SMALL, precision="bf16", out=str(tmp_path / "run")).finished
 
 
-def configuration(**given: Any) -> run.RunConfig:
+def configuration(**given: Any) -> run_config.RunConfig:
     return resolving.make_config("train", sources.collect({"student": "res8", **given}))
 
 

@@ -22,7 +22,7 @@ from icdctl.errors import UsageError
 from icdctl.grid import Grid, GridCell, GridRun, Pack, read_grid, run_statuses, train_grid
 from icdctl.grid.executors.protocol import Conditions, Executor, TimeLeft, Trained
 from icdctl.grid.executors.subprocesses import Subprocesses
-from icdctl.grid.observer import PackObserver
+from icdctl.grid.grid_observer import PackObserver
 from icdctl.grid.pack_folder import PackFolder
 from icdctl.grid.packs import left_behind, not_begun
 

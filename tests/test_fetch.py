@@ -22,12 +22,12 @@ from test_data import Hostile
 from icdctl import data, models, teachers
 from icdctl.data import cifar100, release
 from icdctl.errors import ArtifactError, UsageError
-from icdctl.teachers import fetch, sources
+from icdctl.teachers import fetch, published_teachers
 
 MEMBERS = cifar_members()
 ARCHIVE = tar_of(MEMBERS)
 NAME = "cifar-100-python.tar.gz"
-PUBLISHED = sources.load_list()
+PUBLISHED = published_teachers.load_list()
 CIFAR100 = data.describe(data.request("cifar100"))
 
 
@@ -160,7 +160,7 @@ def test_the_list_of_teachers_is_whole(icdctl: CommandLine) -> None:
     assert rows["cifar100/res32x4"]["hash"] == "published"
     assert rows["cifar100/wrn40_2"]["hash"] == "first use"
     assert rows["cub200/vgg13"]["state"] == "by hand, from its page"
-    assert sources.find_published("WRN_40_2").remote(None).urls[0] == (
+    assert published_teachers.find_published("WRN_40_2").remote(None).urls[0] == (
         "http://shape2prog.csail.mit.edu/repo/wrn_40_2_vanilla/ckpt_epoch_240.pth"
     )
     code, _, err = icdctl("fetch-teachers", "cub200/vgg13")
@@ -179,7 +179,7 @@ def test_the_list_of_teachers_is_whole(icdctl: CommandLine) -> None:
 )
 def test_a_broken_list_of_teachers_is_named(text: str) -> None:
     with pytest.raises(ArtifactError, match="the list of teachers is"):
-        sources.parse_list(text)
+        published_teachers.parse_list(text)
 
 
 def test_a_teacher_is_fetched_pinned_converted_and_found(
@@ -225,7 +225,7 @@ def test_a_teacher_is_fetched_pinned_converted_and_found(
 def test_other_bytes_than_the_first_are_refused(
     icdctl: CommandLine, origin: Origin, tmp_path: Path, own_state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "load_list", lambda: (teacher_of("wrn40_2"),))
+    monkeypatch.setattr(published_teachers, "load_list", lambda: (teacher_of("wrn40_2"),))
     path = "/wrn_40_2_vanilla/ckpt_epoch_240.pth"
     origin.serve(path, checkpoint())
     assert icdctl("fetch-teachers", "wrn40_2", "--mirror", origin.url)[0] == 0
@@ -283,7 +283,7 @@ def test_bad_teachers_are_refused_and_leave_nothing(
     kind: str,
     way: str,
 ) -> None:
-    monkeypatch.setattr(sources, "load_list", lambda: (teacher_of("wrn40_2"),))
+    monkeypatch.setattr(published_teachers, "load_list", lambda: (teacher_of("wrn40_2"),))
     content = bad_files(tmp_path)[kind]
     path = tmp_path / "given.pth"
     path.write_bytes(content)
@@ -302,7 +302,7 @@ def test_bad_teachers_are_refused_and_leave_nothing(
     assert icdctl("fetch-teachers", "wrn40_2", *given)[0] == 0
 
 
-def teacher_of(model: str, **changes: Any) -> sources.PublishedTeacher:
+def teacher_of(model: str, **changes: Any) -> published_teachers.PublishedTeacher:
     """A published teacher that the tests describe; it has no address."""
     known = next(row for row in PUBLISHED if row.name == f"cifar100/{model}")
     return known.model_copy(update={"urls": (), **changes})
@@ -372,4 +372,4 @@ def test_two_commands_at_once_pin_one_hash(origin: Origin, tmp_path: Path) -> No
 
 def test_unknown_data_sets_have_no_published_teacher() -> None:
     with pytest.raises(UsageError, match="unknown published teacher"):
-        sources.find_published("digits100/res20")
+        published_teachers.find_published("digits100/res20")

@@ -12,7 +12,7 @@ import yaml
 from conftest import CommandLine
 
 from icdctl.config.recipes import RECIPES
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.errors import UsageError
 from icdctl.grid.cells import read_grid
 from icdctl.grid.dvc_pipeline import DATA_FOLDERS, Form

@@ -9,7 +9,7 @@ import pytest
 
 from icdctl.config import resolving
 from icdctl.config.recipes import RECIPES
-from icdctl.config.run import RunConfig, check_device, parse_duration
+from icdctl.config.run_config import RunConfig, check_device, parse_duration
 from icdctl.config.sources import Options, collect
 from icdctl.errors import ArtifactError, UsageError
 

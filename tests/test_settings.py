@@ -22,7 +22,7 @@ from icdctl.config import resolving, sources
 from icdctl.config.declare import Command, Given, Identity
 from icdctl.config.lookup import OPTIONS, SETTINGS, names_in_identity
 from icdctl.config.recipes import RECIPES, Recipe
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 TEACHER = ("res32x4", "/weights/teacher.safetensors", "ab" * 32)
@@ -282,7 +282,7 @@ _LOOK = """
 import contextlib, io, json, os, runpy, sys
 from icdctl.cli import main
 from icdctl.config import recipes
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 mine = {**recipes.RECIPES["digits100"].model_dump(), "mixup_alpha": 0.5}
 recipes.RECIPES["mine"] = recipes.Recipe(**mine)
 results = []

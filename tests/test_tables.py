@@ -9,7 +9,7 @@ import pytest
 
 from icdctl import data, methods, models
 from icdctl.config import recipes
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.errors import UsageError
 from icdctl.methods import METHODS
 from icdctl.science import published, tables

@@ -15,7 +15,7 @@ from test_engine import SMALL, history, weights
 import icdctl as library
 from icdctl import api, data, files, models
 from icdctl.api import planning
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.data import Augmentation, ImageStore
 from icdctl.engine import precision, teacher_cache
 from icdctl.engine.run import Failure, run_together

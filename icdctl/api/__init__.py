@@ -19,7 +19,7 @@ from icdctl.api.predicting import PredictionResult, image_files, predict_files
 from icdctl.config import sources
 from icdctl.config.declare import Command
 from icdctl.config.expand import expand
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.engine import run as engine
 from icdctl.engine.device import resolve_device
 from icdctl.engine.observer import Observer, SilentObserver, decoding

@@ -12,7 +12,7 @@ from torch import nn
 
 from icdctl import data, evaluation, files, teachers
 from icdctl.config.lookup import Owner, names_owned_by
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.data import Dataset, DatasetInfo, DatasetName, Preprocessing, Request
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting import OnnxClassifier

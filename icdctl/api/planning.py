@@ -13,7 +13,7 @@ from icdctl import data, files, methods, models, teachers
 from icdctl.config import resolving, sources
 from icdctl.config.declare import Command
 from icdctl.config.lookup import OPTIONS
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.config.sources import Options
 from icdctl.data import Dataset, DatasetInfo, Request
 from icdctl.errors import ArtifactError, IcdctlError, UsageError

@@ -34,7 +34,7 @@ from icdctl.benchmark.workload import (
     fresh_model,
     random_dataset,
 )
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.data import Dataset
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
 from icdctl.engine.environment import git_state

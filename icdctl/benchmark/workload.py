@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from icdctl import data, methods, models
 from icdctl.config import resolving
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.config.sources import Options
 from icdctl.data import Dataset, Views
 from icdctl.engine.compiled import Compiler

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from icdctl.commands import console, options
-from icdctl.commands.training import ProgressObserver
+from icdctl.commands.train_and_show import ProgressObserver
 from icdctl.errors import IcdctlError
 
 

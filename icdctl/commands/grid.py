@@ -12,7 +12,7 @@ from icdctl import files
 from icdctl.commands import console, grid_training, options
 from icdctl.commands.grid_search import SearchDisplay
 from icdctl.commands.grid_search import report as report_search
-from icdctl.commands.training import observed
+from icdctl.commands.train_and_show import observed
 from icdctl.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:

@@ -73,7 +73,7 @@ class GridDisplay:
         self._shown = ExitStack()
 
     def start(self, plan: GridPlan) -> None:
-        """See `icdctl.grid.observer.GridObserver`."""
+        """See `icdctl.grid.grid_observer.GridObserver`."""
         from icdctl.grid.progress import COLUMNS, GridProgress
 
         self._progress = GridProgress(plan)
@@ -83,22 +83,22 @@ class GridDisplay:
         self._shown.enter_context(console.live_table(COLUMNS, self._progress.state))
 
     def begun(self, pack: Pack, place: str) -> None:
-        """See `icdctl.grid.observer.PackObserver`."""
+        """See `icdctl.grid.grid_observer.PackObserver`."""
         if self._progress is not None:
             self._progress.begin(pack, place)
         console.talk(f"{pack.label}: begun" + (f" on {place}" if place else ""))
 
     def doing(self, pack: Pack, what: str) -> None:
-        """See `icdctl.grid.observer.PackObserver`."""
+        """See `icdctl.grid.grid_observer.PackObserver`."""
         if self._progress is not None:
             self._progress.doing(pack, what)
 
     def message(self, text: str) -> None:
-        """See `icdctl.grid.observer.PackObserver`."""
+        """See `icdctl.grid.grid_observer.PackObserver`."""
         console.talk(text)
 
     def ended(self, pack: Pack, outcomes: Sequence[Outcome]) -> None:
-        """See `icdctl.grid.observer.GridObserver`."""
+        """See `icdctl.grid.grid_observer.GridObserver`."""
         for outcome in outcomes:
             console.talk(_line(outcome))
         if self._progress is not None:
@@ -106,7 +106,7 @@ class GridDisplay:
             console.talk(self._progress.counts)
 
     def stop(self) -> None:
-        """See `icdctl.grid.observer.GridObserver`."""
+        """See `icdctl.grid.grid_observer.GridObserver`."""
         self._shown.close()
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from icdctl.commands import console, options
-from icdctl.commands.training import observed
+from icdctl.commands.train_and_show import observed
 
 
 def predict(

@@ -9,7 +9,7 @@ import typer
 
 from icdctl import files
 from icdctl.commands import console, options
-from icdctl.commands.training import observed
+from icdctl.commands.train_and_show import observed
 from icdctl.errors import UsageError
 
 

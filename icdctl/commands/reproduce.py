@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icdctl.commands import console, grid_training, options
-from icdctl.commands.training import ProgressObserver, observed
+from icdctl.commands.train_and_show import ProgressObserver, observed
 from icdctl.errors import UsageError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import typer
 
 from icdctl.commands import options
 from icdctl.commands.setting_flags import given_settings
-from icdctl.commands.training import run_training
+from icdctl.commands.train_and_show import run_training
 
 
 def train(

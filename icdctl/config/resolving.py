@@ -15,7 +15,7 @@ from icdctl.config import recipes
 from icdctl.config.declare import Command, Given
 from icdctl.config.lookup import OPTIONS, SETTINGS, Declared, Owner, names_owned_by
 from icdctl.config.recipes import RECIPES, Recipe
-from icdctl.config.run import RunConfig, check_device, parse_duration
+from icdctl.config.run_config import RunConfig, check_device, parse_duration
 from icdctl.config.sources import Options, from_validation
 from icdctl.errors import ArtifactError, IcdctlError, UsageError, combine, unknown_name
 from icdctl.methods import SCALES

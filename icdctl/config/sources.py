@@ -1,7 +1,7 @@
 """Where the options of a run come from: flags or keywords, a config.json, the environment, params.yaml.
 
 The first of these that has a value wins, and an option remembers where it came from, so that an error can say what to
-change. `icdctl.config.run` turns options into the frozen configuration, and checks the values.
+change. `icdctl.config.run_config` turns options into the frozen configuration, and checks the values.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from icdctl import files
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.engine.device import beside, side_stream
 from icdctl.engine.step import TrainingStep
 from icdctl.errors import ArtifactError

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from icdctl.config.run import check_device
+from icdctl.config.run_config import check_device
 from icdctl.errors import IcdctlError, UsageError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 
 
 def make_optimizer(

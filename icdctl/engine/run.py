@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.data import Dataset
 from icdctl.engine.compiled import Compiler
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision

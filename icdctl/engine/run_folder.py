@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from icdctl import files, run_files
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.engine.checkpoint import checkpoint_path
 from icdctl.errors import ArtifactError, UsageError
 

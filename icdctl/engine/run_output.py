@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save
 
 from icdctl import files, models
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.data import UNLABELED, Views
 from icdctl.engine.checkpoint import REPLAY_FILE, CheckpointWriter, Progress, checkpoint_path
 from icdctl.engine.environment import describe_environment

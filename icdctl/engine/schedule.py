@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 
 
 def learning_rate(config: RunConfig, *, epoch: int, step: int, total_steps: int) -> float:

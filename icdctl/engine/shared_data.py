@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.data import UNLABELED, Dataset, ImageStore
 from icdctl.engine.device import is_device_driven
 from icdctl.errors import UsageError

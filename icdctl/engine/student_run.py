@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from icdctl import models
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.data import UNLABELED, Views
 from icdctl.engine.checkpoint import Progress, load_checkpoint
 from icdctl.engine.compiled import Compiler

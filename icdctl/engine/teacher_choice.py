@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.engine.observer import Observer
 from icdctl.engine.precision import choose_teacher_precision
 from icdctl.engine.shared_data import SharedData

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from icdctl.grid.executors.protocol import Executor
     from icdctl.grid.executors.subprocesses import Subprocesses
     from icdctl.grid.forecast import CellForecast, forecast_cells
-    from icdctl.grid.observer import GridObserver, GridPlan, SilentGridObserver
+    from icdctl.grid.grid_observer import GridObserver, GridPlan, SilentGridObserver
     from icdctl.grid.packs import Outcome, Pack
     from icdctl.grid.search import SearchResult, search_grid
     from icdctl.grid.search_space import parse_space

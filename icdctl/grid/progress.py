@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from icdctl.grid.observer import GridPlan
+from icdctl.grid.grid_observer import GridPlan
 from icdctl.grid.packs import Outcome, Pack
 
 COLUMNS = ("at work on", "on", "epoch", "top-1", "time", "left")

@@ -9,7 +9,7 @@ from typing import Protocol
 from icdctl import files
 from icdctl.errors import UsageError
 from icdctl.grid.cells import Grid
-from icdctl.grid.observer import GridObserver, SilentGridObserver
+from icdctl.grid.grid_observer import GridObserver, SilentGridObserver
 from icdctl.grid.packs import Outcome, done_before
 from icdctl.grid.search_space import Space, searchable
 from icdctl.grid.training import MOST_TOGETHER, GridResult, GridTraining

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.errors import UsageError
 from icdctl.grid.cells import Grid
 from icdctl.grid.sweeps import lacking, parse_sweeps, swept

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from icdctl import files
 from icdctl.api import planning
-from icdctl.config.run import check_device, parse_duration
+from icdctl.config.run_config import check_device, parse_duration
 from icdctl.engine.run import Interrupted
 from icdctl.errors import IcdctlError, combine
 from icdctl.grid.cells import Grid
 from icdctl.grid.executors.here import Here
 from icdctl.grid.executors.protocol import Conditions, Executor, TimeLeft
 from icdctl.grid.forecast import forecast_cells
-from icdctl.grid.observer import GridObserver, GridPlan, SilentGridObserver
+from icdctl.grid.grid_observer import GridObserver, GridPlan, SilentGridObserver
 from icdctl.grid.packs import Outcome, Pack, make_packs, stale_outcome
 from icdctl.grid.status import RunStatus, run_statuses
 
@@ -185,17 +185,17 @@ class _Watched:
         self._at_work: list[Pack] = []
 
     def begun(self, pack: Pack, place: str) -> None:
-        """See `icdctl.grid.observer.PackObserver`."""
+        """See `icdctl.grid.grid_observer.PackObserver`."""
         self._at_work.append(pack)
         self._observer.begun(pack, place)
         _write_log(self._folder, [Outcome(run.label, "begun") for run in pack.runs])
 
     def doing(self, pack: Pack, what: str) -> None:
-        """See `icdctl.grid.observer.PackObserver`."""
+        """See `icdctl.grid.grid_observer.PackObserver`."""
         self._observer.doing(pack, what)
 
     def message(self, text: str) -> None:
-        """See `icdctl.grid.observer.PackObserver`."""
+        """See `icdctl.grid.grid_observer.PackObserver`."""
         self._observer.message(text)
 
     def end(self, pack: Pack, outcomes: Sequence[Outcome]) -> None:

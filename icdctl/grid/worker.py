@@ -58,10 +58,10 @@ class _Relay:
         self._written = -_PROGRESS_SECONDS
 
     def begun(self, pack: Pack, place: str) -> None:
-        """See `icdctl.grid.observer.PackObserver`. The process that started this one knows."""
+        """See `icdctl.grid.grid_observer.PackObserver`. The process that started this one knows."""
 
     def doing(self, pack: Pack, what: str) -> None:
-        """See `icdctl.grid.observer.PackObserver`."""
+        """See `icdctl.grid.grid_observer.PackObserver`."""
         now = time.monotonic()
         if now - self._written < _PROGRESS_SECONDS:
             return
@@ -71,7 +71,7 @@ class _Relay:
             file.write(f"{what}\n")
 
     def message(self, text: str) -> None:
-        """See `icdctl.grid.observer.PackObserver`."""
+        """See `icdctl.grid.grid_observer.PackObserver`."""
         _say(text)
 
 

@@ -14,6 +14,7 @@ from icdctl.errors import UsageError, unknown_name
 from icdctl.methods.feature import FEATURE_METHODS
 from icdctl.methods.logit_methods import LOGIT_METHODS, CrossEntropyObjective, LogitMethod, LogitObjective
 from icdctl.methods.method import Method, Objective, Supervision
+from icdctl.methods.method_settings import DECLARED, VARIANT, VARIANTS, MethodSetting, Settings, check_values
 from icdctl.methods.patch import (
     SCALES,
     check_scales,
@@ -27,7 +28,6 @@ from icdctl.methods.patch import (
     scale_decoupled_loss,
 )
 from icdctl.methods.reads import LOGITS, REGIONS, SMALL_READS, ModelProbe, read
-from icdctl.methods.settings import DECLARED, VARIANT, VARIANTS, MethodSetting, Settings, check_values
 
 __all__ = [
     "DECLARED",

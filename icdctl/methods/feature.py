@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from icdctl.errors import UsageError
 from icdctl.methods.method import Method, Objective, Supervision, at_least_float32
+from icdctl.methods.method_settings import Settings
 from icdctl.methods.reads import ModelProbe, stage
-from icdctl.methods.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from icdctl.methods.logit import dkd_loss, kd_loss, nkd_loss
 from icdctl.methods.method import Method, Objective, Supervision, at_least_float32, warmup_factor
+from icdctl.methods.method_settings import VARIANT, Settings
 from icdctl.methods.patch import cluster_loss, pool_regions, scale_decoupled_loss
 from icdctl.methods.reads import LOGITS, REGIONS, ModelProbe
-from icdctl.methods.settings import VARIANT, Settings
 
 RowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(student [N, K], teacher [N, K], labels [N]) -> [N]."""

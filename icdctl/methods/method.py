@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from icdctl.methods.logit import UNLABELED, cross_entropy_loss
+from icdctl.methods.method_settings import Settings
 from icdctl.methods.reads import LOGITS, ModelProbe
-from icdctl.methods.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Method(ABC):
     """A row of `METHODS`."""
 
     defaults: Mapping[str, float]
-    """Settings, which `icdctl.methods.settings` declares, and the values of the reference code's configuration."""
+    """Settings (`icdctl.methods.method_settings` declares them) with the values of the reference configuration."""
     source: str
     """Paper of the part that the method adds."""
     family: str

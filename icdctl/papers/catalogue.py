@@ -14,7 +14,7 @@ from typing import Any
 from icdctl.config import recipes, resolving
 from icdctl.config.lookup import OPTIONS
 from icdctl.config.recipes import RECIPES, Recipe
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.config.settings import NONE, RecipeSettings
 from icdctl.config.sources import Options
 from icdctl.data import IMAGE_FOLDER

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from icdctl import data, files, methods, models
 from icdctl.config import recipes, resolving, sources
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.errors import ArtifactError, UsageError, unknown_name
 from icdctl.grid.cells import GridCell, make_cell
 from icdctl.methods import METHODS

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from icdctl import files
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.errors import ArtifactError
 from icdctl.run_files import WEIGHTS_FILE
 

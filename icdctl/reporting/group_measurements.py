@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from icdctl import data
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.data import Request
 from icdctl.engine.environment import cpu_name
 from icdctl.engine.observer import Observer

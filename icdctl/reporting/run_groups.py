@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from icdctl import data
-from icdctl.config.run import RunConfig
+from icdctl.config.run_config import RunConfig
 from icdctl.methods import METHODS, SCALES
 from icdctl.reporting.finished_runs import FinishedRun
 

@@ -16,7 +16,7 @@ from icdctl.teachers.fetch import (
     find_fetched,
     overview,
 )
-from icdctl.teachers.sources import PublishedTeacher, find_published, load_list, read_lock
+from icdctl.teachers.published_teachers import PublishedTeacher, find_published, load_list, read_lock
 
 __all__ = [
     "FetchOptions",

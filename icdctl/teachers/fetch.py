@@ -14,7 +14,15 @@ from icdctl.data.download import USUAL_PATIENCE, OnBytes, Patience
 from icdctl.errors import ArtifactError
 from icdctl.models import Classifier
 from icdctl.run_files import WEIGHTS_FILE
-from icdctl.teachers.sources import LockEntry, PublishedTeacher, load_list, lock_path, read_lock, record, today
+from icdctl.teachers.published_teachers import (
+    LockEntry,
+    PublishedTeacher,
+    load_list,
+    lock_path,
+    read_lock,
+    record,
+    today,
+)
 
 TOLERANCE = 0.15
 """The largest accepted difference between the published and the measured top-1, in percentage points."""

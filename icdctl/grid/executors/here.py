@@ -10,7 +10,7 @@ from icdctl.engine.run import Failure, Interrupted
 from icdctl.errors import IcdctlError
 from icdctl.grid.cells import GridRun
 from icdctl.grid.executors.protocol import Conditions, Trained
-from icdctl.grid.observer import PackObserver
+from icdctl.grid.grid_observer import PackObserver
 from icdctl.grid.packs import HINT_ON_MEMORY, Outcome, Pack, failed, not_begun, stale_outcome
 from icdctl.grid.status import run_status, set_aside
 

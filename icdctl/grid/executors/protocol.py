@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from icdctl.grid.observer import PackObserver
+from icdctl.grid.grid_observer import PackObserver
 from icdctl.grid.packs import Outcome, Pack
 
 Trained = Generator[tuple[Pack, list[Outcome]], None, None]

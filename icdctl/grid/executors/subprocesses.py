@@ -13,7 +13,7 @@ from pathlib import Path
 
 from icdctl.errors import UsageError
 from icdctl.grid.executors.protocol import Conditions, Trained
-from icdctl.grid.observer import PackObserver
+from icdctl.grid.grid_observer import PackObserver
 from icdctl.grid.pack_folder import PackFolder
 from icdctl.grid.packs import HINT_ON_MEMORY, Outcome, Pack, left_behind, not_begun
 
