@@ -202,7 +202,7 @@ class EvaluationResult:
     """Mean KL(teacher || this classifier), in nats."""
 
     def as_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """The JSON object that `--json` prints."""
         found = {"target": self.target, "dataset": self.dataset, "num_images": self.num_images}
         compared = {} if self.agreement is None else {"agreement": self.agreement, "fidelity": self.fidelity}
         return {**found, **self.numbers.as_json(), **compared}

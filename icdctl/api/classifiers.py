@@ -172,7 +172,7 @@ def weights_at(
 
 
 def _check_size_is_said(dataset: DatasetInfo | None, image_size: int | None) -> None:
-    """Ask for `image_size` where it is needed: neither a module nor a folder of images says what size is read."""
+    """Require `image_size` where it is needed: neither a module nor a folder of images says what size is read."""
     if dataset is not None and DatasetName.parse(dataset.name).is_image_folder and image_size is None:
         raise UsageError("nothing says what size of images the module reads", hint="pass `image_size`, e.g. 224")
 

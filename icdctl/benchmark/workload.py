@@ -59,7 +59,7 @@ class Plan:
     teacher_precision: str | None = None
     scales: str | None = None
     settings: Mapping[str, object] | None = None
-    """What `--set` gives, as options of a run."""
+    """The values of `--set`, as options of a run."""
     recipe: str | None = None
     seed: int = 0
     threads: int = 1

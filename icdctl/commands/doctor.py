@@ -111,7 +111,7 @@ def _data() -> list[_Check]:
         if state == "right":
             found.append(_check("ok", name, f"{place}, as published"))
         elif state == "other":
-            found.append(_check("other", name, f"`{place / member}` is not the published file (other md5)"))
+            found.append(_check("other", name, f"`{place / member}` is not the published file (its md5 differs)"))
         else:
             found.append(_check("none", name, f"not in `{folder}`; fetch it with `icdctl fetch-data {name}`"))
     return found

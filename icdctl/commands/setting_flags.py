@@ -95,7 +95,7 @@ def parse_settings(given: Sequence[str] | None) -> dict[str, object]:
 
 
 def _parameters(command: Command) -> list[Any]:
-    """What Typer makes of a function with a parameter for each flag."""
+    """The parameters that Typer makes from a function with an argument for each flag."""
     from icdctl.config.declare import Panel
     from icdctl.config.lookup import OPTIONS
 

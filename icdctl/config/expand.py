@@ -92,7 +92,7 @@ def _entries(key: str, value: object) -> list[object]:
 
 
 def _check_settings_known(settings: Mapping[str, list[object]], names: list[object] | None) -> None:
-    """With several methods, every setting is that of one of them; a single method's settings are checked later."""
+    """Check that every setting belongs to one of several methods; those of a single method are checked later."""
     if names is None or len(names) < 2:
         return
     known = {key: None for name in names for key in settings_of(name)}
@@ -109,7 +109,7 @@ def _own_settings(settings: Mapping[str, list[object]], method: object, *, num_m
 
 
 def settings_of(method: object) -> set[str]:
-    """What `--set` can set of a method; nothing of an unknown one, which is reported later."""
+    """Names of a method's settings; none for an unknown method, which is reported later."""
     try:
         return {*methods.METHODS[methods.resolve(str(method))].defaults, "variant"}
     except UsageError:

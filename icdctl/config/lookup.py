@@ -45,7 +45,7 @@ class Declared:
 
     @property
     def option(self) -> str:
-        """What the user gives, in files, variables and keywords: mostly the setting itself."""
+        """Name of the option that the user gives, in files, variables and keywords: mostly that of the setting."""
         return self.setting.option or self.name
 
     @property
@@ -126,11 +126,11 @@ def _declared() -> dict[str, Declared]:
 
 
 SETTINGS: dict[str, Declared] = _declared()
-"""By the key in `config.json`, in its order."""
+"""All settings by their keys in `config.json`, in its order."""
 OPTIONS: dict[str, Declared] = {
     each.option: each for each in SETTINGS.values() if each.setting.given is not Given.COMPUTED
 }
-"""Those that the user gives, by the name of the option."""
+"""Settings that the user gives, by the name of the option."""
 
 
 def names_owned_by(owner: Owner) -> tuple[str, ...]:

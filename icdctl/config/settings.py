@@ -49,7 +49,7 @@ class _Frozen(BaseModel):
 
 
 class TaskSettings(_Frozen):
-    """What is trained."""
+    """The task: method, data set, student, teacher and seed."""
 
     command: Annotated[Command, Setting("The command that trains.", Given.COMPUTED)]
     method: Annotated[
@@ -212,7 +212,7 @@ class RecipeSettings(_Frozen):
 
 
 class DatasetSettings(_Frozen):
-    """Which images. Each of these belongs to one data set, which has its default and its bounds; None for others."""
+    """Choice of the images. Each setting belongs to one data set, which has its default and bounds; None for others."""
 
     train_images: Annotated[
         int | None, Setting("Number of training images that `digits100` draws.", swept=True, shown_default="4000")

@@ -121,7 +121,7 @@ class CheckpointWriter:
         on_host: dict[str, Tensor],
         said: dict[str, str],
     ) -> None:
-        """In the thread: wait for the copies, which live until then, and write the file."""
+        """Wait, in the thread, for the copies, which live until then, and write the file."""
         try:
             if copied is not None:
                 copied.synchronize()

@@ -71,7 +71,7 @@ class StudentRun:
         for module in (self.student, objective):
             module.to(shared.device).to(memory_format=torch.channels_last)
         self._rate = config.lr
-        """What the optimiser's learning rate was last set to."""
+        """The learning rate that the optimiser was last set to."""
         # A custom module runs as it is: what its Python does beside the numbers would be compiled away.
         may_compile = config.compile and not isinstance(self.student, Adapted)
         self.step = TrainingStep(
@@ -330,7 +330,7 @@ def _new_student(config: RunConfig, shared: SharedData) -> Classifier:
 
 
 def _new_objective(config: RunConfig, shared: SharedData, student: Classifier, teacher: Classifier | None) -> Objective:
-    """What the method minimises for these models, with the connectors that the seed gives."""
+    """The objective of the method for these models, with the connectors that the seed gives."""
     balanced = config.class_weights == "balanced"
     supervision = Supervision(
         label_smoothing=config.label_smoothing,

@@ -29,7 +29,7 @@ _CPU_CHUNK = 32
 
 
 Answer = Mapping[str, Tensor]
-"""What a teacher gives for a batch: [B, ...] float32 by the names of `icdctl.methods.reads`; without gradient."""
+"""The answer of a teacher to a batch: [B, ...] float32 by the names of `icdctl.methods.reads`; without gradient."""
 
 Answers = Callable[[int, Views, Tensor], Answer]
 """(step of the epoch, its views, their pixels [B, 3, H, W]) -> the answer, called in the order of the steps."""
@@ -56,7 +56,7 @@ class Teacher(Protocol):
         """
 
     def device_driven(self, feed: Feed) -> DeviceDrivenAnswers:
-        """The same for steps that read their batches from a feed, for all epochs that will be loaded into it."""
+        """Answers for steps that read their batches from a feed, for all epochs that will be loaded into it."""
 
 
 class _AtOnce:

@@ -66,7 +66,7 @@ class CachePlan:
     about: Mapping[str, str] = field(default_factory=dict)
     """The teacher and the data set, stated in the folder for the user who looks at it."""
     left_out: str | None = None
-    """What is too large to be cached, and why; None where all that is asked of the teacher is cached."""
+    """Tensors that are too large to be cached, and why; None where everything is cached."""
 
     @property
     def is_kept(self) -> bool:
@@ -310,7 +310,7 @@ def _numpy_type(dtype: torch.dtype) -> type[np.generic]:
 
 
 def _has_room(table: CachePlan, device: torch.device) -> bool:
-    """On disk where it is kept there, and in memory: it is read at random, over and over."""
+    """Whether there is room for it on disk, if it is kept there, and in memory, because it is read at random."""
     if table.folder is not None and not table.is_kept:
         home = next(folder for folder in (table.folder, *table.folder.parents) if folder.exists())
         if shutil.disk_usage(home).free < 1.1 * table.num_bytes:

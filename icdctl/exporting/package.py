@@ -35,7 +35,7 @@ class Accuracy(TypedDict):
     """Accuracy of a graph as `model.json` and the model card state it."""
 
     top1: float
-    """In percent."""
+    """Top-1 accuracy, in percent."""
     images: int
     """Number of images that it was measured on."""
 

@@ -64,7 +64,7 @@ class GridRun:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `icdctl.api.start` takes."""
+        """The options that `icdctl.api.start` takes."""
         own = {
             key: value for key, value in self.cell.options.items() if key != "method" or self.cell.command != "train"
         }
@@ -127,12 +127,12 @@ class Grid:
         return replace(self, cells=tuple(cell for cell in self.cells if not wanted or cell.name in wanted))
 
     def given(self, options: Mapping[str, object]) -> Grid:
-        """With options that hold for all cells, in place of their own."""
+        """The grid with options that hold for all cells, in place of their own."""
         cells = tuple(replace(cell, options={**cell.options, **options}) for cell in self.cells)
         return replace(self, cells=cells)
 
     def with_usual(self, options: Mapping[str, object]) -> Grid:
-        """With options for those cells that do not state them."""
+        """The grid with options for those cells that do not state them."""
         cells = tuple(replace(cell, options={**options, **cell.options}) for cell in self.cells)
         return replace(self, cells=cells)
 

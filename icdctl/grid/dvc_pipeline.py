@@ -39,7 +39,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Expanded:
-    """What `expand` did."""
+    """The result of `expand`."""
 
     path: Path
     """cells.yaml"""

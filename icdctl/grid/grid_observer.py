@@ -11,7 +11,7 @@ from icdctl.grid.packs import Outcome, Pack
 
 @dataclass(frozen=True)
 class GridPlan:
-    """What is about to be trained."""
+    """The runs that are about to be trained."""
 
     packs: tuple[Pack, ...]
     refused: tuple[Outcome, ...]

@@ -39,7 +39,7 @@ class SearchResult:
     training: GridResult
     """The runs of the cells with the best values."""
     earlier: tuple[Outcome, ...]
-    """Those of them that were done before."""
+    """Runs of these cells that were done before."""
 
 
 def search_grid(
