@@ -23,7 +23,7 @@ lint: $(INSTALLED)
 	$(RUN)/mypy
 
 test: lint  ## Style, types, tests: what CI runs; two processes of one thread each.
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-methods: $(INSTALLED)  ## The methods against each other, trained on the embedded digits (4 minutes).
 	$(RUN)/python -m pytest -m slow tests/test_methods_trained.py
