@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import icdctl
+from icdctl import grid
 
 PACKAGE = Path(icdctl.__file__).parent
 BASE = {"errors", "files"}
@@ -152,6 +153,13 @@ sys.exit(f"imported {{heavy}}" if heavy else code)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_names_of_the_grid_are_there() -> None:
+    # They are fetched when they are first used, by a table of strings that no type checker reads.
+    assert sorted(grid.__all__) == dir(grid)
+    for name in grid.__all__:
+        assert getattr(grid, name) is not None
 
 
 def test_the_public_names_are_there() -> None:
