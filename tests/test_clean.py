@@ -197,9 +197,10 @@ def test_what_a_running_process_uses_is_left(icdctl: CommandLine, photos: Path) 
 LOAD = """
 import sys, time
 from icdctl import data
+from icdctl.config.dataset_request import dataset_request
 found = set()
 for _ in range(40):
-    held = data.load(data.request("imagefolder:" + sys.argv[1], image_size=32, test_split=0.25))
+    held = data.load(dataset_request("imagefolder:" + sys.argv[1], image_size=32, test_split=0.25))
     found.add((held.sha256, int(held.train_images.sum())))
     held = None
     time.sleep(0.005)

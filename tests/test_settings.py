@@ -10,14 +10,17 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import typer
 from conftest import CommandLine
 from pydantic import ValidationError
 
 import icdctl as library
+from icdctl.cli import app
 from icdctl.config import resolving, sources
 from icdctl.config.declare import Command, Given, Identity
 from icdctl.config.lookup import OPTIONS, SETTINGS, names_in_identity
@@ -236,6 +239,27 @@ def test_the_benchmark_shows_the_help_of_the_settings_that_it_shares(icdctl: Com
     assert code == 0
     assert "Number of images in a training step." in words
     assert "Model of the teacher" in words, "what has its own help keeps it"
+
+
+def _commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+@pytest.mark.parametrize("setting", ["data_dir", "device", "test_images"])
+def test_a_flag_of_several_commands_has_one_help(setting: str) -> None:
+    flags = [
+        (path, parameter)
+        for path, command in _commands(typer.main.get_command(app), "icdctl")
+        for parameter in command.params
+        if parameter.name == setting
+    ]
+    assert {f"icdctl {name}" for name in ("train", "distill", "eval")} <= {path for path, _ in flags}
+    for path, parameter in flags:
+        assert parameter.help == SETTINGS[setting].setting.help, path
 
 
 def test_a_setting_without_a_flag_is_given_by_set(icdctl: CommandLine) -> None:

@@ -15,6 +15,7 @@ from test_engine import SMALL, history, weights
 import icdctl as library
 from icdctl import api, data, files, models
 from icdctl.api import planning
+from icdctl.config.dataset_request import dataset_request
 from icdctl.config.run_config import RunConfig
 from icdctl.data import Augmentation, ImageStore
 from icdctl.engine import precision, teacher_cache
@@ -183,7 +184,7 @@ def test_a_student_may_start_from_weights_of_its_own(tmp_path: Path) -> None:
 
 
 def store_of(count: int, augmentation: Augmentation) -> tuple[ImageStore, data.Dataset]:
-    dataset = data.load(data.request("digits100", train_images=count, test_images=2))
+    dataset = data.load(dataset_request("digits100", train_images=count, test_images=2))
     return ImageStore(dataset.train_images, dataset.preprocessing, augmentation, device=CPU), dataset
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from icdctl import data, evaluation, files, teachers
+from icdctl.config.dataset_request import dataset_request
 from icdctl.config.lookup import Owner, names_owned_by
 from icdctl.config.run_config import RunConfig
 from icdctl.data import Dataset, DatasetInfo, DatasetName, Preprocessing, Request
@@ -70,7 +71,7 @@ class ClassifierInfo:
         if name.is_image_folder:
             settings["image_size"] = self.preprocessing.size[0]
         folder = None if data_dir is None else files.user_path(data_dir)
-        return data.request(str(name), folder=folder, **settings)
+        return dataset_request(str(name), folder=folder, **settings)
 
     def check_size(self, dataset: DatasetInfo) -> None:
         """Refuse images of another size than it was trained on.

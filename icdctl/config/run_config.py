@@ -17,8 +17,8 @@ from pydantic import JsonValue
 
 from icdctl import data, files, methods
 from icdctl.config.declare import Identity
-from icdctl.config.lookup import SETTINGS, Owner, names_in_identity, names_owned_by
-from icdctl.config.settings import Settings
+from icdctl.config.lookup import SETTINGS, names_in_identity
+from icdctl.config.settings import DatasetSettings, Settings
 from icdctl.data import Augmentation, Request
 from icdctl.errors import UsageError
 
@@ -44,15 +44,13 @@ class RunConfig(Settings):
     @property
     def images(self) -> Request:
         """Which images the run reads, and how they are divided."""
-        return data.request(
-            self.dataset,
-            folder=files.user_path(self.data_dir) if self.data_dir is not None else None,
-            val_split=self.val_split,
-            split_seed=self.split_seed,
+        return Request(
+            name=self.dataset,
+            folder=files.data_folder() if self.data_dir is None else files.user_path(self.data_dir),
             room_to_crop=self.crop_scale is not None,
             unlabeled=methods.METHODS[self.method].needs_teacher
             and data.DatasetName.parse(self.dataset).is_image_folder,
-            **{key: getattr(self, key) for key in names_owned_by(Owner.DATASET)},
+            **{key: getattr(self, key) for key in DatasetSettings.model_fields},
         )
 
     @property

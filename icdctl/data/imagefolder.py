@@ -29,8 +29,6 @@ STD = (0.229, 0.224, 0.225)
 """ImageNet's numbers: known before any image is read, and what pretrained models expect."""
 SOURCE = "a folder of the user's own images"
 LICENCE = "not known to icdctl"
-DEFAULT_TEST_SPLIT = 0.2
-DEFAULT_IMAGE_SIZE = 32
 _TRAIN, _TEST = "train", "test"
 _VAL = ("val", "valid", "validation")
 _UNLABELED = ("unlabeled", "unlabelled")
@@ -68,6 +66,12 @@ def folder_of(name: str) -> Path:
     return Path(DatasetName.parse(name).folder or "")
 
 
+def side_of(wanted: Request) -> int:
+    """Side of the square that images are resized to."""
+    assert wanted.image_size is not None, "every request for a folder of images states their size"
+    return wanted.image_size
+
+
 def describe(wanted: Request) -> DatasetInfo:
     """What is known of the folder without opening an image.
 
@@ -75,7 +79,7 @@ def describe(wanted: Request) -> DatasetInfo:
         ArtifactError: the folder does not exist, or has no classes.
     """
     folder = folder_of(wanted.name)
-    side = wanted.image_size or DEFAULT_IMAGE_SIZE
+    side = side_of(wanted)
     return DatasetInfo(
         name=PREFIX + folder.name,
         class_names=class_names(folder),
