@@ -174,7 +174,7 @@ def configured(command: Command, given: dict[str, Any]) -> RunConfig:
 )
 def test_a_run_keeps_its_identity_its_config_and_its_name(command: Command, recorded: Recorded) -> None:
     config = configured(command, {**recorded.given, "out": "/runs/one"})
-    assert config.fingerprint == recorded.fingerprint
+    assert config.legacy_fingerprint == recorded.fingerprint
     stated = json.dumps(config.model_dump(mode="json"))
     assert hashlib.sha256(stated.encode()).hexdigest()[:20] == recorded.config
     assert Path(configured(command, recorded.given).out).name == recorded.run_name
@@ -184,7 +184,7 @@ def test_a_run_is_known_by_the_bytes_it_starts_from_not_by_their_place(tmp_path:
     weights = tmp_path / "first.safetensors"
     weights.write_bytes(b"weights")
     given = {"student": "res8", "dataset": "digits100", "init_weights": str(weights), "out": "/runs/one"}
-    assert configured("train", given).fingerprint == "b0ede0dd01620c20522d"
+    assert configured("train", given).legacy_fingerprint == "b0ede0dd01620c20522d"
 
 
 def test_a_config_from_before_there_was_a_setting_is_read_and_is_the_same_run() -> None:
@@ -318,7 +318,7 @@ for arguments, variables in json.loads(sys.argv[2]):
         elif arguments[0] == "fingerprint":
             with open("config.json") as file:
                 config = RunConfig(**{**json.load(file), **json.loads(arguments[1])})
-            code = print(config.fingerprint, end="")
+            code = print(config.legacy_fingerprint, end="")
         else:
             code = main(arguments)
     results.append((code or 0, out.getvalue(), err.getvalue()))
@@ -404,7 +404,7 @@ def test_a_setting_that_is_added_leaves_earlier_runs_as_they_are(more: Path) -> 
         ("fingerprint", '{"mixup_alpha": 0.3}'),
         ("train", "--config", "config.json", "--recipe", "mine", "--dry-run"),
     )
-    assert same[1] == earlier.fingerprint != other[1]
+    assert same[1] == earlier.legacy_fingerprint != other[1]
     assert code == 0, err
     repeated = json.loads(out)
     assert repeated["mixup_alpha"] == 0.0, "it was trained without, whatever its recipe says today"

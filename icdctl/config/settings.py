@@ -10,9 +10,10 @@ documentation.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from icdctl.config.declare import Command, Given, Identity, Panel, Setting
 
@@ -38,6 +39,22 @@ def _paired(value: object) -> object:
 def _none_by_name(value: object) -> object:
     """`none` as None, for a setting of the recipe that can be switched off."""
     return None if value == NONE else value
+
+
+def seconds_of(text: str) -> float:
+    """`90m`, `2h`, `45s`, `1h30m` or a number of seconds, in seconds; 0 for anything else."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip(), re.ASCII)
+    if match is None:
+        return 0.0
+    hours, minutes, rest = (float(part or 0) for part in match.groups())
+    return hours * 3600 + minutes * 60 + rest
+
+
+def _interval(text: str) -> str:
+    """A time, or a number of steps."""
+    if not seconds_of(text):
+        raise ValueError("expected a time such as `30s` or `5m`, or a number of steps such as `500`")
+    return text
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -377,10 +394,22 @@ class ExecutionSettings(_Frozen):
             metavar="90m",
         ),
     ] = None
+    checkpoint_every: Annotated[
+        str,
+        BeforeValidator(str),
+        AfterValidator(_interval),
+        Setting(
+            "Save the state after so much time (`30s`, `5m`) or so many steps (`500`), and after each epoch.",
+            identity=Identity.NEVER,
+            panel=Panel.WHERE,
+            metavar="45s",
+        ),
+    ] = "45s"
     out: Annotated[
         str,
         Setting(
             "Run folder to create; for several runs, the folder that will hold theirs.",
+            identity=Identity.NEVER,
             panel=Panel.WHERE,
             metavar="DIR",
             shown_default="runs/<dataset>/<what differs from the recipe>",
