@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from icdctl import data, files
 from icdctl.config.run_config import RunConfig
 from icdctl.config.sources import from_validation
-from icdctl.data import IMAGE_FOLDER, DatasetName, OnImages, Request, imagefolder
+from icdctl.data import IMAGE_FOLDER, DatasetName, OnImages, Request, folder_layout, imagefolder
 from icdctl.data.decode import BrokenImage, broken_images_message, decode_in_order
+from icdctl.data.folder_layout import Division
 from icdctl.errors import ArtifactError, IcdctlError
 from icdctl.exporting import VerificationReport, verify_file, verify_folder
 from icdctl.registry import trained
@@ -119,8 +120,8 @@ def _image_folder(wanted: Request, on_images: OnImages) -> list[Finding]:
     """Check that the folder can be divided into parts, and that all its images can be decoded."""
     folder = imagefolder.folder_of(wanted.name)
     try:
-        classes = imagefolder.class_names(folder)
-        division = imagefolder.divide(
+        classes = folder_layout.class_names(folder)
+        division = folder_layout.divide(
             folder, test_split=wanted.test_split or 0.0, val_split=wanted.val_split, seed=wanted.split_seed
         )
     except IcdctlError as error:
@@ -129,11 +130,12 @@ def _image_folder(wanted: Request, on_images: OnImages) -> list[Finding]:
     side = wanted.image_size or imagefolder.DEFAULT_IMAGE_SIZE
     return [
         Finding("classes", True, _counted(division, classes)),
+        Finding("not read", None if division.left_out.may_be_images else True, str(division.left_out) or "no file"),
         _attempt("images", lambda: _decoded(folder, division, side, on_images)),
     ]
 
 
-def _counted(division: imagefolder.Division, classes: Sequence[str]) -> str:
+def _counted(division: Division, classes: Sequence[str]) -> str:
     counts = torch.bincount(division.train.labels, minlength=len(classes)).tolist()
     fewest = counts.index(min(counts))
     parts = [
@@ -147,7 +149,7 @@ def _counted(division: imagefolder.Division, classes: Sequence[str]) -> str:
     return "; ".join(parts)
 
 
-def _decoded(folder: Path, division: imagefolder.Division, side: int, on_images: OnImages) -> str:
+def _decoded(folder: Path, division: Division, side: int, on_images: OnImages) -> str:
     held_out = () if division.val is None else division.val.names
     names = [*division.train.names, *division.test.names, *held_out, *division.unlabeled]
     broken: list[BrokenImage] = []

@@ -264,10 +264,6 @@ def val_without_train(folder: Path) -> None:
     in_parts(folder, "val", "test")
 
 
-def train_in_capitals(folder: Path) -> None:
-    in_parts(folder, "Train", "Val")
-
-
 def unknown_classes(folder: Path) -> None:
     in_parts(folder, "train", "val")
     fill(folder / "val" / "emu", 1)
@@ -307,13 +303,12 @@ REFUSED: list[tuple[Callable[[Path], None], str, str]] = [
     (nothing, "has 0 folders of images", "into a separate folder"),
     (one_class, "has 1 folders of images, a classifier needs 2", "into a separate folder"),
     (only_unlabelled, "has 0 folders of images", "into a separate folder"),
-    (an_empty_class, "1 of 4 classes .* have no training images: `emu`", "images end in .bmp"),
+    (an_empty_class, "1 of 4 classes .* have no training images: `emu`", r"images end in .*\.bmp"),
     (a_class_that_links_upwards, "1 of 4 classes .* have no training images: `emu`", "remove these folders"),
     (val_without_train, "has a folder `test` but no folder `train`", "into `train/`"),
-    (train_in_capitals, "has a folder `Train` but no folder `train`", "into `train/`"),
     (unknown_classes, "classes that the training images do not have: emu", "the same class folders everywhere"),
     (an_empty_val, "`.*/val` holds no images", "20% of each class then become"),
-    (an_empty_val_beside_test, "has no image for validation", "fill `.*/val`"),
+    (an_empty_val_beside_test, "`.*/val` holds no images", "no images are then held out"),
     (two_vals, "has both `val/` and `valid/`", "into one of them"),
     (one_image_a_class, "has one image per class: none is left for testing", "beside `train/`"),
     (a_name_with_a_line_break, r"name can't be printed: 'e\\nmu'", "rename"),

@@ -19,7 +19,7 @@ from icdctl.data import Dataset, DatasetInfo, Request
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.models import Classifier
 from icdctl.models.external import CUSTOM_MODEL, adapt
-from icdctl.registry.trained import TrainedModel
+from icdctl.registry.trained import TrainedModel, split_in
 
 FindTeacher = Callable[[str, DatasetInfo], TrainedModel]
 
@@ -182,6 +182,23 @@ class Job:
         if self.teacher_is_ignored:
             found.append(f"warning: method `{config.method}` reads no teacher, `--teacher` is ignored")
         return found
+
+    def test_images_seen(self, dataset: Dataset) -> list[str]:
+        """What is known of test images that the teacher, or the model with the first weights, was trained on.
+
+        Raises:
+            ArtifactError: the first weights can't be read, or their metadata are malformed.
+        """
+        found: list[str | None] = []
+        if self.teacher_target is not None:
+            target = self.teacher_target
+            found.append(dataset.seen_by(f"teacher `{target.origin}`", target.dataset, target.split))
+        if self.config.init_weights is not None and dataset.parts:
+            said = models.read_weights(self.config.init_weights).metadata
+            trained_on = str(said["dataset"]) if "dataset" in said else None
+            split = split_in(said, path=Path(self.config.init_weights))
+            found.append(dataset.seen_by(f"first weights `{self.config.init_weights}`", trained_on, split))
+        return [text for text in found if text is not None]
 
     def teacher(self, dataset: Dataset, needs_patches: bool) -> Classifier | None:
         """The teacher's weights, or a custom module; None where the method reads none."""

@@ -12,7 +12,7 @@ from icdctl.config.run_config import RunConfig
 from icdctl.data import Request
 from icdctl.engine.environment import cpu_name
 from icdctl.engine.observer import Observer
-from icdctl.errors import IcdctlError
+from icdctl.errors import ArtifactError, IcdctlError
 from icdctl.registry.trained import TrainedModel
 from icdctl.reporting import measure
 from icdctl.reporting.measure import Measurement, ModelMeasurer
@@ -77,6 +77,7 @@ class GroupMeasurer:
             for run in cell.runs:
                 try:
                     trained_model = measure.student_of(run)
+                    self._check_unseen(trained_model, str(run.folder), measurer)
                     found.measured[run.folder] = measurer.measure(trained_model, teacher=found.teacher)
                 except IcdctlError as error:
                     self._notes.append(f"{run.folder} was not measured: {error.message}")
@@ -100,10 +101,27 @@ class GroupMeasurer:
         try:
             teacher = measure.teacher_of(found.group, measurer.dataset)
             if teacher is not None:
+                self._check_unseen(teacher, f"teacher {teacher.model}", measurer)
                 found.teacher_numbers = measurer.measure(teacher, teacher=None)
                 found.teacher = teacher
         except IcdctlError as error:
             self._notes.append(f"{found.group.title}: the students are not compared with the teacher: {error.message}")
+
+    def _check_unseen(self, trained_model: TrainedModel, label: str, measurer: ModelMeasurer) -> None:
+        """Refuse to measure a model on images that it was trained on, or may have been.
+
+        Weights of earlier versions do not say which those were, which is noted.
+
+        Raises:
+            ArtifactError: it was trained on some of the test images, or on images that have changed since.
+        """
+        seen = measurer.dataset.seen_by(label, trained_model.dataset, trained_model.split)
+        if seen is None:
+            return
+        if trained_model.split is None:
+            self._notes.append(seen)
+            return
+        raise ArtifactError(seen, hint="bring the images back, or train the model again")
 
     def _time(self, found: GroupMeasurements) -> None:
         for trained_model in [*([found.teacher] if found.teacher else []), *found.trained_models.values()]:
