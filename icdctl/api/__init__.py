@@ -265,8 +265,9 @@ def evaluate(
         seen.message(divided)
     held = data.load(wanted, on_images=decoding(seen))
     warnings = doubts_about(held, measured)
-    for warning in warnings:
-        seen.message(f"warning: {warning}")
+    changed = classifier.what_changed(held)
+    for text in (*(f"warning: {warning}" for warning in warnings), *([] if changed is None else [changed])):
+        seen.message(text)
     others = None
     if teacher is not None:
         seen.begin("teacher", held.test_images.shape[0])

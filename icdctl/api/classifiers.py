@@ -100,7 +100,20 @@ class ClassifierInfo:
             return None
         if self.split is None and self.data_sha256 is not None and self.data_sha256 == dataset.sha256:
             return None  # a run of an earlier version, and the very images
-        return dataset.seen_by(self.label, self.dataset, self.split)
+        return dataset.seen_by(f"`{self.label}`", self.dataset, self.split)
+
+    def what_changed(self, dataset: Dataset) -> str | None:
+        """The line about other training images than it had, where the test images are the same; None elsewhere."""
+        then, now = (None if split is None else split.parts for split in (self.split, dataset.split))
+        if not then or not now or then.get("test") != now["test"] or then.get("train") == now["train"]:
+            return None
+        if self.dataset != dataset.name or (self.split and dataset.split and self.split.flags != dataset.split.flags):
+            return None
+        counts = [f"{part['train'].images:,}" for part in (then, now)]
+        return (
+            f"the images of `{dataset.name}` for training have changed since `{self.label}` was trained: {counts[0]} "
+            f"then, {counts[1]} now; the test images have not"
+        )
 
     def check_size(self, dataset: DatasetInfo) -> None:
         """Refuse images of another size than it was trained on.

@@ -185,7 +185,7 @@ class Dataset(DatasetInfo):
         Test images of published data sets are nobody's training images.
 
         Args:
-            label: the model's name in the message.
+            label: the model in the message, e.g. "teacher `runs/t`".
             dataset: the public name of the data set that it was trained on; None where that is not known.
             trained: how the images were divided when it was trained; None where its weights do not say it.
         """

@@ -117,7 +117,7 @@ def seen_test_images(
     """What to say about test images that a model was trained on, or may have been; None where it was on none.
 
     Args:
-        label: the model's name in the message.
+        label: the model in the message, e.g. "teacher `runs/t`".
         trained: how the images were divided when it was trained; None where its weights do not say it.
         now: how they are divided now.
         parts: the image files now.
@@ -126,7 +126,7 @@ def seen_test_images(
     test = next(part for part in parts if part.use == "testing")
     if trained is None or "train" not in trained.parts:
         return (
-            f"`{label}` does not say which images it was trained on, so some of the {len(test.names):,} test images of "
+            f"{label} does not say which images it was trained on, so some of the {len(test.names):,} test images of "
             f"`{dataset}` may be among them: an earlier version of icdctl or another program wrote its weights"
         )
     if trained.parts.get("test") == now.parts["test"]:
@@ -135,14 +135,14 @@ def seen_test_images(
     if seen is None:
         then, here = trained.parts["train"].images, now.parts["train"].images
         return (
-            f"`{label}` was trained on other images than `{dataset}` has for training now ({then:,} then, {here:,} "
+            f"{label} was trained on other images than `{dataset}` has for training now ({then:,} then, {here:,} "
             f"now), so some of the {len(test.names):,} test images may be among them"
         )
     count = sum(sha256 in seen for sha256 in test.hashes)
     if not count:
         return None
     return (
-        f"`{label}` was trained on {count:,} of the {len(test.names):,} test images of `{dataset}`: then the images "
+        f"{label} was trained on {count:,} of the {len(test.names):,} test images of `{dataset}`: then the images "
         f"were divided with `{trained.flags}`, now with `{now.flags}`"
     )
 

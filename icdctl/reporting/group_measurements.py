@@ -77,7 +77,7 @@ class GroupMeasurer:
             for run in cell.runs:
                 try:
                     trained_model = measure.student_of(run)
-                    self._check_unseen(trained_model, str(run.folder), measurer)
+                    self._check_unseen(trained_model, f"`{run.folder}`", measurer)
                     found.measured[run.folder] = measurer.measure(trained_model, teacher=found.teacher)
                 except IcdctlError as error:
                     self._notes.append(f"{run.folder} was not measured: {error.message}")
