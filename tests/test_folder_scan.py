@@ -17,6 +17,7 @@ from conftest import CommandLine
 from PIL import Image, TiffImagePlugin
 from test_imagefolder import CLASSES, fill, flat, in_parts, load, picture
 
+import icdctl as library
 from icdctl.data import image_formats
 from icdctl.data.decode import BrokenImageError, decode_image
 from icdctl.data.folder_layout import class_names, divide, is_printable
@@ -177,6 +178,18 @@ def test_predicting_a_folder_counts_too(tmp_path: Path) -> None:
     assert left_out.as_note() == (
         "warning: files that are not read: 1 `.psd` (convert them to PNG or JPEG), e.g. `a.psd`"
     )
+
+
+def test_predict_says_which_photos_of_a_folder_have_no_class(icdctl: CommandLine, tmp_path: Path) -> None:
+    fill(tmp_path / "photos", 2)
+    (tmp_path / "photos" / "a.txt").write_text("?")
+    name = f"imagefolder:{flat(tmp_path / 'pets')}"
+    library.train(model="res8", dataset=name, out=str(tmp_path / "run"), max_steps=1)
+    assert icdctl("predict", tmp_path / "run", tmp_path / "photos")[2] == ""
+    (tmp_path / "photos" / "a.psd").write_bytes(b"?")
+    code, out, err = icdctl("predict", tmp_path / "run", tmp_path / "photos", "--json")
+    assert (code, len(json.loads(out)["predictions"])) == (0, 2)
+    assert err.startswith("warning: files that are not read: 1 `.psd` (convert them to PNG or JPEG)")
 
 
 def test_a_class_of_unreadable_files_alone_says_what_they_are(tmp_path: Path) -> None:

@@ -324,9 +324,8 @@ def predict(
     class_names = classifier.class_names or (() if named is None else named.class_names)
     left_out = LeftOut()
     paths = image_files([images] if isinstance(images, str | Path) else images, left_out)
-    not_read = left_out.as_note()
-    if not_read is not None:
-        seen.message(not_read)
+    if left_out.may_be_images:  # of a folder of photos, nobody expects a class for each text file
+        seen.message(str(left_out.as_note()))
     seen.begin("classifying", len(paths))
     result = predict_files(
         logits_of,

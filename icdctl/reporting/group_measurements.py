@@ -9,7 +9,7 @@ import torch
 
 from icdctl import data
 from icdctl.config.run_config import RunConfig
-from icdctl.data import Request
+from icdctl.data import Dataset, Request
 from icdctl.engine.environment import cpu_name
 from icdctl.engine.observer import Observer
 from icdctl.errors import ArtifactError, IcdctlError
@@ -17,6 +17,8 @@ from icdctl.registry.trained import TrainedModel
 from icdctl.reporting import measure
 from icdctl.reporting.measure import Measurement, ModelMeasurer
 from icdctl.reporting.run_groups import ReportCell, RunGroup
+
+_NAMED_CLASSES = 5
 
 
 @dataclass
@@ -94,8 +96,19 @@ class GroupMeasurer:
         wanted = config.images
         if self._held is None or self._held[0] != wanted:
             self._held = None  # frees the images of the previous data set
-            self._held = (wanted, ModelMeasurer(data.load(wanted), self._device, self._observer))
+            dataset = data.load(wanted)
+            self._note_untested(dataset)
+            self._held = (wanted, ModelMeasurer(dataset, self._device, self._observer))
         return self._held[1]
+
+    def _note_untested(self, dataset: Dataset) -> None:
+        """Note which classes have no numbers."""
+        tested = set(dataset.test_labels.tolist())
+        untested = [name for number, name in enumerate(dataset.class_names) if number not in tested]
+        if untested:
+            names = ", ".join(untested[:_NAMED_CLASSES]) + (", ..." if len(untested) > _NAMED_CLASSES else "")
+            count = f"{len(untested)} of {dataset.num_classes} classes of `{dataset.name}`"
+            self._notes.append(f"{count} have no test image, so nothing is measured for them: {names}")
 
     def _measure_teacher(self, found: GroupMeasurements, measurer: ModelMeasurer) -> None:
         try:
