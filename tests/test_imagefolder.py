@@ -854,6 +854,18 @@ def test_without_a_teacher_no_image_is_decoded_before_that_is_said(icdctl: Comma
     assert "decoded" not in err
 
 
+@pytest.mark.parametrize(("batch_size", "is_left_out"), [(17, True), (16, False), (18, False), (9, False)])
+def test_an_image_alone_in_the_last_batch_is_left_out_and_that_is_said(
+    icdctl: CommandLine, tmp_path: Path, batch_size: int, is_left_out: bool
+) -> None:
+    folder = in_parts(tmp_path / "pets", "train", "val")
+    given = ("train", "--model", "vgg8", "--dataset", f"imagefolder:{folder}", "--image-size", "16", "--epochs", "1")
+    code, _, err = icdctl(*given, "--batch-size", str(batch_size), "--out", tmp_path / "run")
+    assert code == 0, err
+    assert ("each epoch leaves out one of the 18 training images" in err) == is_left_out
+    assert (f"alone in the last batch of {batch_size}" in err) == is_left_out
+
+
 def test_images_too_small_for_a_model_are_refused(icdctl: CommandLine, tmp_path: Path) -> None:
     folder = flat(tmp_path / "pets")
     command = ("train", "--model", "mv2", "--dataset", f"imagefolder:{folder}", *ONE, "--image-size", "8")

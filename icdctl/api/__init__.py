@@ -169,7 +169,8 @@ def _run(
     doubts = [*([dataset.caveat] if dataset.caveat else []), *dataset.warnings]
     doubts += [doubt for job in jobs for doubt in job.test_images_seen(dataset)]
     warnings = [warning for job in jobs for warning in job.warnings()]
-    for text in dict.fromkeys([*dataset.notes, *(f"warning: {doubt}" for doubt in doubts), *warnings]):
+    notes = [*dataset.notes, *_last_batch(jobs[0].config, len(dataset.train_labels))]
+    for text in dict.fromkeys([*notes, *(f"warning: {doubt}" for doubt in doubts), *warnings]):
         observer.message(text)
     needs_patches = any(methods.METHODS[job.config.method].needs_patches for job in jobs)
     asking = next((job for job in jobs if job.config.teacher is not None), jobs[0])
@@ -183,6 +184,16 @@ def _run(
         wait=wait,
         observer=observer,
     )
+
+
+def _last_batch(config: RunConfig, num_images: int) -> list[str]:
+    """The line about an image that each epoch leaves out, because batch norm can't learn from a batch of one."""
+    if config.drop_last or num_images % config.batch_size != 1:
+        return []
+    return [
+        f"each epoch leaves out one of the {num_images:,} training images, a different one each time: it would be "
+        f"alone in the last batch of {config.batch_size}"
+    ]
 
 
 def _origin_of(teacher: TrainedModel | None) -> dict[str, str | None]:
