@@ -18,12 +18,14 @@ from PIL import Image, TiffImagePlugin
 from test_imagefolder import CLASSES, fill, flat, in_parts, load, picture
 
 import icdctl as library
+from icdctl import models
 from icdctl.data import image_formats
 from icdctl.data.decode import BrokenImageError, decode_image
 from icdctl.data.folder_layout import class_names, divide, is_printable
 from icdctl.data.folder_scan import LeftOut, images_below
 from icdctl.data.image_cache import decode_files
 from icdctl.errors import ArtifactError
+from icdctl.registry import trained
 
 HEIC = b"\0\0\0\x18ftypheic" + bytes(200)
 
@@ -117,11 +119,12 @@ LEFT_OUT: list[tuple[Callable[[Path], None], str, bool]] = [
 ]
 
 
-@pytest.mark.skipif(image_formats.HAS_HEIC, reason="HEIC is read here")
 @pytest.mark.parametrize(("make", "expected", "is_warning"), LEFT_OUT, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_file_that_is_not_read_is_counted_and_the_reason_said(
     tmp_path: Path, make: Callable[[Path], None], expected: str, is_warning: bool
 ) -> None:
+    if make is a_heic and image_formats.HAS_HEIC:
+        pytest.skip("HEIC is read here")
     in_parts(tmp_path, "train", "val")
     assert divided(tmp_path).left_out.as_note() is None
     make(tmp_path / "train" / "cat")
@@ -232,7 +235,7 @@ def test_heic_is_read_where_there_is_a_decoder(tmp_path: Path) -> None:
     found, expected = (
         decode_image(tmp_path / name, resize=(30, 40), crop=None).astype(int) for name in ("a.heic", "a.png")
     )
-    assert np.abs(found - expected).mean() < 4
+    assert np.abs(found - expected).mean() < 8
 
 
 STAND_INS = {
@@ -426,6 +429,16 @@ def test_a_name_is_the_same_however_its_letters_are_encoded(tmp_path: Path, in_t
     assert class_names(tmp_path) == ("zebra", "Äffchen", "évier", "한국")
     found = divided(tmp_path)
     assert torch.bincount(found.test.labels).tolist() == [2, 2, 2, 2]
+
+
+def test_weights_of_an_earlier_version_name_the_same_classes(tmp_path: Path) -> None:
+    folder = flat(tmp_path / "pets")
+    fill(folder / "évier", 3)
+    held = load(folder)
+    metadata = held.weights_metadata("res8")
+    metadata["class_names"] = [unicodedata.normalize("NFD", name) for name in held.class_names]
+    models.save_weights(tmp_path / "a.safetensors", models.create("res8", 4), metadata)
+    assert trained.resolve(str(tmp_path / "a.safetensors")).class_names == held.class_names == (*CLASSES, "évier")
 
 
 def test_one_name_encoded_in_two_ways_is_refused_within_a_folder(tmp_path: Path) -> None:

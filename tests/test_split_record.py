@@ -318,7 +318,7 @@ def test_a_teacher_that_has_seen_test_images_is_said(tmp_path: Path, made: Made)
     said.clear()
     first = {"init_weights": str(made.run / "student.safetensors"), "out": str(tmp_path / "first")}
     library.train({**options, **first, "split_seed": 1}, observer=Listener())
-    assert sum(text.startswith("warning: first weights `") for text in said) == 1
+    assert sum(text.startswith("warning: the model with the first weights `") for text in said) == 1
 
 
 def test_eval_says_that_the_teacher_it_compares_with_has_seen_test_images(tmp_path: Path, made: Made) -> None:

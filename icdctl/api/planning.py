@@ -194,10 +194,11 @@ class Job:
             target = self.teacher_target
             found.append(dataset.seen_by(f"teacher `{target.origin}`", target.dataset, target.split))
         if self.config.init_weights is not None and dataset.parts:
-            said = models.read_weights(self.config.init_weights).metadata
-            trained_on = str(said["dataset"]) if "dataset" in said else None
-            split = split_in(said, path=Path(self.config.init_weights))
-            found.append(dataset.seen_by(f"first weights `{self.config.init_weights}`", trained_on, split))
+            path = Path(self.config.init_weights)
+            said = models.read_weights(path).metadata
+            if "dataset" in said:  # weights of other programs are mostly of other images
+                split = split_in(said, path=path)
+                found.append(dataset.seen_by(f"the model with the first weights `{path}`", str(said["dataset"]), split))
         return [text for text in found if text is not None]
 
     def teacher(self, dataset: Dataset, needs_patches: bool) -> Classifier | None:

@@ -7,6 +7,7 @@ weights give equal bytes.
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -82,7 +83,7 @@ class ModelDescription:
         names = json.loads(values["names"])
         if not isinstance(names, dict):
             raise TypeError("`names` is not a JSON object")
-        class_names = tuple(str(names[str(number)]) for number in range(len(names)))
+        class_names = tuple(unicodedata.normalize("NFC", str(names[str(number)])) for number in range(len(names)))
         if int(values["icdctl.num_classes"]) != len(class_names):
             raise ValueError(f"{len(class_names)} names for {values['icdctl.num_classes']} classes")
         preprocess = json.loads(values["icdctl.preprocess"])

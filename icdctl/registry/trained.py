@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +165,7 @@ def _from_metadata(
             "teacher or student, load the weights into the module and pass the module",
         )
     try:
-        class_names = tuple(str(name) for name in said["class_names"])
+        class_names = tuple(unicodedata.normalize("NFC", str(name)) for name in said["class_names"])
         preprocessing = Preprocessing.from_json(said["preprocessing"])
         model = models.resolve(str(said["model"])) if module is None else type(module).__name__
         dataset = str(said["dataset"])
