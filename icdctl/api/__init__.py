@@ -188,7 +188,7 @@ def _run(
 
 def _last_batch(config: RunConfig, num_images: int) -> list[str]:
     """The line about an image that each epoch leaves out, because batch norm can't learn from a batch of one."""
-    if config.drop_last or num_images % config.batch_size != 1:
+    if config.drop_last or num_images == 1 or num_images % config.batch_size != 1:
         return []
     return [
         f"each epoch leaves out one of the {num_images:,} training images, a different one each time: it would be "
