@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from icdctl import data, files
+from icdctl.config.dataset_request import dataset_request
 from icdctl.config.run_config import RunConfig
 from icdctl.config.sources import from_validation
 from icdctl.data import IMAGE_FOLDER, DatasetName, OnImages, Request, folder_layout, imagefolder
@@ -56,7 +57,7 @@ def inspect(path: Path, *, dataset: str | None = None, on_images: OnImages = lam
         ArtifactError: `path` does not exist, or icdctl does not know this kind of file or folder.
     """
     if DatasetName.parse(str(path)).is_image_folder:
-        return _image_folder(data.request(str(path)), on_images)
+        return _image_folder(dataset_request(str(path)), on_images)
     if not path.exists():
         raise ArtifactError(f"`{path}` does not exist", hint="name a run folder, a file or an export folder")
     if path.is_dir():
@@ -112,7 +113,7 @@ def _config(path: Path) -> str:
 
 
 def _weights(path: Path, dataset: str | None = None) -> str:
-    found = trained.resolve(str(path), dataset=None if dataset is None else data.describe(data.request(dataset)))
+    found = trained.resolve(str(path), dataset=None if dataset is None else data.describe(dataset_request(dataset)))
     found.load()
     return f"{found.model}, {found.num_classes} classes, finite, sha256 {found.sha256[:12]}"
 
@@ -128,7 +129,7 @@ def _image_folder(wanted: Request, on_images: OnImages) -> list[Finding]:
     except IcdctlError as error:
         unchecked = Finding("images", None, "not checked")
         return [Finding("classes", False, error.message, error.hint), unchecked]
-    side = wanted.image_size or imagefolder.DEFAULT_IMAGE_SIZE
+    side = imagefolder.side_of(wanted)
     left_out = division.left_out
     return [
         Finding("classes", True, _counted(division, classes)),

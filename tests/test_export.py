@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from icdctl import data, models
+from icdctl.config.dataset_request import dataset_request
 from icdctl.data import DatasetInfo, Preprocessing
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting import (
@@ -44,7 +45,7 @@ from icdctl.registry.trained import TrainedModel
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASS_NAMES = ("apple", "aquarium fish", 'a "quoted" one', "Bär", "bed", "bee", "6", "7", "8", "nine")
-PREPROCESSING = data.describe(data.request("cifar100")).preprocessing
+PREPROCESSING = data.describe(dataset_request("cifar100")).preprocessing
 FAST = ["wrn16_1", "vgg8", "mv2", "shuv1", "shuv2"]
 EVERY_FILE = {"README.md", "manifest.json", "model.json", "model.onnx", "verify.json"}
 

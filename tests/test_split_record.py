@@ -15,6 +15,7 @@ from test_imagefolder import flat, in_parts, load, metrics_of, picture
 
 import icdctl as library
 from icdctl import data, models
+from icdctl.config.dataset_request import dataset_request
 from icdctl.data import Dataset, SplitRecord
 from icdctl.data.part_files import PartFiles, duplicates
 from icdctl.data.split_record import PartRecord
@@ -119,7 +120,7 @@ def test_the_hash_of_a_part_is_of_its_images_and_classes_alone(tmp_path: Path) -
 
 
 def test_published_data_sets_record_the_settings_of_the_split_alone() -> None:
-    wanted = data.request("digits100", train_images=200, test_images=100, val_split=0.5, split_seed=3)
+    wanted = dataset_request("digits100", train_images=200, test_images=100, val_split=0.5, split_seed=3)
     held = data.load(wanted)
     assert held.weights_metadata("res8")["split"] == {"val_split": 0.5, "split_seed": 3}
     assert seen(held, None) is None

@@ -19,6 +19,7 @@ from icdctl.api.export_inputs import facts_of, test_images_of
 from icdctl.api.planning import Job, make_jobs
 from icdctl.api.predicting import PredictionResult, image_files, predict_files
 from icdctl.config import sources
+from icdctl.config.dataset_request import dataset_request
 from icdctl.config.declare import Command
 from icdctl.config.expand import expand
 from icdctl.config.run_config import RunConfig
@@ -255,7 +256,7 @@ def evaluate(
     """
     place = resolve_device(device)
     seen = observer or SilentObserver()
-    named = None if dataset is None else data.describe(data.request(dataset, image_size=image_size))
+    named = None if dataset is None else data.describe(dataset_request(dataset, image_size=image_size))
     classifier, predict = ready(target, named, place, module=model, image_size=image_size)
     wanted = classifier.own_images(dataset, data_dir=data_dir, test_images=test_images)
     measured = [classifier]
@@ -330,7 +331,7 @@ def predict(
     if top < 1:
         raise UsageError(f"`top` is {top}, expected 1 or more", hint="e.g. `--top 5`")
     seen = observer or SilentObserver()
-    named = None if dataset is None else data.describe(data.request(dataset, image_size=image_size))
+    named = None if dataset is None else data.describe(dataset_request(dataset, image_size=image_size))
     classifier, logits_of = ready(target, named, resolve_device(device), module=model, image_size=image_size)
     class_names = classifier.class_names or (() if named is None else named.class_names)
     left_out = LeftOut()
@@ -386,7 +387,7 @@ def export(
             f"`{type(target).__name__}` is a module, expected what holds its weights",
             hint="name the run folder or the weights file, and pass the module as `model`",
         )
-    named = None if dataset is None else data.describe(data.request(dataset, image_size=image_size))
+    named = None if dataset is None else data.describe(dataset_request(dataset, image_size=image_size))
     found = weights_at(str(target), named, module=model, image_size=image_size)
     if out is None:
         beside = found.path.parent if not str(target).startswith("registry:") else Path.cwd()

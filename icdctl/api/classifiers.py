@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from icdctl import data, evaluation, files, teachers
+from icdctl.config.dataset_request import dataset_request
 from icdctl.config.lookup import Owner, names_owned_by
 from icdctl.config.run_config import RunConfig
 from icdctl.config.sources import from_validation
@@ -85,7 +86,7 @@ class ClassifierInfo:
         if name.is_image_folder:
             settings["image_size"] = self.preprocessing.size[0]
         folder = None if data_dir is None else files.user_path(data_dir)
-        return data.request(str(name), folder=folder, **settings)
+        return dataset_request(str(name), folder=folder, **settings)
 
     def how_divided(self, wanted: Request) -> str | None:
         """The line that says how test images are split off because weights without a run say so; None elsewhere."""

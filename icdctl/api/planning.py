@@ -11,6 +11,7 @@ from torch import nn
 
 from icdctl import data, files, methods, models, teachers
 from icdctl.config import resolving, sources
+from icdctl.config.dataset_request import dataset_request
 from icdctl.config.declare import Command
 from icdctl.config.lookup import OPTIONS
 from icdctl.config.run_config import RunConfig
@@ -263,7 +264,9 @@ def _requested(options: Options) -> Request:
     dataset, data_dir = options.text("dataset"), options.text("data_dir")
     name = data.resolve(resolving.DEFAULT_DATASET if dataset is None else dataset)
     folder = None if data_dir is None else files.user_path(data_dir)
-    return data.request(name, folder=folder, **resolving.dataset_settings(name, options.text("student"), options))
+    return dataset_request(
+        name, folder=folder, **dict(resolving.dataset_settings(name, options.text("student"), options))
+    )
 
 
 def _needs_teacher(options: Options) -> bool:

@@ -34,12 +34,14 @@ def evaluate(
             show_default="the one that it was trained on",
         ),
     ] = None,
-    data_dir: options.DataDir = None,
-    test_images: options.TestImages = None,
-    device: Annotated[str, typer.Option(help="Device to run on: `auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto",
+    data_dir: str | None = None,
+    test_images: int | None = None,
+    device: str = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Measure a classifier on the test images: top-1, top-5, loss, calibration; with a teacher, agreement too.
+
+    A run is measured on as many images of `digits100` as it was tested on, unless `--test-images` says otherwise.
 
     Example: icdctl eval runs/demo/distilled --teacher runs/demo/teacher
     """

@@ -44,7 +44,7 @@ def export(
             show_default=False,
         ),
     ] = None,
-    data_dir: options.DataDir = None,
+    data_dir: str | None = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace an existing export in this folder.")] = False,
     as_json: options.Json = False,
 ) -> None:

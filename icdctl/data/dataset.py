@@ -25,7 +25,7 @@ OnImages = Callable[[int, int | None], None]
 
 @dataclass(frozen=True)
 class Request:
-    """Which images are wanted and how they are divided; `icdctl.data.request` checks it all and makes one."""
+    """Which images are wanted and how they are divided; `icdctl.config.dataset_request` checks it all and makes one."""
 
     name: str
     """A name in `DATASETS`, or `imagefolder:` and an absolute path."""

@@ -23,7 +23,7 @@ from icdctl.data.part_files import PartFiles, duplicates, nearly_black
 from icdctl.data.split_record import SplitRecord, part_records
 from icdctl.errors import ArtifactError
 
-__all__ = ["class_names", "describe", "divide", "folder_of", "load"]
+__all__ = ["class_names", "describe", "divide", "folder_of", "load", "side_of"]
 
 PREFIX = f"{IMAGE_FOLDER}:"
 MEAN = (0.485, 0.456, 0.406)
@@ -32,13 +32,17 @@ STD = (0.229, 0.224, 0.225)
 SOURCE = "a folder of the user's own images"
 LICENCE = "not known to icdctl"
 _USES = ("training", "testing", "validation")
-DEFAULT_TEST_SPLIT = 0.2
-DEFAULT_IMAGE_SIZE = 32
 
 
 def folder_of(name: str) -> Path:
     """DIR of `imagefolder:DIR`."""
     return Path(DatasetName.parse(name).folder or "")
+
+
+def side_of(wanted: Request) -> int:
+    """Side of the square that images are resized to."""
+    assert wanted.image_size is not None, "every request for a folder of images states their size"
+    return wanted.image_size
 
 
 def describe(wanted: Request) -> DatasetInfo:
@@ -48,7 +52,7 @@ def describe(wanted: Request) -> DatasetInfo:
         ArtifactError: the folder does not exist, or has no classes.
     """
     folder = folder_of(wanted.name)
-    side = wanted.image_size or DEFAULT_IMAGE_SIZE
+    side = side_of(wanted)
     return DatasetInfo(
         name=PREFIX + folder.name,
         class_names=class_names(folder),
