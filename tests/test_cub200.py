@@ -30,6 +30,7 @@ from test_download import add, partials, visible, wait_for
 from torchvision import transforms
 
 from icdctl import api, data, files, models, registry, teachers
+from icdctl.api.export_inputs import facts_of
 from icdctl.config.dataset_request import dataset_request
 from icdctl.data import Augmentation, ImageStore, cub200, release
 from icdctl.data.decode import decode_image
@@ -739,7 +740,7 @@ def test_whose_the_teachers_weights_are_goes_with_the_student(
     given = ("distill", "--method", "sdd_kd", "--teacher", "res8", "--student", "res8", "--dataset", "cub200")
     code, out, err = icdctl(*given, "--val-split", "0.5", *TINY, "--out", "run")
     fetched_model = trained.resolve(str(place))
-    exported_teacher = api._facts(fetched_model)
+    exported_teacher = facts_of(fetched_model)
     place.unlink()
     assert code == 0, err
     source, licence = "SDD, a page that asks for a login", "none stated"

@@ -136,6 +136,25 @@ def write_cifar(folder: Path, *, train: int = 200, test: int = 100) -> None:
         (folder / cifar100.FOLDER / split).write_bytes(pickle.dumps(content, protocol=2))
 
 
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        *(("a", "label 1 is of type str"), (b"1", "label 1 is of type bytes"), (None, "label 1 is of type NoneType")),
+        *((1.5, "label 1 is of type float"), (1.0, "label 1 is of type float"), (float("nan"), "of type float")),
+        *(([1], "label 1 is of type list"), (True, "label 1 is of type bool"), ({}, "label 1 is of type dict")),
+        *((2**70, "a label is not in 0 to 99"), (-1, "a label is not in 0 to 99"), (100, "a label is not in 0 to 99")),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_label_that_is_no_class_number_is_refused(tmp_path: Path, split: str, label: object, reason: str) -> None:
+    write_cifar(tmp_path)
+    content = {b"data": np.zeros((3, 3072), np.uint8), b"fine_labels": [0, label, 2]}
+    (tmp_path / cifar100.FOLDER / split).write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(ArtifactError, match=f"{split}` is not a file of CIFAR-100's python version: .*{reason}"):
+        data.load(dataset_request("cifar100", folder=tmp_path))
+
+
 def test_cifar100_is_read_from_its_own_format(tmp_path: Path) -> None:
     write_cifar(tmp_path)
     found = data.load(dataset_request("cifar100", folder=tmp_path))

@@ -265,10 +265,6 @@ def val_without_train(folder: Path) -> None:
     in_parts(folder, "val", "test")
 
 
-def train_in_capitals(folder: Path) -> None:
-    in_parts(folder, "Train", "Val")
-
-
 def unknown_classes(folder: Path) -> None:
     in_parts(folder, "train", "val")
     fill(folder / "val" / "emu", 1)
@@ -308,13 +304,12 @@ REFUSED: list[tuple[Callable[[Path], None], str, str]] = [
     (nothing, "has 0 folders of images", "into a separate folder"),
     (one_class, "has 1 folders of images, a classifier needs 2", "into a separate folder"),
     (only_unlabelled, "has 0 folders of images", "into a separate folder"),
-    (an_empty_class, "1 of 4 classes .* have no training images: `emu`", "images end in .bmp"),
+    (an_empty_class, "1 of 4 classes .* have no training images: `emu`", r"images end in .*\.bmp"),
     (a_class_that_links_upwards, "1 of 4 classes .* have no training images: `emu`", "remove these folders"),
     (val_without_train, "has a folder `test` but no folder `train`", "into `train/`"),
-    (train_in_capitals, "has a folder `Train` but no folder `train`", "into `train/`"),
     (unknown_classes, "classes that the training images do not have: emu", "the same class folders everywhere"),
     (an_empty_val, "`.*/val` holds no images", "20% of each class then become"),
-    (an_empty_val_beside_test, "has no image for validation", "fill `.*/val`"),
+    (an_empty_val_beside_test, "`.*/val` holds no images", "no images are then held out"),
     (two_vals, "has both `val/` and `valid/`", "into one of them"),
     (one_image_a_class, "has one image per class: none is left for testing", "beside `train/`"),
     (a_name_with_a_line_break, r"name can't be printed: 'e\\nmu'", "rename"),
@@ -858,6 +853,18 @@ def test_without_a_teacher_no_image_is_decoded_before_that_is_said(icdctl: Comma
     assert "teacher `res20` for `imagefolder:pets` is not there" in err
     assert "icdctl train --model res20 --dataset imagefolder:DIR --as-teacher" in err
     assert "decoded" not in err
+
+
+@pytest.mark.parametrize(("batch_size", "is_left_out"), [(17, True), (16, False), (18, False), (9, False)])
+def test_an_image_alone_in_the_last_batch_is_left_out_and_that_is_said(
+    icdctl: CommandLine, tmp_path: Path, batch_size: int, is_left_out: bool
+) -> None:
+    folder = in_parts(tmp_path / "pets", "train", "val")
+    given = ("train", "--model", "vgg8", "--dataset", f"imagefolder:{folder}", "--image-size", "16", "--epochs", "1")
+    code, _, err = icdctl(*given, "--batch-size", str(batch_size), "--out", tmp_path / "run")
+    assert code == 0, err
+    assert ("each epoch leaves out one of the 18 training images" in err) == is_left_out
+    assert (f"alone in the last batch of {batch_size}" in err) == is_left_out
 
 
 def test_images_too_small_for_a_model_are_refused(icdctl: CommandLine, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from icdctl.data import cifar100, cub200, digits100, imagefolder
 from icdctl.data.dataset import UNLABELED, Dataset, DatasetInfo, OnImages, Preprocessing, Request
 from icdctl.data.names import IMAGE_FOLDER, DatasetName
 from icdctl.data.release import Release
+from icdctl.data.split_record import SplitRecord
 from icdctl.data.views import Augmentation, ImageStore, Views
 from icdctl.errors import UsageError, unknown_name
 
@@ -31,6 +32,7 @@ __all__ = [
     "OnImages",
     "Preprocessing",
     "Request",
+    "SplitRecord",
     "Views",
     "describe",
     "is_there",

@@ -7,11 +7,12 @@ weights give equal bytes.
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from icdctl.data import Preprocessing
+from icdctl.data import Preprocessing, SplitRecord
 
 InputKind = Literal["uint8", "float"]
 SCHEMA = "1"
@@ -36,6 +37,8 @@ class ModelDescription:
     precision: str = "fp32"
     variant: object = None
     """How the run differs from its recipe, a JSON value; None if the caller did not say."""
+    split: SplitRecord | None = None
+    """How its data set was divided, and the hashes of its images; None where the weights do not say it."""
 
     @property
     def num_classes(self) -> int:
@@ -64,6 +67,8 @@ class ModelDescription:
         }
         if self.variant is not None:
             values["icdctl.variant"] = _json(self.variant)
+        if self.split is not None:
+            values["icdctl.split"] = _json(self.split.as_json())
         return values
 
     @staticmethod
@@ -78,7 +83,7 @@ class ModelDescription:
         names = json.loads(values["names"])
         if not isinstance(names, dict):
             raise TypeError("`names` is not a JSON object")
-        class_names = tuple(str(names[str(number)]) for number in range(len(names)))
+        class_names = tuple(unicodedata.normalize("NFC", str(names[str(number)])) for number in range(len(names)))
         if int(values["icdctl.num_classes"]) != len(class_names):
             raise ValueError(f"{len(class_names)} names for {values['icdctl.num_classes']} classes")
         preprocess = json.loads(values["icdctl.preprocess"])
@@ -96,6 +101,7 @@ class ModelDescription:
             weights_sha256=values["icdctl.weights_sha256"],
             precision=values["icdctl.precision"],
             variant=json.loads(values.get("icdctl.variant", "null")),
+            split=SplitRecord.from_json(json.loads(values["icdctl.split"])) if "icdctl.split" in values else None,
         )
 
 

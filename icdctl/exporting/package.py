@@ -53,6 +53,8 @@ class Export:
     """Size of the graph's file."""
     accuracy: Accuracy | None = None
     """Accuracy measured with the graph; None if no labels were given."""
+    unmeasured: str | None = None
+    """Why no accuracy was measured, as the caller said it; None where it was."""
 
     @property
     def model_file(self) -> Path:
@@ -70,6 +72,7 @@ class Export:
             "dataset": self.description.dataset,
             "input": self.description.input_kind,
             "accuracy": self.accuracy,
+            "unmeasured": self.unmeasured,
             "verification": self.report.as_json(),
         }
 
@@ -142,6 +145,7 @@ def _description(trained_model: TrainedModel, input_kind: InputKind, *, variant:
         input_kind,
         trained_model.sha256,
         variant=variant,
+        split=trained_model.split,
     )
 
 
@@ -191,7 +195,7 @@ def _write_facts(
     folder: Path, description: ModelDescription, *, opset: int, accuracy: Accuracy | None, facts: Mapping[str, object]
 ) -> None:
     own: dict[str, object] = dict(description.metadata())
-    own |= {key: json.loads(str(own[key])) for key in ("names", "icdctl.preprocess")}
+    own |= {key: json.loads(str(own[key])) for key in ("names", "icdctl.preprocess", "icdctl.split") if key in own}
     value = {
         **{key.removeprefix("icdctl."): entry for key, entry in own.items() if key != "icdctl.variant"},
         "num_classes": description.num_classes,
