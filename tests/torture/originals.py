@@ -140,6 +140,10 @@ class Originals:
             "train", "--model", "res8", *SHORT, "--out", "stopped", "--checkpoint-every", "1", "--time-limit", "0.001s"
         )
 
+        stated = json.loads((self.project / "stopped" / "environment.json").read_text(encoding="utf-8"))
+        stated["checkpoint"]["was_at"] = "/nowhere"  # else a copy of the run would use the state of this one
+        (self.project / "stopped" / "environment.json").write_text(json.dumps(stated, indent=2), encoding="utf-8")
+
     def _cache(self) -> None:
         """A run whose teacher cache is large enough to be kept."""
         many = ("--dataset", "digits100", "--train-images", "250", "--test-images", "20", "--device", "cpu")

@@ -78,7 +78,7 @@ def run(name: str, originals: Originals, folder: Path) -> list[str]:
         ended = children.run(command, place, limits=adverse.limits)
         found = [*ended.faults(), *(f"left `{stray}`" for stray in place.strays())]
         if adverse.works and ended.code != 0:
-            found.append(f"exit code {ended.code}: {ended.err}")
+            found.append(f"exit code {ended.code}: {ended.err[-300:]}")
         faults += [f"icdctl {' '.join(command)}: {fault}" for fault in found]
     if adverse.read_only:
         place.project.chmod(0o755)
