@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import io
 import os
 import resource
 import select
@@ -264,7 +265,7 @@ def _child(
             instead()
             code = 0
     except BaseException:
-        traceback.print_exc()
+        os.write(2, traceback.format_exc().encode("utf-8", "replace"))
     finally:
         try:
             sys.stdout.flush()
@@ -284,6 +285,10 @@ def _command(arguments: Sequence[str]) -> int:
     return 0
 
 
+_streams: list[io.TextIOWrapper] = []
+"""The streams of this child: a command may put others in their place, and a stream that is not held is closed."""
+
+
 def _redirect(place: Place) -> None:
     """stdin is empty, stdout and stderr are files; the text streams are made anew, for the environment's encoding."""
     for number, name, flags in ((0, os.devnull, os.O_RDONLY), (1, "out", os.O_WRONLY), (2, "err", os.O_WRONLY)):
@@ -291,9 +296,10 @@ def _redirect(place: Place) -> None:
         os.dup2(descriptor, number)
         os.close(descriptor)
     encoding = "utf-8" if "UTF-8" in os.environ.get("LC_ALL", os.environ.get("LANG", "")) else "ascii"
-    sys.stdin = open(0, encoding=encoding, closefd=False)  # noqa: SIM115 (the process ends with it)
-    sys.stdout = open(1, "w", encoding=encoding, errors="strict", closefd=False)  # noqa: SIM115 (see above)
-    sys.stderr = open(2, "w", encoding=encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115 (see above)
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0)), encoding=encoding)
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w")), encoding=encoding, errors="strict")
+    sys.stderr = io.TextIOWrapper(io.BufferedWriter(io.FileIO(2, "w")), encoding=encoding, errors="backslashreplace")
+    _streams.extend((sys.stdin, sys.stdout, sys.stderr))
 
 
 def _limit(limits: Limits | None) -> None:
