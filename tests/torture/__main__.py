@@ -29,7 +29,7 @@ _SHARE_OF_KILLS = 0.25
 def main() -> int:
     """Attack, print what was found, and write the figures where that is wanted."""
     given = _arguments()
-    folder = Path(tempfile.mkdtemp(prefix="torture-")) if given.folder is None else Path(given.folder)
+    folder = Path(tempfile.mkdtemp(prefix="torture-", dir=given.folder))
     started = time.monotonic()
     children.warm_up()
     originals.stand_in()
@@ -57,13 +57,13 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m torture", description=__doc__)
     parser.add_argument("--minutes", type=float, help="attack for this long")
-    parser.add_argument("--kills", type=int, default=0, help="without --minutes: number of killed jobs")
+    parser.add_argument("--kills", type=int, default=0, help="without --minutes: number of kills")
     parser.add_argument("--mutations", type=int, default=0, help="without --minutes: number of mutated files")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="first seed; drawn by default")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes at once")
     parser.add_argument("--case", type=int, metavar="SEED", help="run one mutation again, or with --kill one kill")
     parser.add_argument("--kill", metavar="JOB", help="with --case: the job to kill, as a fault names it")
-    parser.add_argument("--folder", help="where cases run; a temporary folder by default")
+    parser.add_argument("--folder", help="folder to make the cases in; that of temporary files by default")
     parser.add_argument("--json", metavar="FILE", help="write all results there")
     parser.add_argument("--page", metavar="FILE", help="write the figures into this page")
     return parser.parse_args()
@@ -120,9 +120,14 @@ def _attack(
         yield {"part": "place", "what": place, "kills": 0, "faults": places.run(place, made, folder)}
     seeds = range(given.seed + number, sys.maxsize, given.workers)
     if given.minutes is None:
-        names = killer.names(quick=True)
-        for seed in seeds[: len(range(number, given.kills, given.workers))]:
-            yield _killed(killer.run(names[seed * 7 % len(names)], seed))
+        names = killer.names(quick=given.kills <= 20)
+        left = len(range(number, given.kills, given.workers))
+        for seed in seeds:
+            if left <= 0:
+                break
+            row = _killed(killer.run(names[seed * 7 % len(names)], seed))
+            left -= row["kills"]
+            yield row
         for seed in seeds[: len(range(number, given.mutations, given.workers))]:
             yield _mutated(fuzzer.run(fuzzer.draw(seed)))
         return

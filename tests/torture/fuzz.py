@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import children, mutations
 from .children import Ended, Limits, Place
-from .originals import CACHED, DISTILL, SHORT, Originals
+from .originals import CACHED, CIFAR_NAME, DISTILL, SHORT, Originals
 
 Rehash = Callable[[Path], None]
 _STOPPED = ("train", "--model", "res8", *SHORT, "--out", "stopped", "--checkpoint-every", "1", "--resume")
@@ -76,7 +76,7 @@ def kinds(originals: Originals) -> dict[str, Kind]:
     graph_readers = (("verify", "exported/model.onnx"), ("predict", "exported/model.onnx", image))
     registered = "registry/digits100/small"
     state = originals.state_of("stopped")
-    cached = _only(originals.project, ".icdctl/cache/answers/[!.]*")
+    cached = _first(originals.project, ".icdctl/cache/answers/[!.]*")
     answer_readers: tuple[tuple[str, ...], ...] = (
         (*DISTILL, "--method", "kd", *_MANY, *CACHED, "--epochs", "1", "--out", "new", "--max-steps", "1"),
         ("clean", "--list"),
@@ -96,9 +96,16 @@ def kinds(originals: Originals) -> dict[str, Kind]:
         ("distill", "--method", "kd", "--teacher", "foreign.pth", "--student", "res8", *SHORT, "--dry-run"),
         ("train", "--model", "res8", "--init-weights", "foreign.pth", *SHORT, "--max-steps", "1", "--out", "new"),
     )
-    decoded = _only(originals.project, ".icdctl/cache/images/imagefolder-train-*.npy").removesuffix(".npy")
-    digits = _only(originals.project, ".icdctl/cache/digits100-v1-60-*.safetensors")
-    grid_readers = (("grid", "status"), ("grid", "plan"), ("grid", "expand", "--check"))
+    decoded = _first(originals.project, ".icdctl/cache/images/imagefolder-train-*.npy").removesuffix(".npy")
+    digits = _first(originals.project, ".icdctl/cache/digits100-v1-60-*.safetensors")
+    numbers = _first(originals.project, ".icdctl/cache/evaluated/[!.]*.json")
+    report = (("report", "student", "--no-latency", "--out", "new"),)
+    grid_readers = (
+        ("grid", "status"),
+        ("grid", "plan"),
+        ("grid", "expand", "--check"),
+        ("train", "--model", "res8", "--dry-run"),
+    )
     found = {
         "run config": Kind(
             "student/config.json",
@@ -108,6 +115,9 @@ def kinds(originals: Originals) -> dict[str, Kind]:
         ),
         "run metrics": Kind("student/metrics.json", student_readers, run, "json"),
         "run history": Kind("student/history.csv", student_readers, run, "csv"),
+        "run metrics in a report": Kind("student/metrics.json", report, (*run, numbers), "json", weight=1),
+        "run history in a report": Kind("student/history.csv", report, (*run, numbers), "csv", weight=1),
+        "numbers of a report": Kind(numbers, (*report, ("clean", "--list")), run, "json", weight=1),
         "run environment": Kind("student/environment.json", student_readers, run, "json"),
         "environment of a stopped run": Kind("stopped/environment.json", (_STOPPED,), ("stopped", state), "json"),
         "weights": Kind(
@@ -153,6 +163,9 @@ def kinds(originals: Originals) -> dict[str, Kind]:
         "teachers.lock": Kind(
             "registry/teachers.lock", (("fetch-teachers", "--list"), ("list", "teachers")), (), "json"
         ),
+        "archive": Kind(
+            CIFAR_NAME, (("fetch-data", "cifar100", "--from", CIFAR_NAME, "--data-dir", "new"),), (), weight=1
+        ),
         "CIFAR-100": Kind("data/cifar-100-python/train", cifar, ("data/cifar-100-python",), weight=8),
         "lists of CUB-200-2011": Kind("data/CUB_200_2011/images.txt", birds, ("data/CUB_200_2011",), weight=1),
         "labels of CUB-200-2011": Kind(
@@ -173,9 +186,9 @@ def kinds(originals: Originals) -> dict[str, Kind]:
     return found
 
 
-def _only(project: Path, pattern: str) -> str:
-    (found,) = project.glob(pattern)
-    return str(found.relative_to(project))
+def _first(project: Path, pattern: str) -> str:
+    """The first file or folder of a pattern."""
+    return str(min(project.glob(pattern)).relative_to(project))
 
 
 @dataclass(frozen=True)

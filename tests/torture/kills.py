@@ -162,8 +162,10 @@ class Killer:
         kills, command, ended = 0, job.command, None
         for attempt in range(_MOST_ATTEMPTS):
             running = Running(command, place, program=job.program)
-            instant = rng.uniform(0, seconds) if attempt == 0 or (attempt < 4 and rng.random() < 0.4) else None
-            ended = running.wait(instant)
+            # The first half of a short command is reading its options.
+            instant = rng.uniform(seconds / 2 if rng.random() < 0.5 else 0, seconds)
+            is_spared = attempt > 0 and (attempt > 3 or rng.random() < 0.6)
+            ended = running.wait(None if is_spared else instant)
             if ended is None:
                 kills += 1
                 ended = running.kill()

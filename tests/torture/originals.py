@@ -117,6 +117,7 @@ class Originals:
         self._do("registry", "add", "student", "--name", "small")
         self._do("export", "student", "--out", "exported")
         self._do("train", "--model", "res8", *PHOTOS, "--out", "photographed")
+        self._do("report", "student", "--no-latency", "--out", "report")
         (self.project / "params.yaml").write_text(yaml.safe_dump(GRID), encoding="utf-8")
         self._do("grid", "expand")
 
