@@ -8,7 +8,6 @@ kind, and states are deleted only if the user names their kind.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -244,7 +243,7 @@ def _entry(
 def _facts(path: Path) -> dict[str, object]:
     """A JSON object that icdctl wrote; empty if the file is missing or broken."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = files.parse_json(files.read_regular(path))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

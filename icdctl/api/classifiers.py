@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,6 +186,6 @@ def named_weights(teacher: Model, wanted: Request) -> Model:
 def _run_beside(folder: Path) -> RunConfig | None:
     """The configuration in a run folder or a registered artifact; None where there is none that can be read."""
     try:
-        return RunConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return RunConfig.stated(files.parse_json(files.read_regular(folder / "config.json")))
+    except (OSError, ValueError):
         return None

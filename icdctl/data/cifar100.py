@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from icdctl import files
 from icdctl.data.archive import Limits
 from icdctl.data.assemble import fingerprint, of_halves
 from icdctl.data.dataset import Dataset, DatasetInfo, OnImages, Preprocessing, Request
@@ -131,7 +132,7 @@ def _read_member(folder: Path, member: str) -> tuple[Mapping[bytes, object], boo
     """The dictionary in a file, and whether the file is the published one."""
     path = folder / FOLDER / member
     try:
-        raw = path.read_bytes()
+        raw = files.read_regular(path, most_bytes=files.LARGEST_FOREIGN_BYTES)
     except FileNotFoundError as error:
         raise ArtifactError(f"CIFAR-100 is missing: `{path}` does not exist", hint=how_to_get(folder)) from error
     except OSError as error:

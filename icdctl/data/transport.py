@@ -1,13 +1,13 @@
 """Downloads with retries into a partial file; an interrupted download continues where it stopped.
 
-A partial file is `.NAME.part`. Beside it, `.NAME.part.json` holds its URL and the version that the server stated (ETag
-or Last-Modified), so that a later request either continues with the same bytes or starts over.
+A partial file is `.NAME.part`. Beside it, `.NAME.part.json` holds a hash of its URL and the version that the server
+stated (ETag or Last-Modified), so that a later request either continues with the same bytes or starts over.
 """
 
 from __future__ import annotations
 
 import errno
-import json
+import os
 import re
 import shutil
 import time
@@ -86,20 +86,25 @@ class Partial:
     def validator(self, url: str) -> str | None:
         """The ETag or date with which `url` can continue these bytes; None where they come from elsewhere."""
         try:
-            note = json.loads(self.note.read_text(encoding="utf-8"))
-            return str(note["validator"]) if note["url"] == url and note["validator"] else None
+            note = files.parse_json(files.read_regular(self.note))
+            return str(note["validator"]) if note["source"] == _source(url) and note["validator"] else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def begin(self, url: str, validator: str | None) -> None:
         """Delete what has been received, and note where the next bytes come from."""
         self.delete()
-        files.write_json(self.note, {"url": url, "validator": validator})
+        files.write_json(self.note, {"source": _source(url), "validator": validator})
 
     def delete(self) -> None:
         """Delete the file and its note."""
         self.path.unlink(missing_ok=True)
         self.note.unlink(missing_ok=True)
+
+
+def _source(url: str) -> str:
+    """What stands for a URL in a file that others may read: its hash, because a URL may hold a password."""
+    return files.sha256_bytes(url.encode())
 
 
 def shown(url: str) -> str:
@@ -231,8 +236,8 @@ def _copy(url: str, partial: Partial, *, most_bytes: int, on_bytes: OnBytes) -> 
     """Copy from a local or mounted folder."""
     path = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path))
     try:
-        total = path.stat().st_size
-        source = path.open("rb")
+        source = files.open_regular(path)
+        total = os.fstat(source.fileno()).st_size
     except OSError as error:
         raise SourceError(error.strerror or str(error)) from error
     with source:

@@ -288,7 +288,7 @@ def _mapped(path: Path) -> NDArray[Any]:
     Raises:
         OSError, ValueError: it is missing, or damaged.
     """
-    with path.open("rb") as file:
+    with files.open_regular(path) as file:
         files.hold_mapped(file)
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("written by another program")

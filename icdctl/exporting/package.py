@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -191,7 +190,7 @@ def _write_facts(
     folder: Path, description: ModelDescription, *, opset: int, accuracy: Accuracy | None, facts: Mapping[str, object]
 ) -> None:
     own: dict[str, object] = dict(description.metadata())
-    own |= {key: json.loads(str(own[key])) for key in ("names", "icdctl.preprocess")}
+    own |= {key: files.parse_json(str(own[key])) for key in ("names", "icdctl.preprocess")}
     value = {
         **{key.removeprefix("icdctl."): entry for key, entry in own.items() if key != "icdctl.variant"},
         "num_classes": description.num_classes,

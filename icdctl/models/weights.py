@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from icdctl.errors import ArtifactError, UsageError
-from icdctl.files import LARGEST_FOREIGN_BYTES, read_foreign, sha256_bytes, write_bytes
+from icdctl.files import LARGEST_FOREIGN_BYTES, parse_json, read_foreign, sha256_bytes, write_bytes
 from icdctl.models.outputs import Classifier
 
 _METADATA_KEY = "icdctl"
@@ -166,12 +166,11 @@ def _read_safetensors(path: Path, content: bytes) -> tuple[dict[str, Tensor], di
         tensors = safetensors.torch.load(content)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ArtifactError(f"`{path}` is not a complete safetensors file: {error}", hint=_AGAIN_HINT) from error
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    text = (header.get("__metadata__") or {}).get(_METADATA_KEY, "{}")
     try:
-        metadata = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"metadata `icdctl` of `{path}` is not JSON: {error}", hint=_AGAIN_HINT) from error
+        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = parse_json((header.get("__metadata__") or {}).get(_METADATA_KEY, "{}"))
+    except ValueError as error:
+        raise ArtifactError(f"metadata `icdctl` of `{path}` is not sound: {error}", hint=_AGAIN_HINT) from error
     if not isinstance(metadata, dict):
         raise ArtifactError(f"metadata `icdctl` of `{path}` is not a JSON object", hint=_AGAIN_HINT)
     return tensors, metadata

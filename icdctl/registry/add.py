@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import secrets
@@ -203,17 +202,15 @@ def _read(path: Path, kind: type[Document], hint: str) -> tuple[Document, dict[s
     """A JSON file, parsed as `kind` and as a plain value."""
     value = files.read_json(path, what="file", hint=hint)
     try:
-        json.dumps(value, allow_nan=False)
         return kind.model_validate(value), value
     except ValidationError as error:
         raise ArtifactError(f"`{path}` is broken: {first_problem(error)}", hint=hint) from error
-    except ValueError as error:
-        raise ArtifactError(f"`{path}` holds a number that is not finite", hint=hint) from error
 
 
 def _check_weights(path: Path, hint: str) -> None:
     """Open the file: safetensors states its own length, so a truncated file is detected without reading it all."""
     try:
+        files.check_regular(path)
         with safe_open(path, framework="numpy"):
             pass
     except (OSError, SafetensorError) as error:
@@ -249,7 +246,7 @@ def _copy(source: Path, target: Path) -> FileRecord:
     """Copy a file and record hash and size of the copy."""
     files.make_folder(target.parent)
     try:
-        shutil.copyfile(source, target)
+        files.copy_regular(source, target)
     except OSError as error:
         if source.is_file() and os.access(source, os.R_OK):
             raise files.not_writable(target, error) from error
