@@ -124,7 +124,7 @@ class Pin:
     def _dvc(self, *arguments: str) -> str:
         """Run a dvc command and return what it prints."""
         result = subprocess.run(
-            [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],
+            [sys.executable, "-P", "-m", "dvc", "--wait-for-lock", *arguments],
             cwd=self.root,
             env={**os.environ, "DVC_NO_ANALYTICS": "1"},
             stdin=subprocess.DEVNULL,

@@ -109,7 +109,10 @@ def _source(url: str) -> str:
 
 def shown(url: str) -> str:
     """A URL that is safe to print: without user name, password or query."""
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        return "a malformed URL"
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", parts.fragment))
 
 
@@ -161,7 +164,7 @@ def _request(
         headers |= {"Range": f"bytes={offset}-", "If-Range": validator}
     timeouts = (patience.connect_seconds, patience.read_seconds)
     try:
-        with session.get(url, headers=headers, stream=True, timeout=timeouts) as response:
+        with _opened(session, url, headers, timeouts) as response:
             _receive(response, url, partial, asked_from=offset, most_bytes=most_bytes, on_bytes=on_bytes)
     except requests.ConnectTimeout as error:
         raise _Again("no connection in time", unreachable=True) from error
@@ -176,6 +179,24 @@ def _request(
         raise _Again("the connection broke") from error
     except requests.RequestException as error:  # a malformed URL, endless redirects, a broken proxy setting
         raise SourceError(str(error) or type(error).__name__) from error
+
+
+def _opened(
+    session: requests.Session, url: str, headers: dict[str, str], timeouts: tuple[float, float]
+) -> requests.Response:
+    """The answer to a request, before its body.
+
+    Raises:
+        SourceError: an address is malformed.
+        requests.RequestException: the request failed.
+    """
+    try:
+        return session.get(url, headers=headers, stream=True, timeout=timeouts)
+    except requests.RequestException:
+        raise
+    except (TypeError, ValueError, urllib3.exceptions.HTTPError) as error:
+        # The libraries check neither a proxy's address nor the one that a server redirects to.
+        raise SourceError("its address is malformed, or that of the proxy (`http_proxy`, `https_proxy`)") from error
 
 
 def _receive(
@@ -196,7 +217,7 @@ def _receive(
         partial.begin(url, _validator(response))
     start = asked_from if status == 206 else 0
     announced = response.headers.get("Content-Length", "")
-    total = start + int(announced) if announced.isdigit() else None
+    total = start + int(announced) if re.fullmatch(r"[0-9]{1,18}", announced) else None
     if total is not None:
         _check_total(total, most_bytes)
     here = start
@@ -222,7 +243,7 @@ def _check_total(total: int, most_bytes: int) -> None:
 
 
 def _range_start(response: requests.Response) -> int | None:
-    match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    match = re.match(r"bytes ([0-9]{1,18})-", response.headers.get("Content-Range", ""))
     return int(match[1]) if match else None
 
 

@@ -371,7 +371,7 @@ def _track(folder: Path, artifact: Artifact) -> None:
     target = PurePath("registry") / artifact.name / artifact.folder.name / FILES_FOLDER
     # Without `-q`, because with it dvc fails without a message.
     result = subprocess.run(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", "add", str(target)],
+        [sys.executable, "-P", "-m", "dvc", "--wait-for-lock", "add", str(target)],
         cwd=root,
         env={**os.environ, "DVC_NO_ANALYTICS": "1"},
         stdin=subprocess.DEVNULL,
