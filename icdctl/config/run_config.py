@@ -106,13 +106,16 @@ def parse_duration(given: object) -> float | None:
     """
     if given is None:
         return None
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", str(given).strip())
+    match = re.fullmatch(
+        r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,12}(?:\.[0-9]{1,20})?)s?)?", str(given).strip()
+    )
     seconds = 0.0
     if match:
         hours, minutes, rest = (float(part or 0) for part in match.groups())
         seconds = hours * 3600 + minutes * 60 + rest
     if seconds <= 0:
         raise UsageError(
-            f"time limit `{given}` is not a duration above 0", hint="e.g. `--time-limit 90m`, `1h30m` or `45s`"
+            f"time limit `{str(given)[:_LONGEST_SHOWN]}` is not a duration above 0",
+            hint="e.g. `--time-limit 90m`, `1h30m` or `45s`",
         )
     return seconds

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from icdctl.config.declare import Command, Given, Identity, Panel, Setting
 
@@ -46,6 +46,14 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _without_zero_bytes(cls, value: object) -> object:
+        """Refuse text that no path, file or terminal can hold."""
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("it holds a zero byte")
+        return value
 
 
 class TaskSettings(_Frozen):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,7 +189,7 @@ def _read_list(folder: Path, name: str) -> dict[str, str]:
     rows: dict[str, str] = {}
     for line in lines:
         number, space, value = line.strip().partition(" ")
-        if not (number.isdecimal() and space and value):
+        if not (re.fullmatch(r"[0-9]{1,9}", number) and space and value):
             raise _not_cub(path, f"line `{line[:60]}` is not a number and a value")
         if number in rows:
             raise _not_cub(path, f"it has number `{number}` twice")

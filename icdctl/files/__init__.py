@@ -277,8 +277,11 @@ def user_path(text: str) -> Path:
     """The path that a user typed, with `~` and `~name` expanded.
 
     Raises:
-        ArtifactError: the user after `~` does not exist.
+        ArtifactError: the user after `~` does not exist, or the path holds a zero byte.
     """
+    if "\0" in text:
+        shown = text.replace("\0", "\\0")
+        raise ArtifactError(f"`{shown}` holds a zero byte, which no path can", hint="write another path")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

@@ -79,8 +79,8 @@ def copy_regular(source: Path, target: Path) -> None:
     Raises:
         OSError: as for `open_regular`, or `target` can't be written.
     """
-    with open_regular(source) as opened, target.open("wb") as file:
-        shutil.copyfileobj(opened, file)
+    check_regular(source)
+    shutil.copyfile(source, target)
 
 
 def check_regular(path: Path) -> None:
