@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 import icdctl
 from icdctl import files, run_files
 from icdctl.errors import ArtifactError
 from icdctl.files import yaml_reading
+from icdctl.registry.artifact import Manifest
 
 PACKAGE = Path(icdctl.__file__).parent
 
@@ -323,3 +325,36 @@ def test_no_other_module_reads_files_in_its_own_way() -> None:
         if (calls := _calls(path) & PARSING)
     }
     assert own.keys() <= OWN_READERS.keys(), own
+
+
+# --- values that are percentages -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["final_top1", "best_val_top1", "final_top5"])
+@pytest.mark.parametrize("value", [1e308, -1, "high", True])
+def test_accuracies_of_a_manifest_are_percentages(key: str, value: object) -> None:
+    with pytest.raises(ValidationError, match=f"`{key}`: .* is not a percentage from 0 to 100"):
+        Manifest.model_validate({**MANIFEST, "metrics": {"final_top1": 50.0, key: value}})
+    assert Manifest.model_validate({**MANIFEST, "metrics": {key: 50.0, "best_top1": None}}).metrics[key] == 50.0
+
+
+MANIFEST = {
+    "schema": 1,
+    "name": "digits100/res8-ce",
+    "version": 1,
+    "created": "2026-01-01T00:00:00.000Z",
+    "files": {"student.safetensors": {"sha256": "0" * 64, "bytes": 5}},
+    "dataset": {"name": "digits100", "sha256": None, "source": None, "licence": None},
+    "model": "res8",
+    "method": "ce",
+    "variant": None,
+    "teacher": None,
+    "scales": [],
+    "seed": 0,
+    "settings": {},
+    "recipe": None,
+    "epochs": 1,
+    "onnx": None,
+    "git": None,
+    "versions": {},
+}

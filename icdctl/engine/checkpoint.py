@@ -208,6 +208,7 @@ def read_state(path: Path) -> tuple[Progress, RunConfig | None]:
         ArtifactError: the file is broken.
     """
     try:
+        files.check_regular(path)
         with safe_open(path, framework="pt") as stored:
             said = stored.metadata() or {}
         progress = Progress.model_validate_json(said[_METADATA], strict=True)
