@@ -8,7 +8,6 @@ kind, and states are deleted only if the user names their kind.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -46,6 +45,7 @@ _TRASH = ".trash-"
 """Prefix of a folder whose content is being deleted; it lies beside the place where the content was."""
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
 """The name that `files.write_bytes` gives a file until it is complete."""
+_LONGEST_SHOWN = 80
 _STALE_SECONDS = 24 * 3600
 """Age after which no process is writing a temporary file any more."""
 _RUN_LOCK = re.compile(r"[0-9a-f]{20}\.lock")
@@ -162,9 +162,11 @@ def _age(text: str | None) -> float:
     """An age like `30d` in seconds; 0 for None."""
     if text is None:
         return 0.0
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw])", text.strip())
     if match is None:
-        raise UsageError(f"`--older-than {text}` is not an age", hint="e.g. `--older-than 30d`, `12h` or `2w`")
+        raise UsageError(
+            f"`--older-than {text[:_LONGEST_SHOWN]}` is not an age", hint="e.g. `--older-than 30d`, `12h` or `2w`"
+        )
     return float(match[1]) * _UNITS[match[2]]
 
 
@@ -246,7 +248,7 @@ def _entry(
 def _facts(path: Path) -> dict[str, object]:
     """A JSON object that icdctl wrote; empty if the file is missing or broken."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = files.parse_json(files.read_regular(path))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -11,7 +11,35 @@ exception that leaves a command is a bug.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+
+_HIDDEN = "***"
+_SECRET_NAME = r"(?:password|passwd|secret|token|api[_-]?key|access[_-]?key|signature|credentials?)"
+_SECRETS = (
+    # A password with a slash in it, and what stands before `@` in the host's part of a URL.
+    (re.compile(r"(://)[^\s/@:'\"`]+:(?!\d+/)[^\s@'\"`]*/[^\s@'\"`]*@"), rf"\1{_HIDDEN}@"),
+    (re.compile(r"(://)[^\s/?#'\"`]*@"), rf"\1{_HIDDEN}@"),
+    (re.compile(r"([?&](?:key|sig|auth|code)=)[^\s&#'\"`]+", re.IGNORECASE), rf"\1{_HIDDEN}"),
+    (re.compile(rf"([\w-]*{_SECRET_NAME}[\w-]*=)[^\s&#'\"`]+", re.IGNORECASE), rf"\1{_HIDDEN}"),
+    (re.compile(r"(authorization:\s*(?:\w+\s+)?)[^\s'\"`]+", re.IGNORECASE), rf"\1{_HIDDEN}"),
+    (re.compile(r"\b(?:gh[opsru]_|github_pat_|glpat-|hf_|xox[abprs]-|AKIA)[\w-]{16,}"), _HIDDEN),
+)
+"""What passwords and tokens look like in text, and what is written in their place."""
+_SECRET_FLAG = re.compile(rf"-{{1,2}}[\w-]*{_SECRET_NAME}[\w-]*", re.IGNORECASE)
+
+
+def without_secrets(text: str) -> str:
+    """Text for a terminal or a file, with `***` in the place of passwords and tokens."""
+    for pattern, shown in _SECRETS:
+        text = pattern.sub(shown, text)
+    return text
+
+
+def arguments_without_secrets(arguments: Sequence[str]) -> list[str]:
+    """The words of a command line, with `***` in the place of passwords and tokens."""
+    follows = [False, *(_SECRET_FLAG.fullmatch(word) is not None for word in arguments)]
+    return [_HIDDEN if hidden else without_secrets(word) for word, hidden in zip(arguments, follows, strict=False)]
 
 
 class IcdctlError(Exception):
@@ -20,6 +48,7 @@ class IcdctlError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str) -> None:
+        message, hint = without_secrets(message), without_secrets(hint)
         super().__init__(message)
         self.message = message
         self.hint = hint

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -23,6 +21,7 @@ from icdctl.data.part_files import PartFiles, duplicates, is_dark, nearly_black_
 from icdctl.errors import ArtifactError, IcdctlError
 from icdctl.exporting import VerificationReport, verify_file, verify_folder
 from icdctl.registry import trained
+from icdctl.run_files import HISTORY_FILE, read_history
 
 _AGAIN = "train it again, or continue it with `--resume`"
 
@@ -106,9 +105,11 @@ def _config(path: Path) -> str:
     if not isinstance(stated, dict):
         raise ArtifactError(f"`{path}` does not hold a JSON object", hint=_AGAIN)
     try:
-        config = RunConfig(**stated)
+        config = RunConfig.stated(stated)
     except ValidationError as error:
         raise ArtifactError(f"`{path}`: {from_validation(error).message}", hint=_AGAIN) from error
+    except ValueError as error:
+        raise ArtifactError(f"`{path}`: {error}", hint=_AGAIN) from error
     return f"{config.method}, {config.student}, {config.dataset}, variant {config.settings['variant']}"
 
 
@@ -191,21 +192,15 @@ def _decodable(broken: Sequence[BrokenImage], total: int, folder: Path) -> Findi
 
 def _history(folder: Path) -> str:
     """Check that every epoch appears once, all values are finite, and the last epoch agrees with metrics.json."""
-    path = folder / "history.csv"
+    path = folder / HISTORY_FILE
     metrics = files.read_json(folder / "metrics.json", what="metrics", hint=_AGAIN)
     try:
-        with path.open(newline="") as file:
-            rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-        epochs = [int(row["epoch"]) for row in rows]
+        rows = read_history(folder)
         # A run with validation images uses the test images only after its last epoch.
         column, key = ("val_top1", "final_val_top1") if "final_val_top1" in metrics else ("test_top1", "final_top1")
-        last, stated = rows[-1][column], float(metrics[key])
+        last, stated = rows[-1][column], files.percentage(metrics[key])
     except (OSError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ArtifactError(f"`{path}` can't be read: {error}", hint=_AGAIN) from error
-    if epochs != list(range(1, len(rows) + 1)) or not rows:
-        raise ArtifactError(f"`{path}` has epochs {epochs}, expected 1 to {len(rows)}", hint=_AGAIN)
-    if not all(math.isfinite(value) for row in rows for value in row.values()):
-        raise ArtifactError(f"`{path}` holds a value that is not finite", hint=_AGAIN)
     if last != stated:
         raise ArtifactError(f"`{path}` ends with {column} {last}, metrics.json states {stated}", hint=_AGAIN)
     return f"{len(rows)} epochs, {column} {stated:.2f}"

@@ -73,7 +73,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "benchmark": {*BASE, "config", "data", "engine", "evaluation", "methods", "models", "versions"},
     "cleanup": {*BASE, "config", "engine", "run_files"},
-    "validate": {*BASE, "config", "data", "exporting", "registry"},
+    "validate": {*BASE, "config", "data", "exporting", "registry", "run_files"},
     "teachers": {*BASE, "data", "evaluation", "models", "registry", "run_files"},
     "exporting": {*BASE, "data", "models", "registry", "versions"},
     "engine": {*BASE, "config", "data", "evaluation", "methods", "models", "run_files", "versions"},

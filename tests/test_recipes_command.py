@@ -393,7 +393,7 @@ def test_settings_families_and_scales_of_a_file(icdctl: CommandLine) -> None:
         (REFERENCE.format(**{**FILE, "method": "CD_SDD_KP"}), 2, "unknown method `CD_SDD_KP`"),
         (REFERENCE.format(**{**FILE, "student": "MobileNetV3"}), 2, "unknown model `MobileNetV3`"),
         (REFERENCE.format(**{**FILE, "lr": "fast"}), 2, "`SOLVER.LR` in `x.yaml` is `fast`, expected a number"),
-        (REFERENCE.format(**{**FILE, "lr": ".nan"}), 2, "expected a finite number"),
+        (REFERENCE.format(**{**FILE, "lr": ".nan"}), 1, "a number that is not finite, in `SOLVER.LR`"),
         (REFERENCE.format(**{**FILE, "lr": "-1"}), 2, "`lr` is `-1`"),
         (REFERENCE.format(**FILE) + "CD: {GAMMA: -1}", 2, "setting `gamma` is -1"),
         (REFERENCE.format(**FILE) + "CD: 3", 2, "`CD.GAMMA` in `x.yaml` is `3`, expected a section"),

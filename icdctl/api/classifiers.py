@@ -261,11 +261,11 @@ def _run_beside(folder: Path, *, is_own: bool) -> RunConfig | None:
     if not is_own and not (isinstance(stated, dict) and stated.keys() >= {"dataset", "method", "student"}):
         return None  # of another program: many have a file with this name
     try:
-        return RunConfig(**stated)
+        return RunConfig.stated(stated)
     except ValidationError as error:
         raise ArtifactError(f"`{path}`: {from_validation(error).message}", hint=hint) from error
-    except TypeError as error:
-        raise ArtifactError(f"`{path}` does not hold a JSON object of settings", hint=hint) from error
+    except ValueError as error:
+        raise ArtifactError(f"`{path}`: {error}", hint=hint) from error
 
 
 def _data_beside(folder: Path, run: RunConfig | None, weights_sha256: str) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from icdctl.errors import ArtifactError
-from icdctl.files import JsonObject
+from icdctl.files import LARGEST_TEXT_BYTES, JsonObject, parse_json
 
 Ask = Callable[..., JsonObject]
 """Called with the name of a request and its details as keywords; returns the answer."""
@@ -85,12 +85,15 @@ def _answer(
     ready, _, _ = select.select([child.stdout], [], [], patience)
     if not ready:
         raise ArtifactError(f"`{checkout}` did not answer within {patience:.0f} s", hint=hint)
-    line = child.stdout.readline()
+    line = child.stdout.readline(LARGEST_TEXT_BYTES)
     if not line:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         reason = f": {last[-1]}" if last else ""
         raise ArtifactError(f"the process of `{checkout}` ended{reason}", hint=hint)
-    answer: JsonObject = json.loads(line)
+    try:
+        answer: JsonObject = parse_json(line)
+    except ValueError as error:
+        raise ArtifactError(f"the process of `{checkout}` gives no answer: {error}", hint=hint) from error
     if "error" in answer:
         raise ArtifactError(f"`{checkout}` fails at `{request['do']}`: {answer['error']}", hint=hint)
     return answer

@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from icdctl.commands import table_layout
-from icdctl.errors import ArtifactError
+from icdctl.errors import ArtifactError, without_secrets
 
 
 class _Stderr(Console):
@@ -60,7 +60,7 @@ def _stderr() -> _Stderr:
 
 def talk(message: str) -> None:
     """Print one line for the user on stderr."""
-    _stderr().say(escape(_printable(message)))
+    _stderr().say(escape(_printable(without_secrets(message))))
 
 
 def show_error(messages: Sequence[str], hints: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -102,8 +103,8 @@ def _default_runs(root: Path) -> list[Path]:
 
 def _numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+    if not all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts) or len(set(parts)) < len(parts):
         raise UsageError(
-            f"`--images {text}` is not a list of different numbers of images", hint="e.g. `--images 3,14,15`"
+            f"`--images {text[:80]}` is not a list of different numbers of images", hint="e.g. `--images 3,14,15`"
         )
     return [int(part) for part in parts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -131,8 +132,10 @@ def _report(result: Rerun, as_json: bool) -> None:
 
 
 def _number_of(seeds: str) -> int:
-    if not (seeds.isascii() and seeds.isdecimal()):
-        raise UsageError(f"`--seeds {seeds}` is not a number of seeds", hint="e.g. `--seeds 5` for the seeds 0 to 4")
+    if not re.fullmatch(r"[0-9]{1,9}", seeds):
+        raise UsageError(
+            f"`--seeds {seeds[:80]}` is not a number of seeds", hint="e.g. `--seeds 5` for the seeds 0 to 4"
+        )
     return int(seeds)
 
 

@@ -12,6 +12,7 @@ from icdctl.errors import UsageError, unknown_name
 
 _LISTED = tuple(name for name, each in OPTIONS.items() if each.setting.listed)
 _MOST_RUNS = 1000
+_LONGEST_SHOWN = 80
 
 
 def expand(options: Mapping[str, object], *, seeds: str | None = None) -> list[dict[str, object]]:
@@ -61,11 +62,12 @@ def parse_seeds(text: str) -> list[int]:
     """
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*([0-9]{1,10})(?:\s*-\s*([0-9]{1,10}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < first + _MOST_RUNS:
             raise UsageError(
-                f"seeds `{text}` are not a list of whole numbers", hint="e.g. `--seeds 0-4` or `--seeds 0,2,5`"
+                f"seeds `{text[:_LONGEST_SHOWN]}` are not a list of whole numbers",
+                hint="e.g. `--seeds 0-4` or `--seeds 0,2,5`",
             )
         seeds += range(first, last + 1)
     if len(set(seeds)) < len(seeds):

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Self
 
 from pydantic import JsonValue
 
@@ -22,12 +23,26 @@ from icdctl.config.settings import DatasetSettings, Settings, seconds_of
 from icdctl.data import Augmentation, Request
 from icdctl.errors import UsageError
 
+_LONGEST_SHOWN = 80
+
 
 class RunConfig(Settings):
     """Everything that decides a run.
 
     A `config.json` without a setting is of a run that began before there was such a setting: it has the default.
     """
+
+    @classmethod
+    def stated(cls, value: object) -> Self:
+        """The configuration that the JSON value of a `config.json` states.
+
+        Raises:
+            ValueError: it is none of this version; pydantic's ValidationError is one.
+        """
+        config = cls.model_validate(value)
+        if "variant" not in config.settings:
+            raise ValueError("its `settings` do not state the `variant`")
+        return config
 
     @property
     def augmentation(self) -> Augmentation:
@@ -90,8 +105,8 @@ def check_device(name: str) -> str:
     Raises:
         UsageError: it is none of `auto`, `cpu`, `cuda` and `cuda:N`.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise UsageError(f"unknown device `{name}`", hint="choose `auto`, `cpu`, `cuda` or `cuda:N`")
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name):
+        raise UsageError(f"unknown device `{name[:_LONGEST_SHOWN]}`", hint="choose `auto`, `cpu`, `cuda` or `cuda:N`")
     return name
 
 
@@ -106,6 +121,7 @@ def parse_duration(given: object) -> float | None:
     seconds = seconds_of(str(given))
     if seconds <= 0:
         raise UsageError(
-            f"time limit `{given}` is not a duration above 0", hint="e.g. `--time-limit 90m`, `1h30m` or `45s`"
+            f"time limit `{str(given)[:_LONGEST_SHOWN]}` is not a duration above 0",
+            hint="e.g. `--time-limit 90m`, `1h30m` or `45s`",
         )
     return seconds

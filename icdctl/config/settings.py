@@ -13,10 +13,19 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from icdctl.config.declare import Command, Given, Identity, Panel, Setting
 
+_DURATION = re.compile(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,12}(?:\.[0-9]{1,20})?)s?)?")
 NONE = "none"
 """The word that switches off a setting of the recipe."""
 CUSTOM_IMAGE_SIZE = 224
@@ -43,7 +52,7 @@ def _none_by_name(value: object) -> object:
 
 def seconds_of(text: str) -> float:
     """`90m`, `2h`, `45s`, `1h30m` or a number of seconds, in seconds; 0 for anything else."""
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip(), re.ASCII)
+    match = re.fullmatch(_DURATION, text.strip())
     if match is None:
         return 0.0
     hours, minutes, rest = (float(part or 0) for part in match.groups())
@@ -65,6 +74,14 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _without_zero_bytes(cls, value: object) -> object:
+        """Refuse text that no path, file or terminal can hold."""
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("it holds a zero byte")
+        return value
 
 
 class TaskSettings(_Frozen):

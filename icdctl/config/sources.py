@@ -13,7 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_origin
 
-import yaml
 from pydantic import ValidationError, create_model
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -22,12 +21,11 @@ from icdctl.config.declare import Identity
 from icdctl.config.lookup import OPTIONS, SETTINGS, Declared, names_in_identity
 from icdctl.config.settings import NONE
 from icdctl.errors import IcdctlError, UsageError, combine, unknown_name
+from icdctl.files import yaml_reading
 
 _VARIABLE_PREFIX = "ICDCTL_"
 _LONGEST_SHOWN = 80
 _MOST_PRINTED = 10
-_MOST_YAML_VALUES = 1_000_000
-"""More values than any params.yaml has, with its aliases written out."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +107,8 @@ def collect(given: Mapping[str, object], *, config_file: Path | None = None, com
     if isinstance(own, Mapping) and isinstance(held, Mapping):
         keywords["settings"] = {**held, **own}
     variables = {key for key in OPTIONS if f"{_VARIABLE_PREFIX}{key.upper()}" in os.environ}
+    for key in variables:
+        _check_variable(key)
     tracked = _params_yaml()
     origins = {key: f"`{key}` in `params.yaml`" for key in tracked}
     origins |= {key: f"the variable `{_VARIABLE_PREFIX}{key.upper()}`" for key in variables}
@@ -120,6 +120,19 @@ def collect(given: Mapping[str, object], *, config_file: Path | None = None, com
     except ValidationError as error:
         raise from_validation(error, lambda key: origins.get(key, f"`{key}`")) from error
     return Options({key: value for key, value in read if value is not None}, origins)
+
+
+def _check_variable(key: str) -> None:
+    """Check a variable that holds a mapping before pydantic parses it, which has no limits."""
+    name = f"{_VARIABLE_PREFIX}{key.upper()}"
+    text = os.environ[name]
+    if get_origin(OPTIONS[key].type) is dict and text.lstrip().startswith(("{", "[")):
+        try:
+            files.parse_json(text)
+        except ValueError as error:
+            raise UsageError(
+                f"`{key}` is `{text[:_LONGEST_SHOWN]}`: {error}", hint=f"change the variable `{name}`"
+            ) from error
 
 
 def _refuse_unknown(options: Iterable[str], kind: str) -> None:
@@ -159,73 +172,15 @@ def read_yaml(path: Path) -> Any:
         return _parsed(path, state.st_mtime_ns, state.st_size, state.st_ino)
     except FileNotFoundError:
         raise
-    except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        # The last four come from values that only look like dates, numbers or words of YAML, and of deep nesting.
-        raise UsageError(f"`{path}` can't be read as YAML: {_yaml_problem(error)}", hint=f"fix `{path}`") from error
+    except (OSError, ValueError) as error:
+        reason = (error.strerror or error) if isinstance(error, OSError) else error
+        raise UsageError(f"`{path}` can't be read as YAML: {reason}", hint=f"fix `{path}`") from error
 
 
 @lru_cache(maxsize=8)
 def _parsed(path: Path, *state: int) -> Any:
     """The content of a file in that state."""
-    loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _check_nodes(node, {})
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
-def _check_nodes(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Refuse keys that appear twice, of which YAML would take the last, and values that contain themselves.
-
-    Args:
-        node: the node to check, with all nodes below it.
-        sizes: sizes of the nodes seen so far, by id; 0 for one that is being checked.
-
-    Returns:
-        Number of values, with aliases written out.
-
-    Raises:
-        yaml.YAMLError: the node has such a key or value, or is too large.
-    """
-    if id(node) in sizes:
-        if not sizes[id(node)]:
-            raise yaml.MarkedYAMLError(problem="a value refers to itself", problem_mark=node.start_mark)
-        return sizes[id(node)]
-    sizes[id(node)] = 0
-    inside: list[yaml.Node] = []
-    if isinstance(node, yaml.MappingNode):
-        keys = set()
-        for key, value in node.value:
-            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
-            if name in keys:
-                raise yaml.MarkedYAMLError(problem=f"the key `{key.value}` appears twice", problem_mark=key.start_mark)
-            keys.add(name)
-            inside += (key, value)
-    elif isinstance(node, yaml.SequenceNode):
-        inside = node.value
-    size = 1 + sum(_check_nodes(each, sizes) for each in inside)
-    if size > _MOST_YAML_VALUES:
-        raise yaml.MarkedYAMLError(problem="there are too many values", problem_mark=node.start_mark)
-    sizes[id(node)] = size
-    return size
-
-
-def _yaml_problem(error: Exception) -> str:
-    """The error in one line, with its place if that is known."""
-    if isinstance(error, RecursionError):
-        return "it is nested too deep"
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if isinstance(error, LookupError | AttributeError):
-        return "a value is not what its tag says"
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem:
-        mark = error.problem_mark
-        return str(error.problem) + (f", in line {mark.line + 1}" if mark is not None else "")
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return yaml_reading.read_yaml(path)
 
 
 def _from_config_file(path: Path, command: str | None) -> dict[str, object]:
@@ -265,6 +220,15 @@ def options_of(stated: Mapping[str, object]) -> dict[str, object]:
     return options
 
 
+def _shown(value: object) -> str:
+    """A value as text for a message, cut if it is long."""
+    try:
+        text = str(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        text = "a number of thousands of digits"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
 def from_validation(error: ValidationError, origin: Callable[[str], str] = lambda key: f"`{key}`") -> IcdctlError:
     """All problems that pydantic found, one line for each key.
 
@@ -284,8 +248,7 @@ def from_validation(error: ValidationError, origin: Callable[[str], str] = lambd
         elif item["type"] == "missing" and len(item["loc"]) == 1:
             problems[key] = UsageError(f"`{key}` is missing", hint=f"give {origin(key)}")
         else:
-            value = str(item["input"])
-            shown = value if len(value) <= _LONGEST_SHOWN else f"{value[:_LONGEST_SHOWN]}..."
+            shown = _shown(item["input"])
             message = item["msg"].removeprefix("Value error, ")
             message = message[0].lower() + message[1:]
             problems[key] = UsageError(f"`{key}` is `{shown}`: {message}", hint=f"change {origin(key)}")

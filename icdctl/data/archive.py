@@ -147,7 +147,7 @@ def _check_member(member: tarfile.TarInfo, top: str) -> None:
 def _opened(archive: Path, *, most_bytes: int) -> Iterator[tarfile.TarFile]:
     """Open the archive as a stream. Errors in the archive become ArtifactError; OSErrors of writing pass through."""
     try:
-        raw = archive.open("rb")
+        raw = files.open_regular(archive)
     except OSError as error:
         raise ArtifactError(
             f"`{archive}` can't be read: {error.strerror or error}", hint="check the path and its permissions"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from icdctl import files
 from icdctl.data.archive import Limits
 from icdctl.data.assemble import fingerprint, of_halves
 from icdctl.data.dataset import Dataset, DatasetInfo, OnImages, Preprocessing, Request
 from icdctl.data.download import RemoteFile
 from icdctl.data.release import Release
 from icdctl.errors import ArtifactError
+from icdctl.files import pickles
 
 FOLDER = "cifar-100-python"
 ARCHIVE = "cifar-100-python.tar.gz"
@@ -62,22 +65,41 @@ CLASS_NAMES = tuple(_FINE_LABELS.split())
 """The fine labels, in the order of the files."""
 DESCRIPTION = DatasetInfo("cifar100", CLASS_NAMES, Preprocessing((SIDE, SIDE), MEAN, STD), SOURCE, LICENCE)
 
-_ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),  # the same function in files that numpy 2 wrote
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
+
+class _Array(pickles.StandIn):
+    """Takes the place of a NumPy array: it has no bytes until the file gives all of them."""
+
+    array: npt.NDArray[np.generic] | None = None
+
+    def __setstate__(self, state: object) -> None:
+        """Take over shape, type and bytes.
+
+        Raises:
+            pickle.UnpicklingError: they do not fit each other.
+        """
+        _, shape, dtype, in_columns, raw = state if isinstance(state, tuple) and len(state) == 5 else (None,) * 5
+        if not (isinstance(shape, tuple) and isinstance(dtype, pickles.PlainDtype) and isinstance(raw, bytes)):
+            raise pickle.UnpicklingError("an array in it is more than numbers")
+        flat = np.frombuffer(raw, np.dtype(dtype.order + dtype.text))
+        if any(not isinstance(side, int) or side < 0 for side in shape) or math.prod(shape) != len(flat):
+            raise pickle.UnpicklingError("an array in it has another shape than its bytes")
+        self.array = flat.reshape(shape, order="F" if in_columns else "C")
+
+
+_STAND_INS = {
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,  # the same function in files that numpy 2 wrote
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): pickles.PlainDtype,
+    ("_codecs", "encode"): pickles.encode_latin,
 }
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Allows arrays, lists, dictionaries and bytes; the error names anything else that a file asks for."""
-
-    def find_class(self, module_name: str, global_name: str) -> object:
-        if (module_name, global_name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for `{module_name}.{global_name}`")
-        return super().find_class(module_name, global_name)
+def _stand_in(module_name: str, global_name: str) -> object:
+    """What takes the place of a global: arrays, lists, dictionaries and bytes are allowed."""
+    if (module_name, global_name) not in _STAND_INS:
+        raise pickle.UnpicklingError(f"it asks for `{module_name}.{global_name}`")
+    return _STAND_INS[module_name, global_name]
 
 
 def load(wanted: Request, on_images: OnImages) -> Dataset:
@@ -135,17 +157,18 @@ def _read_member(folder: Path, member: str) -> tuple[Mapping[bytes, object], boo
     """The dictionary in a file, and whether the file is the published one."""
     path = folder / FOLDER / member
     try:
-        raw = path.read_bytes()
+        raw = files.read_regular(path, most_bytes=files.LARGEST_FOREIGN_BYTES)
     except FileNotFoundError as error:
         raise ArtifactError(f"CIFAR-100 is missing: `{path}` does not exist", hint=how_to_get(folder)) from error
     except OSError as error:
         raise ArtifactError(f"`{path}` can't be read: {error.strerror}", hint=how_to_get(folder)) from error
     try:
-        content = _ArrayUnpickler(io.BytesIO(raw), encoding="bytes").load()
+        content = pickles.unpickle(io.BytesIO(raw), _stand_in, encoding="bytes")
     except Exception as error:  # a broken pickle can raise almost any exception
         raise _not_cifar(path, str(error) or type(error).__name__) from error
     if not isinstance(content, dict):
         raise _not_cifar(path, f"it holds a {type(content).__name__}, expected a dictionary")
+    content = {key: value.array if isinstance(value, _Array) else value for key, value in content.items()}
     return content, hashlib.md5(raw, usedforsecurity=False).hexdigest() == MEMBER_MD5[member]
 
 

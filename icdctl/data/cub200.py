@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from icdctl import files
 from icdctl.data import release
 from icdctl.data.archive import Limits
 from icdctl.data.assemble import fingerprint_of, of_halves
@@ -179,15 +181,15 @@ def _read_list(folder: Path, name: str) -> dict[str, str]:
     """A list file as a dictionary from each line's number to the rest of the line."""
     path = folder / FOLDER / name
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = files.read_text(path).splitlines()
     except FileNotFoundError as error:
         raise ArtifactError(f"CUB-200-2011 is missing: `{path}` does not exist", hint=how_to_get(folder)) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise _not_cub(path, str(error)) from error
     rows: dict[str, str] = {}
     for line in lines:
         number, space, value = line.strip().partition(" ")
-        if not (number.isdecimal() and space and value):
+        if not (re.fullmatch(r"[0-9]{1,9}", number) and space and value):
             raise _not_cub(path, f"line `{line[:60]}` is not a number and a value")
         if number in rows:
             raise _not_cub(path, f"it has number `{number}` twice")

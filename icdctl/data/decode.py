@@ -155,7 +155,7 @@ def _read(path: Path) -> bytes:
     """The whole file. Reading is separate from decoding so that a disk error is not reported as a broken image."""
     state_of(path)
     try:
-        return path.read_bytes()
+        return files.read_regular(path, most_bytes=files.LARGEST_FOREIGN_BYTES)
     except OSError as error:
         raise _unreadable(path, error) from error
 

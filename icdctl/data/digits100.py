@@ -73,6 +73,7 @@ def load(wanted: Request, on_images: OnImages) -> Dataset:
 def _read_cache(path: Path, keys: Sequence[str]) -> tuple[tuple[Tensor, ...], str]:
     """The tensors of a cache file and the hash in its metadata; `((), "")` where it can't be read."""
     try:
+        files.check_regular(path)
         with safe_open(path, framework="pt") as cache:
             # Copied: a mapped file would keep its disk space after `icdctl clean` deletes it.
             found = tuple(cache.get_tensor(key).clone() for key in keys), str(cache.metadata()["sha256"])

@@ -79,14 +79,24 @@ def mirrors_in_order(given: str | None) -> tuple[str, ...]:
     """
     named = [mirror for mirror in (given, os.environ.get(MIRROR_VARIABLE)) if mirror]
     for mirror in named:
-        parts = urllib.parse.urlsplit(mirror)
-        is_folder = parts.scheme == "file" and parts.path.startswith("/") and parts.netloc in ("", "localhost")
-        if not is_folder and not (parts.scheme in ("http", "https") and parts.netloc):
+        if not _is_mirror(mirror):
             raise UsageError(
                 f"`{mirror}` is not a mirror: expected an http, https or file URL",
                 hint="e.g. `--mirror https://files.example.org/icdctl` or `--mirror file:///mnt/share/icdctl`",
             )
     return tuple(dict.fromkeys(named))
+
+
+def _is_mirror(text: str) -> bool:
+    """Whether a text is the URL of a server or of a folder."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        host = parts.hostname if parts.port is None or parts.port > 0 else None
+    except ValueError:  # an address or a port that is not valid
+        return False
+    if parts.scheme == "file":
+        return parts.path.startswith("/") and parts.netloc in ("", "localhost")
+    return parts.scheme in ("http", "https") and bool(host) and text.isprintable() and " " not in text
 
 
 def verify(file: RemoteFile, path: Path) -> None:

@@ -282,7 +282,7 @@ class _Cache:
         rows = [row for row in range(len(self._names)) if row not in reasons]
         shape = (len(rows), *self._size, 3)
         header = _npy_header(shape)
-        with self._array.open("rb") as file:
+        with files.open_regular(self._array) as file:
             files.hold_mapped(file)
             length = os.fstat(file.fileno()).st_size
             if file.read(len(header)) != header or length != len(header) + shape[0] * shape[1] * shape[2] * 3:

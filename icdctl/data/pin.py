@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from icdctl import files
 from icdctl.data import download
 from icdctl.data.download import RemoteFile
 from icdctl.errors import ArtifactError
+from icdctl.files import yaml_reading
 
 FILE = "data.dvc"
 _OBJECT_MODE = 0o444
@@ -124,7 +124,7 @@ class Pin:
     def _dvc(self, *arguments: str) -> str:
         """Run a dvc command and return what it prints."""
         result = subprocess.run(
-            [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],
+            [sys.executable, "-P", "-m", "dvc", "--wait-for-lock", *arguments],
             cwd=self.root,
             env={**os.environ, "DVC_NO_ANALYTICS": "1"},
             stdin=subprocess.DEVNULL,
@@ -153,8 +153,8 @@ def find_pin(file: RemoteFile) -> Pin | None:
         return None
     again = f"`git checkout {FILE}` brings back the committed one; `dvc update` changes it"
     try:
-        document = _Document.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+        document = _Document.model_validate(yaml_reading.read_yaml(path))
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"`{path}` can't be read as a .dvc file: {error}", hint=again) from error
     for out in document.outs:
         if PurePosixPath(out.path).name != file.name:

@@ -1,13 +1,13 @@
 """Downloads with retries into a partial file; an interrupted download continues where it stopped.
 
-A partial file is `.NAME.part`. Beside it, `.NAME.part.json` holds its URL and the version that the server stated (ETag
-or Last-Modified), so that a later request either continues with the same bytes or starts over.
+A partial file is `.NAME.part`. Beside it, `.NAME.part.json` holds a hash of its URL and the version that the server
+stated (ETag or Last-Modified), so that a later request either continues with the same bytes or starts over.
 """
 
 from __future__ import annotations
 
 import errno
-import json
+import os
 import re
 import shutil
 import time
@@ -86,15 +86,15 @@ class Partial:
     def validator(self, url: str) -> str | None:
         """The ETag or date with which `url` can continue these bytes; None where they come from elsewhere."""
         try:
-            note = json.loads(self.note.read_text(encoding="utf-8"))
-            return str(note["validator"]) if note["url"] == url and note["validator"] else None
+            note = files.parse_json(files.read_regular(self.note))
+            return str(note["validator"]) if note["source"] == _source(url) and note["validator"] else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def begin(self, url: str, validator: str | None) -> None:
         """Delete what has been received, and note where the next bytes come from."""
         self.delete()
-        files.write_json(self.note, {"url": url, "validator": validator})
+        files.write_json(self.note, {"source": _source(url), "validator": validator})
 
     def delete(self) -> None:
         """Delete the file and its note."""
@@ -102,9 +102,17 @@ class Partial:
         self.note.unlink(missing_ok=True)
 
 
+def _source(url: str) -> str:
+    """What stands for a URL in a file that others may read: its hash, because a URL may hold a password."""
+    return files.sha256_bytes(url.encode())
+
+
 def shown(url: str) -> str:
     """A URL that is safe to print: without user name, password or query."""
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        return "a malformed URL"
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", parts.fragment))
 
 
@@ -156,7 +164,7 @@ def _request(
         headers |= {"Range": f"bytes={offset}-", "If-Range": validator}
     timeouts = (patience.connect_seconds, patience.read_seconds)
     try:
-        with session.get(url, headers=headers, stream=True, timeout=timeouts) as response:
+        with _opened(session, url, headers, timeouts) as response:
             _receive(response, url, partial, asked_from=offset, most_bytes=most_bytes, on_bytes=on_bytes)
     except requests.ConnectTimeout as error:
         raise _Again("no connection in time", unreachable=True) from error
@@ -171,6 +179,24 @@ def _request(
         raise _Again("the connection broke") from error
     except requests.RequestException as error:  # a malformed URL, endless redirects, a broken proxy setting
         raise SourceError(str(error) or type(error).__name__) from error
+
+
+def _opened(
+    session: requests.Session, url: str, headers: dict[str, str], timeouts: tuple[float, float]
+) -> requests.Response:
+    """The answer to a request, before its body.
+
+    Raises:
+        SourceError: an address is malformed.
+        requests.RequestException: the request failed.
+    """
+    try:
+        return session.get(url, headers=headers, stream=True, timeout=timeouts)
+    except requests.RequestException:
+        raise
+    except (TypeError, ValueError, urllib3.exceptions.HTTPError) as error:
+        # The libraries check neither a proxy's address nor the one that a server redirects to.
+        raise SourceError("its address is malformed, or that of the proxy (`http_proxy`, `https_proxy`)") from error
 
 
 def _receive(
@@ -191,7 +217,7 @@ def _receive(
         partial.begin(url, _validator(response))
     start = asked_from if status == 206 else 0
     announced = response.headers.get("Content-Length", "")
-    total = start + int(announced) if announced.isdigit() else None
+    total = start + int(announced) if re.fullmatch(r"[0-9]{1,18}", announced) else None
     if total is not None:
         _check_total(total, most_bytes)
     here = start
@@ -217,7 +243,7 @@ def _check_total(total: int, most_bytes: int) -> None:
 
 
 def _range_start(response: requests.Response) -> int | None:
-    match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    match = re.match(r"bytes ([0-9]{1,18})-", response.headers.get("Content-Range", ""))
     return int(match[1]) if match else None
 
 
@@ -231,8 +257,8 @@ def _copy(url: str, partial: Partial, *, most_bytes: int, on_bytes: OnBytes) -> 
     """Copy from a local or mounted folder."""
     path = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path))
     try:
-        total = path.stat().st_size
-        source = path.open("rb")
+        source = files.open_regular(path)
+        total = os.fstat(source.fileno()).st_size
     except OSError as error:
         raise SourceError(error.strerror or str(error)) from error
     with source:

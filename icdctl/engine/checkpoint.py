@@ -253,6 +253,7 @@ def _loaded(path: Path, step: TrainingStep) -> Progress:
         ArtifactError: it is damaged.
     """
     try:
+        files.check_regular(path)
         with safe_open(path, framework="pt") as stored:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (it is not a dictionary)
             said = stored.metadata() or {}
@@ -287,6 +288,7 @@ def read_state(folder: Path) -> tuple[Progress, RunConfig | None] | None:
     paths = [path for path in (folder / STATE_FILE, folder / PREVIOUS_FILE) if path.is_file()]
     for path in paths:
         try:
+            files.check_regular(path)
             with safe_open(path, framework="pt") as stored:
                 said = stored.metadata() or {}
             progress = Progress.model_validate_json(said[_METADATA], strict=True)

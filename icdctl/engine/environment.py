@@ -13,18 +13,23 @@ from typing import Any
 import torch
 
 from icdctl import versions
+from icdctl.errors import arguments_without_secrets
 
 PACKAGES = ("icdctl", "torch", "torchvision", "numpy", "onnx", "onnxruntime", "safetensors", "scikit-learn", "dvc")
 """Packages whose versions matter to a run."""
 _CPU_INFO = Path("/proc/cpuinfo")
+_NO_PROGRAMS = ("-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
+_NO_FETCHING = {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
+_FILTERS = r"^filter\..*\.(clean|smudge|process|required)$"
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit and whether the tree differs from it; None outside a repository, before a first commit or without git."""
     try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):
+        commit = _git(folder, "rev-parse", "--verify", "HEAD^{commit}")
+        status = _git(folder, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=dirty")
+        return {"commit": commit, "dirty": bool(status)}
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
 
 
@@ -54,7 +59,7 @@ def describe_environment(device: torch.device, precision: str) -> dict[str, Any]
         "device": describe_device(device),
         "precision": precision,
         "git": git_state(Path.cwd()),
-        "command_line": sys.argv,
+        "command_line": arguments_without_secrets(sys.argv),
     }
 
 
@@ -70,5 +75,33 @@ def differing_environment(earlier: Mapping[str, Any], now: Mapping[str, Any]) ->
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    """What a git command prints; it runs no program that the repository names.
+
+    A repository's own configuration may name a monitor of files, hooks, filters for the content of files, and programs
+    that fetch missing objects; git would run them to find its status.
+    """
+    command = ["git", "--no-optional-locks", "-C", str(folder), *_NO_PROGRAMS]
+    environment = {**os.environ, **_NO_FETCHING}
+    listed = _output([*command, "config", "--show-scope", "-z", "--name-only", "--get-regexp", _FILTERS], environment)
+    words = listed.split("\0")
+    own = [name for scope, name in zip(words[::2], words[1::2], strict=False) if scope in ("local", "worktree")]
+    first = int(environment.get("GIT_CONFIG_COUNT") or 0)
+    # By variables, because the name of a filter may hold `=`, which separates name and value after `-c`.
+    environment["GIT_CONFIG_COUNT"] = str(first + len(own))
+    for number, name in enumerate(own, start=first):
+        environment |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": ""}
+    return _output([*command, *arguments], environment, check=True)
+
+
+def _output(command: list[str], environment: dict[str, str], *, check: bool = False) -> str:
+    done = subprocess.run(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=check,
+        timeout=20,
+    )
+    return done.stdout.strip()

@@ -8,7 +8,6 @@ teacher and, for a custom module, architecture and first weights.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import re
@@ -274,7 +273,6 @@ def _hash_of_module(module: Classifier, weights: Mapping[str, Tensor]) -> str:
 def _epochs_in(history: Path) -> int:
     """Number of epochs in a history.csv; 0 where there is none."""
     try:
-        with history.open(encoding="utf-8", newline="") as file:
-            return sum(1 for _ in csv.DictReader(file))
-    except (OSError, ValueError, csv.Error):
+        return len(files.read_table(history))
+    except (OSError, ValueError):
         return 0

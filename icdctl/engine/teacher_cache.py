@@ -273,9 +273,10 @@ def _opened(table: CachePlan, store: ImageStore, reads: Collection[str]) -> Cach
         OSError, EOFError, ValueError: it is damaged, or not the one that was written.
     """
     assert table.folder is not None
-    stated = json.loads((table.folder / "facts.json").read_text(encoding="utf-8"))
-    for name, sha256 in stated.get("sha256", {}).items():  # tables of earlier versions have none
-        if files.sha256_file(table.folder / name) != sha256:
+    stated = files.parse_json(files.read_regular(table.folder / "facts.json"))
+    hashes = stated.get("sha256", {}) if isinstance(stated, dict) else {}  # tables of earlier versions have none
+    for name in map(_file_of, sorted(reads)):
+        if hashes and hashes.get(name) != files.sha256_file(table.folder / name):
             raise ValueError(f"`{name}` was changed after it was written")
     tables = {name: torch.from_numpy(_mapped(table.folder / _file_of(name))) for name in sorted(reads)}
     if not all(part.shape[0] == table.num_views and part.dtype == table.dtype for part in tables.values()):
@@ -295,7 +296,7 @@ def _mapped(path: Path) -> NDArray[Any]:
     Raises:
         OSError, ValueError: it is missing, or damaged.
     """
-    with path.open("rb") as file:
+    with files.open_regular(path) as file:
         files.hold_mapped(file)
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("written by another program")

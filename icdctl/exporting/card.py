@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from icdctl.exporting.checks import VerificationReport
 from icdctl.exporting.description import INPUT_NAME, OUTPUT_NAME, ModelDescription
 from icdctl.exporting.manifest import MODEL_FILE
+from icdctl.files import markup
 
 
 def card(
@@ -102,7 +103,7 @@ def _interface(description: ModelDescription) -> str:
 
 
 def _verification(description: ModelDescription, report: VerificationReport) -> str:
-    rows = "\n".join(f"| {check.name} | {check.status} | {_text(check.detail)} |" for check in report.checks)
+    rows = "\n".join(f"| {check.name} | {check.status} | {markup.cell(check.detail)} |" for check in report.checks)
     return (
         "## Verification\n\n"
         f"The graph was made from weights with sha256 `{description.weights_sha256}` and compared with them before "
@@ -120,8 +121,8 @@ def _limits(description: ModelDescription) -> str:
         steps = f"be resized to {resized[0]} x {resized[1]} and cropped to the central {height} x {width}"
     return (
         "## Limits\n\n"
-        f"- The model knows the {description.num_classes} classes of `{_text(description.dataset)}` and answers with "
-        "one of them, whatever the image shows.\n"
+        f"- The model knows the {description.num_classes} classes of {markup.code(description.dataset)} and answers "
+        "with one of them, whatever the image shows.\n"
         f"- Images must {steps} by the caller; the method of resizing changes the result slightly.\n"
         "- The scores are not calibrated probabilities.\n"
         "- The values were compared on a CPU; other runtimes and half precision round differently."
@@ -140,5 +141,4 @@ def _text(value: object) -> str:
     """One line of text that can't end a table cell or turn into markup."""
     if isinstance(value, float):
         value = f"{value:.6g}"
-    line = " ".join(str(value).split())
-    return line.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return markup.markdown(value)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from icdctl.data import Preprocessing, SplitRecord
+from icdctl.files import parse_json
 
 InputKind = Literal["uint8", "float"]
 SCHEMA = "1"
@@ -80,13 +81,13 @@ class ModelDescription:
         """
         if values["icdctl.schema"] != SCHEMA:
             raise ValueError(f"schema {values['icdctl.schema']}, this version of icdctl reads {SCHEMA}")
-        names = json.loads(values["names"])
+        names = parse_json(values["names"])
         if not isinstance(names, dict):
             raise TypeError("`names` is not a JSON object")
         class_names = tuple(unicodedata.normalize("NFC", str(names[str(number)])) for number in range(len(names)))
         if int(values["icdctl.num_classes"]) != len(class_names):
             raise ValueError(f"{len(class_names)} names for {values['icdctl.num_classes']} classes")
-        preprocess = json.loads(values["icdctl.preprocess"])
+        preprocess = parse_json(values["icdctl.preprocess"])
         if preprocess["colour"] != "RGB":
             raise ValueError(f"colour {preprocess['colour']}, expected RGB")
         input_kind = values["icdctl.input"]
@@ -100,8 +101,8 @@ class ModelDescription:
             input_kind="uint8" if input_kind == "uint8" else "float",
             weights_sha256=values["icdctl.weights_sha256"],
             precision=values["icdctl.precision"],
-            variant=json.loads(values.get("icdctl.variant", "null")),
-            split=SplitRecord.from_json(json.loads(values["icdctl.split"])) if "icdctl.split" in values else None,
+            variant=parse_json(values.get("icdctl.variant", "null")),
+            split=SplitRecord.from_json(parse_json(values["icdctl.split"])) if "icdctl.split" in values else None,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -195,7 +194,8 @@ def _write_facts(
     folder: Path, description: ModelDescription, *, opset: int, accuracy: Accuracy | None, facts: Mapping[str, object]
 ) -> None:
     own: dict[str, object] = dict(description.metadata())
-    own |= {key: json.loads(str(own[key])) for key in ("names", "icdctl.preprocess", "icdctl.split") if key in own}
+    jsons = ("names", "icdctl.preprocess", "icdctl.split")
+    own |= {key: files.parse_json(str(own[key])) for key in jsons if key in own}
     value = {
         **{key.removeprefix("icdctl."): entry for key, entry in own.items() if key != "icdctl.variant"},
         "num_classes": description.num_classes,

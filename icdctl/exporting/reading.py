@@ -11,6 +11,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # protobuf ships no types
 
 from icdctl.errors import ArtifactError
+from icdctl.exporting import limits
 from icdctl.exporting.description import ModelDescription
 from icdctl.exporting.graph import OPSETS
 from icdctl.files import read_foreign, sha256_bytes
@@ -28,6 +29,8 @@ class OnnxFile:
     proto: onnx.ModelProto
     description: ModelDescription
     opset: int
+    needs: limits.Needs
+    """Memory that the graph needs."""
 
     @property
     def sha256(self) -> str:
@@ -44,8 +47,11 @@ def read_onnx(path: Path | str) -> OnnxFile:
     path = Path(path)
     content = read_foreign(path, what="ONNX file", example="model.onnx", again=_AGAIN_HINT)
     try:
+        limits.check_size(content)
         proto = onnx.ModelProto.FromString(content)
-    except DecodeError as error:
+    except limits.RefusedGraphError as error:
+        raise _refused(path, str(error)) from error
+    except (DecodeError, ValueError) as error:
         raise ArtifactError(f"`{path}` is not an ONNX file, or is cut short", hint=_AGAIN_HINT) from error
     if not proto.graph.node:
         raise ArtifactError(f"`{path}` is not an ONNX file, or is cut short: it holds no graph", hint=_AGAIN_HINT)
@@ -55,7 +61,12 @@ def read_onnx(path: Path | str) -> OnnxFile:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ArtifactError(f"`{path}` is not a valid ONNX graph: {first_line}", hint=_AGAIN_HINT) from error
-    return OnnxFile(path, content, proto, _description(path, proto), opset)
+    description = _description(path, proto)
+    try:
+        needs = limits.measure_graph(proto)
+    except limits.RefusedGraphError as error:
+        raise _refused(path, str(error)) from error
+    return OnnxFile(path, content, proto, description, opset, needs)
 
 
 def _check_plain(path: Path, proto: onnx.ModelProto) -> int:
@@ -72,6 +83,10 @@ def _check_plain(path: Path, proto: onnx.ModelProto) -> int:
     domains = [entry.domain for entry in proto.opset_import if entry.domain not in ("", "ai.onnx")]
     if domains or proto.functions:
         raise _refused(path, f"it defines or needs custom operators ({', '.join(domains) or 'local functions'})")
+    try:
+        limits.check_operators(proto)
+    except limits.RefusedGraphError as error:
+        raise _refused(path, str(error)) from error
     if len(proto.opset_import) != 1 or proto.opset_import[0].version not in OPSETS:
         versions = ", ".join(str(entry.version) for entry in proto.opset_import) or "none"
         raise _refused(path, f"its opset is {versions}, expected {OPSETS.start} to {OPSETS.stop - 1}")

@@ -6,8 +6,12 @@ Shapes: B images, K classes.
 from __future__ import annotations
 
 import statistics
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -25,6 +29,9 @@ Input = NDArray[np.uint8] | NDArray[np.float32]
 
 _WARM_UP_RUNS = 10
 _SILENT = 4
+_LONGEST_SECONDS = 60
+"""Longest time of a run, besides `_SECONDS_PER_IMAGE`."""
+_SECONDS_PER_IMAGE = 5
 
 
 class OnnxClassifier:
@@ -71,7 +78,10 @@ class OnnxClassifier:
             ArtifactError: the runtime can't run the graph.
         """
         self._check(images)
-        return self._run(self._session, self._input(images))
+        most = self.file.needs.most_images
+        parts = [images[first : first + most] for first in range(0, len(images), most)]
+        found = [self._run(self._session, self._input(part)) for part in parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def latency_ms(self, *, batch_size: int = 1, repeats: int = 50, threads: int = 1) -> float:
         """Median wall-clock time of one call of the runtime in milliseconds, after a warm-up.
@@ -82,11 +92,13 @@ class OnnxClassifier:
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (batch_size, height, width, 3), dtype=torch.uint8, generator=generator)
         session, feed = _session(self.file, threads), self._input(images)
+        self._run(session, feed)
         seconds = []
-        for _ in range(_WARM_UP_RUNS + repeats):
-            start = time.perf_counter()
-            self._run(session, feed)
-            seconds.append(time.perf_counter() - start)
+        with _time_limit(_seconds_for((_WARM_UP_RUNS + repeats) * batch_size)) as options:
+            for _ in range(_WARM_UP_RUNS + repeats):
+                start = time.perf_counter()
+                self._logits(session, feed, options)
+                seconds.append(time.perf_counter() - start)
         return 1000 * statistics.median(seconds[_WARM_UP_RUNS:])
 
     def _check(self, images: Tensor) -> None:
@@ -106,11 +118,50 @@ class OnnxClassifier:
         return pixels
 
     def _run(self, session: onnxruntime.InferenceSession, feed: Input) -> Tensor:
-        try:
-            (logits,) = session.run([OUTPUT_NAME], {INPUT_NAME: feed})
-        except Exception as error:  # the runtime's exceptions have no other common base
-            raise _not_run(self.file.path, error) from error
+        """Logits [B, K], within the time that this many images may take."""
+        with _time_limit(_seconds_for(len(feed))) as options:
+            logits = self._logits(session, feed, options)
+        expected = (len(feed), self.description.num_classes)
+        if getattr(logits, "shape", None) != expected or logits.dtype.kind != "f":
+            raise ArtifactError(
+                f"`{self.file.path}` gives {getattr(logits, 'dtype', 'no')} logits "
+                f"{list(getattr(logits, 'shape', ()))} for {expected[0]} images, expected floats {list(expected)}",
+                hint="make the file again with `icdctl export`",
+            )
         return torch.from_numpy(logits)
+
+    def _logits(
+        self, session: onnxruntime.InferenceSession, feed: Input, options: onnxruntime.RunOptions
+    ) -> NDArray[np.floating[Any]]:
+        try:
+            (logits,) = session.run([OUTPUT_NAME], {INPUT_NAME: feed}, options)
+        except Exception as error:  # the runtime's exceptions have no other common base
+            if options.terminate:
+                raise ArtifactError(
+                    f"`{self.file.path}` was stopped: {len(feed)} images took more than {_seconds_for(len(feed))} s",
+                    hint="use a smaller model, a faster machine, or fewer images at once",
+                ) from error
+            raise _not_run(self.file.path, error) from error
+        found: NDArray[np.floating[Any]] = logits
+        return found
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[onnxruntime.RunOptions]:
+    """Options of a run, which stop it after so many seconds."""
+    options = onnxruntime.RunOptions()
+    timer = threading.Timer(seconds, setattr, (options, "terminate", True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield options
+    finally:
+        timer.cancel()
+
+
+def _seconds_for(num_images: int) -> float:
+    """The time that so many images may take on a slow machine."""
+    return _LONGEST_SECONDS + _SECONDS_PER_IMAGE * num_images
 
 
 def _session(file: OnnxFile, threads: int, *, optimise: bool = True) -> onnxruntime.InferenceSession:

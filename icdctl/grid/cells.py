@@ -7,9 +7,7 @@ the cells are read from there, as `dvc.yaml` reads them.
 
 from __future__ import annotations
 
-import csv
 import itertools
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,6 +21,7 @@ from icdctl.config.lookup import OPTIONS
 from icdctl.errors import ArtifactError, UsageError, unknown_name
 from icdctl.grid import cells_file, expansion
 from icdctl.grid.expansion import AFTER, PLAIN
+from icdctl.run_files import read_history
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LONGEST_NAME = 200
@@ -71,12 +70,11 @@ class GridRun:
         return {**own, "seed": self.seed, "out": str(self.folder)}
 
     @property
-    def history(self) -> list[dict[str, str]]:
+    def history(self) -> list[dict[str, float]]:
         """The lines of its history; empty before its first epoch is over."""
         try:
-            with (self.folder / "history.csv").open(newline="", encoding="utf-8") as file:
-                return list(csv.DictReader(file))
-        except (OSError, ValueError, csv.Error):
+            return read_history(self.folder)
+        except (OSError, ValueError):
             return []
 
     def metrics(self) -> dict[str, Any]:
@@ -87,9 +85,11 @@ class GridRun:
         """
         hint = f"delete `{self.folder}`, and train it again"
         value = files.read_json(self.folder / "metrics.json", what="metrics", hint=hint)
-        top1 = value.get("final_top1") if isinstance(value, dict) else None
-        if isinstance(top1, bool) or not isinstance(top1, int | float) or not math.isfinite(top1):
-            raise ArtifactError(f"`{self.folder / 'metrics.json'}` states no number `final_top1`", hint=hint)
+        try:
+            files.percentage(value.get("final_top1") if isinstance(value, dict) else None)
+        except ValueError as error:
+            path = self.folder / "metrics.json"
+            raise ArtifactError(f"`{path}` states no number `final_top1`: {error}", hint=hint) from error
         return dict(value)
 
 

@@ -77,9 +77,9 @@ def write(root: Path, cells: Cells) -> Difference:
     """
     path = root / CELLS_FILE
     try:
-        held = path.read_text(encoding="utf-8")
+        held = files.read_text(path)
         before = _read(path)[_GRID]
-    except (OSError, UnicodeDecodeError, ArtifactError):  # it is made again, whatever it held
+    except (OSError, ValueError, ArtifactError):  # it is made again, whatever it held
         held, before = "", {}
     made = text(cells)
     if held != made:

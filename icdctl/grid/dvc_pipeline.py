@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from icdctl import teachers
 from icdctl.data import cifar100, cub200
 from icdctl.errors import ArtifactError, UsageError
+from icdctl.files import yaml_reading
 from icdctl.grid import cells_file, expansion, params_file
 from icdctl.grid.cells import PARAMS_FILE, read_params
 from icdctl.grid.cells_file import Difference
@@ -58,10 +57,10 @@ def form_beside(params_file: Path) -> Form:
     """
     path = params_file.parent / PIPELINE_FILE
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml_reading.read_yaml(path)
     except FileNotFoundError:
         return Form()
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"`{path}` can't be read: {str(error).splitlines()[0]}", hint=f"fix `{path}`") from error
     stages = content.get("stages") if isinstance(content, dict) else None
     each = [stage for stage in (stages.values() if isinstance(stages, dict) else ()) if isinstance(stage, dict)]

@@ -82,7 +82,7 @@ class PackFolder:
     def read_outcomes(self, pack: Pack) -> list[Outcome] | None:
         """The outcomes of the runs of a pack, in order; None until the worker has written all of them."""
         try:
-            stated = json.loads(self._outcomes.read_text(encoding="utf-8"))
+            stated = files.parse_json(files.read_regular(self._outcomes))
             by_label = {each["label"]: Outcome(**each) for each in stated}
             return [by_label[run.label] for run in pack.runs]
         except (OSError, ValueError, TypeError, LookupError):

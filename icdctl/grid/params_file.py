@@ -15,6 +15,7 @@ import yaml
 
 from icdctl import files
 from icdctl.errors import ArtifactError, UsageError
+from icdctl.files import yaml_reading
 
 _WIDTH = 200
 _INDENT = 2
@@ -96,9 +97,9 @@ def parse(text: str, path: Path) -> dict[str, object]:
     """
     hint = f"fix `{path}`, or name another file with `--to`"
     try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"`{path}` can't be read as YAML: {str(error).splitlines()[0]}", hint=hint) from error
+        content = yaml_reading.parse_yaml(text)
+    except ValueError as error:
+        raise ArtifactError(f"`{path}` can't be read as YAML: {error}", hint=hint) from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -117,10 +118,10 @@ def read(path: Path) -> dict[str, object]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return files.read_text(path, most_bytes=yaml_reading.LARGEST_YAML_BYTES)
     except FileNotFoundError:
         return ""
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"`{path}` can't be read: {error}", hint="name another file with `--to`") from error
 
 

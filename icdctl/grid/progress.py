@@ -86,11 +86,9 @@ def _epochs(pack: Pack) -> tuple[int, int, list[float]]:
     histories = [run.history for run in pack.runs]
     top1 = []
     for history in histories:
-        try:
+        if history:
             last = history[-1]
-            top1.append(float(last.get("test_top1") or last["val_top1"]))
-        except (IndexError, KeyError, TypeError, ValueError):
-            continue
+            top1.append(last["test_top1"] if "test_top1" in last else last["val_top1"])
     return sum(map(len, histories)), min(map(len, histories)), top1
 
 

@@ -7,6 +7,7 @@ classifier is linear, and a coarser patch's logits are the mean of its regions'.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,6 +25,7 @@ _SCALE_WEIGHTS = {1: 1.0, 2: 2.0, 4: 3.0}
 FINEST = max(SCALES)
 """Regions along each side of an image."""
 _SHORTEST = 1e-12
+_LONGEST_SHOWN = 80
 
 
 def parse_scales(text: str) -> tuple[int, ...]:
@@ -33,9 +35,10 @@ def parse_scales(text: str) -> tuple[int, ...]:
         UsageError: empty, repeated, not whole numbers, or a grid that can't be pooled from 4 x 4.
     """
     parts = [part.strip() for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
-    if not all(part.isascii() and part.removeprefix("-").isdigit() for part in parts):
+    if not all(re.fullmatch(r"-?[0-9]{1,9}", part) for part in parts):
         raise UsageError(
-            f"scales `{text}` are not whole numbers with commas between them", hint="e.g. `--scales 1,2,4`"
+            f"scales `{text[:_LONGEST_SHOWN]}` are not whole numbers with commas between them",
+            hint="e.g. `--scales 1,2,4`",
         )
     return check_scales([int(part) for part in parts])
 

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from icdctl.errors import ArtifactError, UsageError
-from icdctl.files import LARGEST_FOREIGN_BYTES, read_foreign, sha256_bytes, write_bytes
+from icdctl.files import LARGEST_FOREIGN_BYTES, parse_json, read_foreign, sha256_bytes, write_bytes
+from icdctl.files.pickles import PickleRefusedError
 from icdctl.models.outputs import Classifier
+from icdctl.models.pickles import check_pickles
 
 _METADATA_KEY = "icdctl"
 _AGAIN_HINT = "download or copy it again from its source"
@@ -166,12 +168,11 @@ def _read_safetensors(path: Path, content: bytes) -> tuple[dict[str, Tensor], di
         tensors = safetensors.torch.load(content)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ArtifactError(f"`{path}` is not a complete safetensors file: {error}", hint=_AGAIN_HINT) from error
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    text = (header.get("__metadata__") or {}).get(_METADATA_KEY, "{}")
     try:
-        metadata = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"metadata `icdctl` of `{path}` is not JSON: {error}", hint=_AGAIN_HINT) from error
+        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = parse_json((header.get("__metadata__") or {}).get(_METADATA_KEY, "{}"))
+    except ValueError as error:
+        raise ArtifactError(f"metadata `icdctl` of `{path}` is not sound: {error}", hint=_AGAIN_HINT) from error
     if not isinstance(metadata, dict):
         raise ArtifactError(f"metadata `icdctl` of `{path}` is not a JSON object", hint=_AGAIN_HINT)
     return tensors, metadata
@@ -179,18 +180,21 @@ def _read_safetensors(path: Path, content: bytes) -> tuple[dict[str, Tensor], di
 
 def _read_pickle(path: Path, content: bytes) -> object:
     """The object in a file of `torch.save`, made of allowed types only."""
-    if content.startswith(b"PK"):
-        _check_zip(path, content)
-    elif not content.startswith(b"\x80"):
+    if not content.startswith((b"PK", b"\x80")):
         raise ArtifactError(
             f"`{path}` is neither a safetensors file nor a file of torch.save",
             hint="weight files end in .safetensors, .pth or .pt; if this should be one, the download is broken",
         )
     try:
+        check_pickles(content)
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about unusual files; this module checks what matters
             loaded: object = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             return loaded
+    except PickleRefusedError as error:
+        raise _refused(path, str(error)) from error
+    except zipfile.BadZipFile as error:
+        raise ArtifactError(f"`{path}` is broken or cut short: {error}", hint=_AGAIN_HINT) from error
     except Exception as error:  # broken files raise anything from EOFError to KeyError
         culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
         if culprit:
@@ -200,19 +204,6 @@ def _read_pickle(path: Path, content: bytes) -> object:
         raise ArtifactError(
             f"`{path}` is broken, cut short or not made by torch.save: {type(error).__name__}", hint=_AGAIN_HINT
         ) from error
-
-
-def _check_zip(path: Path, content: bytes) -> None:
-    """Refuse zip bombs: torch.save stores without compression, so honest entries are never larger than the file."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise ArtifactError(f"`{path}` is broken or cut short: {error}", hint=_AGAIN_HINT) from error
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise _refused(path, "its entries are compressed, which torch.save never does")
-    if sum(entry.file_size for entry in entries) > len(content):
-        raise _refused(path, "its entries claim more bytes than the file has")
 
 
 def _student_state(path: Path, loaded: object) -> dict[str, Tensor]:

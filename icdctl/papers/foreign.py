@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from icdctl import data, files, methods, models
 from icdctl.config import recipes, resolving, sources
 from icdctl.config.run_config import RunConfig
 from icdctl.errors import ArtifactError, UsageError, unknown_name
+from icdctl.files import yaml_reading
 from icdctl.grid.cells import GridCell, make_cell
 from icdctl.methods import METHODS
 from icdctl.models.external import CUSTOM_MODEL
@@ -115,12 +115,9 @@ def _parsed(path: Path) -> dict[str, object]:
         raise ArtifactError(f"`{path}` is refused: larger than {_LARGEST_BYTES // 1024} KiB", hint=hint)
     content = files.read_foreign(path, what="configuration", example="res32x4_mv2.yaml", again=hint)
     try:
-        text = content.decode("utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ArtifactError(f"`{path}` is refused: it has YAML aliases", hint="write out what they stand for")
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is not valid
-        raise ArtifactError(f"`{path}` can't be read as YAML: {str(error).splitlines()[0]}", hint=hint) from error
+        value = yaml_reading.parse_yaml(content.decode("utf-8"), aliases=False)
+    except ValueError as error:
+        raise ArtifactError(f"`{path}` can't be read as YAML: {error}", hint=hint) from error
     if not isinstance(value, dict):
         raise UsageError(f"`{path}` does not hold a mapping", hint=hint)
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -184,7 +185,12 @@ def judged(name: str) -> Judgement:
     table = tables.load(name)
     cells = select(table, texts=(), family=None)
     folders = [files.project_root() / "runs" / name_of(cell) for cell in cells]
-    seeds = [int(run.name[1:]) for folder in folders for run in folder.glob("s*") if run.name[1:].isdigit()]
+    seeds = [
+        int(run.name[1:])
+        for folder in folders
+        for run in folder.glob("s*")
+        if re.fullmatch(r"[0-9]{1,9}", run.name[1:])
+    ]
     if not seeds:
         raise ArtifactError(f"table `{name}` has no runs", hint=f"`icdctl reproduce {name}` trains them")
     grid = with_own_teachers(grid_of(cells, num_seeds=max(seeds) + 1, options={}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import secrets
@@ -205,12 +204,9 @@ def _read(path: Path, kind: type[Document], hint: str) -> tuple[Document, dict[s
     """A JSON file, parsed as `kind` and as a plain value."""
     value = files.read_json(path, what="file", hint=hint)
     try:
-        json.dumps(value, allow_nan=False)
         return kind.model_validate(value), value
     except ValidationError as error:
         raise ArtifactError(f"`{path}` is broken: {first_problem(error)}", hint=hint) from error
-    except ValueError as error:
-        raise ArtifactError(f"`{path}` holds a number that is not finite", hint=hint) from error
 
 
 def _split_in(path: Path, hint: str) -> dict[str, JsonValue] | None:
@@ -219,9 +215,10 @@ def _split_in(path: Path, hint: str) -> dict[str, JsonValue] | None:
     Safetensors states its own length, so a truncated file is detected here without reading it all.
     """
     try:
+        files.check_regular(path)
         with safe_open(path, framework="numpy") as file:
-            metadata = json.loads((file.metadata() or {}).get("icdctl", "{}"))
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+            metadata = files.parse_json((file.metadata() or {}).get("icdctl", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
         raise ArtifactError(f"weights `{path}` are broken: {error}", hint=hint) from error
     split = metadata.get("split") if isinstance(metadata, dict) else None
     return split if isinstance(split, dict) else None
@@ -256,7 +253,7 @@ def _copy(source: Path, target: Path) -> FileRecord:
     """Copy a file and record hash and size of the copy."""
     files.make_folder(target.parent)
     try:
-        shutil.copyfile(source, target)
+        files.copy_regular(source, target)
     except OSError as error:
         if source.is_file() and os.access(source, os.R_OK):
             raise files.not_writable(target, error) from error
@@ -382,7 +379,7 @@ def _track(folder: Path, artifact: Artifact) -> None:
     target = PurePath("registry") / artifact.name / artifact.folder.name / FILES_FOLDER
     # Without `-q`, because with it dvc fails without a message.
     result = subprocess.run(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", "add", str(target)],
+        [sys.executable, "-P", "-m", "dvc", "--wait-for-lock", "add", str(target)],
         cwd=root,
         env={**os.environ, "DVC_NO_ANALYTICS": "1"},
         stdin=subprocess.DEVNULL,

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints,
 
 from icdctl import files
 from icdctl.errors import ArtifactError
+from icdctl.files import percentage
 from icdctl.run_files import WEIGHTS_FILE
 
 SCHEMA: Final = 1
@@ -135,6 +136,17 @@ class Manifest(_Record):
     """The code that trained the student; null if it was not in a git checkout."""
     versions: dict[str, str | None]
     """Versions of Python and the main packages; null for a package that was not installed."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _percentages(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for key, number in value.items():
+            if key.endswith(("_top1", "_top5")) and number is not None:
+                try:
+                    percentage(number)
+                except ValueError as error:
+                    raise ValueError(f"`{key[:40]}`: {error}") from error
+        return value
 
     @field_validator("files")
     @classmethod

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 from pydantic import JsonValue
 
+from icdctl.files.markup import code, markdown
 from icdctl.registry.artifact import Artifact, DatasetRecord, GitRecord, Manifest, OnnxRecord, TeacherRecord
 
 
@@ -30,7 +32,7 @@ def card(artifact: Artifact) -> str:
         "All files are below `files/`; `icdctl registry verify` compares them with these hashes.",
         _table(
             ("file", "bytes", "sha256"),
-            [(f"`{name}`", f"{row.bytes:,}", f"`{row.sha256}`") for name, row in sorted(manifest.files.items())],
+            [(code(name), f"{row.bytes:,}", code(row.sha256)) for name, row in sorted(manifest.files.items())],
         ),
     ]
     return "\n\n".join(sections) + "\n"
@@ -38,12 +40,12 @@ def card(artifact: Artifact) -> str:
 
 def _summary(manifest: Manifest) -> str:
     how = (
-        f"distilled from {manifest.teacher.model} with `{manifest.method}`"
+        f"distilled from {markdown(manifest.teacher.model)} with {code(manifest.method)}"
         if manifest.teacher
-        else f"trained without a teacher (`{manifest.method}`)"
+        else f"trained without a teacher ({code(manifest.method)})"
     )
-    variant = f", variant `{manifest.variant}`" if manifest.variant else ""
-    return f"A {manifest.model} image classifier for {manifest.dataset.name}, {how}{variant}."
+    variant = f", variant {code(manifest.variant)}" if manifest.variant else ""
+    return f"A {markdown(manifest.model)} image classifier for {markdown(manifest.dataset.name)}, {how}{variant}."
 
 
 def _numbers(manifest: Manifest) -> list[tuple[str, ...]]:
@@ -54,7 +56,7 @@ def _numbers(manifest: Manifest) -> list[tuple[str, ...]]:
     for key, where in (("best_top1", "test images"), ("best_val_top1", "validation images")):
         if metrics.get(key) is not None:
             epoch = metrics.get("best_epoch", "unknown")
-            rows.append((f"best top-1 on the {where} (epoch {epoch})", _percent(metrics[key])))
+            rows.append((f"best top-1 on the {where} (epoch {markdown(epoch)})", _percent(metrics[key])))
     if type(metrics.get("params")) is int:
         rows.append(("parameters", f"{metrics['params']:,}"))
     if manifest.onnx:
@@ -77,11 +79,11 @@ def _training(manifest: Manifest) -> str:
         ("epochs", str(manifest.epochs)),
         ("seed", str(manifest.seed)),
         ("scales", ", ".join(map(str, manifest.scales)) or "none"),
-        ("settings", f"`{json.dumps(manifest.settings)}`"),
-        ("recipe", f"`{json.dumps(manifest.recipe)}`"),
-        ("registered", manifest.created),
+        ("settings", code(json.dumps(manifest.settings))),
+        ("recipe", code(json.dumps(manifest.recipe))),
+        ("registered", markdown(manifest.created)),
         ("code", _code(manifest.git)),
-        ("versions", ", ".join(f"{name} {version}" for name, version in versions) or "not on record"),
+        ("versions", ", ".join(markdown(f"{name} {version}") for name, version in versions) or "not on record"),
     ]
     return _table(("", "value"), rows)
 
@@ -89,35 +91,40 @@ def _training(manifest: Manifest) -> str:
 def _code(git: GitRecord | None) -> str:
     if git is None:
         return "not in a git checkout"
-    return f"`{git.commit}`" + (" with uncommitted changes" if git.dirty else "")
+    return code(git.commit) + (" with uncommitted changes" if git.dirty else "")
 
 
 def _teacher(teacher: TeacherRecord | None) -> str:
     if teacher is None:
         return "None: the model learnt from the labels alone."
-    where = f"registered as `{teacher.artifact}`" if teacher.artifact else "not registered when this version was added"
-    weights = f"sha256 of its weights `{teacher.sha256}`" if teacher.sha256 else "no weights on record"
+    where = (
+        f"registered as {code(teacher.artifact)}" if teacher.artifact else "not registered when this version was added"
+    )
+    weights = f"sha256 of its weights {code(teacher.sha256)}" if teacher.sha256 else "no weights on record"
     lines = [
-        f"{teacher.model}, {where}; {weights}.",
+        f"{markdown(teacher.model)}, {where}; {weights}.",
         "",
-        f"- Source of its weights: {teacher.source or 'not on record'}",
-        f"- Licence of its weights: {teacher.licence or 'none stated'}",
+        f"- Source of its weights: {markdown(teacher.source or 'not on record')}",
+        f"- Licence of its weights: {markdown(teacher.licence or 'none stated')}",
     ]
     return "\n".join(lines)
 
 
 def _data(dataset: DatasetRecord) -> str:
     lines = [
-        f"- Source: {dataset.source or 'not known to icdctl'}",
-        f"- Licence: {dataset.licence or 'not known to icdctl; ask the provider of the images'}",
+        f"- Source: {markdown(dataset.source or 'not known to icdctl')}",
+        f"- Licence: {markdown(dataset.licence or 'not known to icdctl; ask the provider of the images')}",
     ]
     if dataset.sha256:
-        lines.append(f"- sha256 of pixels and labels: `{dataset.sha256}`")
+        lines.append(f"- sha256 of pixels and labels: {code(dataset.sha256)}")
     return "\n".join(lines)
 
 
 def _usage(artifact: Artifact) -> str:
-    dataset, reference = artifact.manifest.dataset.name, f"registry:{artifact.reference}"
+    dataset = artifact.manifest.dataset.name
+    if not re.fullmatch(r"[\w.:/-]{1,200}", dataset):  # a command that is copied must be nothing else
+        dataset = "DATASET"
+    reference = f"registry:{artifact.reference}"
     return (
         "```\n"
         f"icdctl eval {reference}\n"
@@ -136,8 +143,8 @@ def _limits(manifest: Manifest) -> str:
             if manifest.metrics.get("best_val_top1") is not None
             else "the best epoch was chosen on the test images and is not a fair estimate."
         ),
-        f"- The model was tested on the test images of {manifest.dataset.name} alone; results on other images may "
-        "differ.",
+        f"- The model was tested on the test images of {markdown(manifest.dataset.name)} alone; results on other "
+        "images may differ.",
     ]
     if manifest.onnx is None:
         lines.append("- No ONNX file was registered with this version; `icdctl export` makes one.")
@@ -150,4 +157,9 @@ def _percent(value: JsonValue) -> str:
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(_in_a_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _in_a_cell(text: str) -> str:
+    """Markdown as a cell of a table, where `|` ends a span of code, too."""
+    return re.sub(r"(?<!\\)\|", r"\\|", text)

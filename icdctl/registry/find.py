@@ -11,8 +11,11 @@ from icdctl.errors import ArtifactError, UsageError
 from icdctl.registry.artifact import CARD_FILE, DVC_FILE, MANIFEST_FILE, Artifact, read_manifest
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)?")
-_VERSION_FOLDER = re.compile(r"v([1-9][0-9]*)")
-_REFERENCE = re.compile(r"(?P<name>[^@]+)(?:@v(?P<version>[1-9][0-9]*))?")
+_VERSION_FOLDER = re.compile(r"v([1-9][0-9]{0,8})")
+_REFERENCE = re.compile(r"(?P<name>[^@]+)(?:@v(?P<version>[1-9][0-9]{0,8}))?")
+
+
+_LONGEST_SHOWN = 200
 
 
 def list_artifacts(folder: Path) -> list[Artifact]:
@@ -170,6 +173,6 @@ def check_name(name: str) -> None:
     """
     if not _NAME.fullmatch(name) or ".." in name:
         raise UsageError(
-            f"`{name}` can't be the name of an artifact",
+            f"`{name[:_LONGEST_SHOWN]}` can't be the name of an artifact",
             hint="lower-case letters, digits, `.`, `_` and `-`, as in `cifar100/res8-kd`, and `@v2` for a version",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -204,7 +203,7 @@ def _earlier_figures(out: Path) -> list[str]:
     if not taken:
         return []
     try:
-        held = json.loads((out / NUMBERS_FILE).read_text(encoding="utf-8"))
+        held = files.parse_json(files.read_regular(out / NUMBERS_FILE))
         names = [str(name) for name in held["figures"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"`{out / taken[0]}` is not part of a report that icdctl wrote", hint=hint) from error

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from icdctl import files
 from icdctl.config.run_config import RunConfig
 from icdctl.errors import ArtifactError
 from icdctl.run_files import WEIGHTS_FILE
+from icdctl.run_files import read_history as read_history
 
 TRAIN_AGAIN_HINT = "train it again, or name the run folders that you want"
 _TRIALS = "search.json"
@@ -89,22 +88,28 @@ def read_run(folder: Path) -> FinishedRun:
         raise ArtifactError(f"run `{folder}` is not finished", hint=hint)
     metrics = files.read_json(folder / "metrics.json", what="metrics", hint=TRAIN_AGAIN_HINT)
     try:
-        config = RunConfig(**files.read_json(folder / "config.json", what="config", hint=TRAIN_AGAIN_HINT))
+        config = RunConfig.stated(files.read_json(folder / "config.json", what="config", hint=TRAIN_AGAIN_HINT))
         history = tuple(read_history(folder))
-        broken = [key for key in _NUMBERS if not _is_number(metrics[key])]
-        if broken or metrics["final_top1"] is None:
-            raise ValueError(f"`{(broken or ['final_top1'])[0]}` is not a number")
+        numbers = _metrics(metrics)
     except (ValidationError, ValueError, TypeError, KeyError, OSError) as error:
         reason = f"{error.error_count()} fields" if isinstance(error, ValidationError) else str(error)
         raise ArtifactError(
             f"run `{folder}` is broken, or another version made it: {reason}", hint=TRAIN_AGAIN_HINT
         ) from error
     sha256 = files.sha256_file(folder / WEIGHTS_FILE)
-    return FinishedRun(folder, config, _metrics(metrics), history, _versions(folder), sha256)
+    return FinishedRun(folder, config, numbers, history, _versions(folder), sha256)
 
 
 def _metrics(value: Mapping[str, Any]) -> RunMetrics:
-    """The checked content of a metrics.json."""
+    """The checked content of a metrics.json.
+
+    Raises:
+        KeyError, TypeError, ValueError: a number is missing, or is not one.
+    """
+    _check("final_top1", value["final_top1"], files.percentage)
+    for key in ("final_top5", "best_top1", "seconds"):
+        if value[key] is not None:
+            _check(key, value[key], files.positive if key == "seconds" else files.percentage)
     params, source, licence = (value.get(key) for key in ("params", "teacher_source", "teacher_licence"))
     return RunMetrics(
         **{key: value[key] for key in _NUMBERS},
@@ -128,19 +133,8 @@ def _versions(folder: Path) -> Mapping[str, object]:
     return versions
 
 
-def _is_number(value: object) -> bool:
-    """True for a finite number, and for None."""
-    return value is None or (isinstance(value, int | float) and math.isfinite(value))
-
-
-def read_history(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's history.csv, one mapping of column to value for each epoch.
-
-    Raises:
-        OSError, ValueError: the file is missing or broken.
-    """
-    with (folder / "history.csv").open(newline="", encoding="utf-8") as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    if not rows or not rows[0].keys() & {"test_top1", "val_top1"}:
-        raise ValueError("history.csv has no accuracy")
-    return rows
+def _check(key: str, value: object, read: Callable[[object], float]) -> None:
+    try:
+        read(value)
+    except ValueError as error:
+        raise ValueError(f"`{key}` is not a number: {error}") from error

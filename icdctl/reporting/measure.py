@@ -283,14 +283,10 @@ def _keep(path: Path, value: Mapping[str, object]) -> None:
         files.write_json(path, value)
 
 
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} was never measured")
-
-
 def _held(path: Path) -> dict[str, Any]:
     """A measurement that was kept; empty if there is none, or if the file is broken."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        value = files.parse_json(files.read_regular(path))
     except (OSError, ValueError):
         return {}
     files.mark_used(path)

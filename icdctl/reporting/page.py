@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import jinja2
 from markupsafe import Markup, escape
 
+from icdctl.files import markup
+from icdctl.files.markup import markdown, with_code
 from icdctl.reporting.drawing import Picture
 from icdctl.versions import versions
 
@@ -101,19 +103,19 @@ def _marked(text: str) -> Markup:
 
 def render_markdown(page: Page) -> str:
     """The page as Markdown, with links to the figures, for a terminal or a pull request."""
-    lines = [f"# {page.title}", "", *(f"{text}\n" for text in page.about)]
+    lines = [f"# {markdown(page.title)}", "", *(f"{with_code(text)}\n" for text in page.about)]
     for section in page.sections:
-        lines += [f"## {section.title}", ""]
-        lines += [f"{text}\n" for text in section.paragraphs]
+        lines += [f"## {markdown(section.title)}", ""]
+        lines += [f"{with_code(text)}\n" for text in section.paragraphs]
         for table in section.tables:
-            lines += [f"### {table.title}", ""]
+            lines += [f"### {markdown(table.title)}", ""]
             lines += ["| " + " | ".join(_escaped(cell) for cell in row) + " |" for row in (table.headers, *table.rows)]
             lines.insert(len(lines) - len(table.rows), "|" + "---|" * len(table.headers))
-            lines += ["", *(f"{note}\n" for note in table.notes)]
-        lines += [f"![{picture.title}](figures/{picture.name}.svg)\n" for picture in section.pictures]
-    lines += [f"- {note}" for note in page.notes]
+            lines += ["", *(f"{with_code(note)}\n" for note in table.notes)]
+        lines += [f"![{markdown(picture.title)}](figures/{picture.name}.svg)\n" for picture in section.pictures]
+    lines += [f"- {with_code(note)}" for note in page.notes]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
+    return markup.cell(cell)

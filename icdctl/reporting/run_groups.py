@@ -264,10 +264,11 @@ def _usual(trainings: Sequence[Mapping[str, object]]) -> dict[str, object]:
     """The most frequent value of each option that differs; among equally frequent values, one that means off."""
     found = {}
     for key in sorted(trainings[0]):
-        several = Counter(json.dumps(training[key]) for training in trainings)
-        if len(several) > 1:
-            is_on = {text: json.loads(text) not in (None, 0, [], "none") for text in several}
-            found[key] = json.loads(min(several, key=lambda text: (-several[text], is_on[text], text)))
+        values = {json.dumps(training[key]): training[key] for training in trainings}
+        if len(values) > 1:
+            several = Counter(json.dumps(training[key]) for training in trainings)
+            is_on = {text: value not in (None, 0, [], (), "none") for text, value in values.items()}
+            found[key] = values[min(several, key=lambda text: (-several[text], is_on[text], text))]
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -130,17 +131,22 @@ def to_markdown(found: Sequence[Sheet]) -> str:
     """A heading, a table and the notes for each sheet."""
     blocks = []
     for sheet in found:
-        lines = [
-            "| " + " | ".join(_escaped(cell, {"|": "\\|", "\n": " "}) for cell in line) + " |"
-            for line in (sheet.headers, *sheet.rows)
-        ]
+        lines = ["| " + " | ".join(_in_a_cell(cell) for cell in line) + " |" for line in (sheet.headers, *sheet.rows)]
         lines.insert(1, "|" + "---|" * len(sheet.headers))
         notes = [f"- {note}" for note in sheet.notes]
         blocks.append("\n".join([f"## {sheet.title}", "", *lines, "", *notes]) + "\n")
     return "\n".join(blocks)
 
 
+def _in_a_cell(text: str) -> str:
+    """Text as a cell of a table in Markdown, without tags of HTML."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", _escaped(text, {"|": "\\|", "\n": " "}))
+
+
 _LATEX = {
+    "\n": " ",
+    "[": "{[}",
+    "]": "{]}",
     "\\": r"\textbackslash{}",
     "&": r"\&",
     "%": r"\%",
@@ -261,8 +267,15 @@ def _csv(rows: Sequence[Mapping[str, object]], columns: Collection[str]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
-        writer.writerow([f"{value:.6f}" if isinstance(value, float) else value for value in row.values()])
+        writer.writerow([_in_csv(value) for value in row.values()])
     return text.getvalue()
+
+
+def _in_csv(value: object) -> object:
+    """A value for a CSV file; a spreadsheet would take text that begins with `=`, `+`, `-` or `@` for a formula."""
+    if isinstance(value, float):
+        return f"{value:.6f}"
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
 
 
 def _escaped(text: str, marks: Mapping[str, str]) -> str:

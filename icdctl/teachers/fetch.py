@@ -285,7 +285,9 @@ def _converted(
     metadata = _trained_on(teacher).weights_metadata(teacher.model)
     origin = {"url": url, "sha256": sha256, "source": teacher.source, "licence": teacher.licence}
     if options.keep_original:
-        files.write_bytes(place.with_name(ORIGINAL_FILE), original.read_bytes())
+        files.write_bytes(
+            place.with_name(ORIGINAL_FILE), files.read_regular(original, most_bytes=files.LARGEST_FOREIGN_BYTES)
+        )
     converted = models.save_weights(place, model, {**metadata, "origin": origin})
     entry = entry.model_copy(update={"converted_sha256": converted})
     record(teacher.name, entry)

@@ -100,7 +100,7 @@ class _Child:
         environment = dict(os.environ) if slot is None else {**os.environ, "CUDA_VISIBLE_DEVICES": slot}
         with (folder / "stderr.txt").open("wb") as said:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "icdctl.grid.worker", str(folder), *(run.label for run in pack.runs)],
+                [sys.executable, "-P", "-m", "icdctl.grid.worker", str(folder), *(run.label for run in pack.runs)],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

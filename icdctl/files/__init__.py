@@ -1,11 +1,13 @@
-"""Files that are complete or absent: atomic writes, hashes, locks, and the folders where icdctl keeps its state."""
+"""Files that are complete or absent: atomic writes, hashes, locks, and the folders where icdctl keeps its state.
+
+Reading is in `icdctl.files.reading`, whose names are here too, and YAML in `icdctl.files.yaml_reading`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +19,20 @@ from typing import IO, Any
 import filelock
 
 from icdctl.errors import ArtifactError
-
-LARGEST_FOREIGN_BYTES = 2 * 1024**3
-"""Largest weights file, graph or image that is read; larger files are refused."""
+from icdctl.files.reading import LARGEST_FOREIGN_BYTES as LARGEST_FOREIGN_BYTES
+from icdctl.files.reading import LARGEST_TEXT_BYTES as LARGEST_TEXT_BYTES
+from icdctl.files.reading import check_regular as check_regular
+from icdctl.files.reading import copy_regular as copy_regular
+from icdctl.files.reading import open_regular as open_regular
+from icdctl.files.reading import parse_json as parse_json
+from icdctl.files.reading import percentage as percentage
+from icdctl.files.reading import positive as positive
+from icdctl.files.reading import read_foreign as read_foreign
+from icdctl.files.reading import read_json as read_json
+from icdctl.files.reading import read_regular as read_regular
+from icdctl.files.reading import read_table as read_table
+from icdctl.files.reading import read_text as read_text
+from icdctl.files.reading import whole_number as whole_number
 
 JsonObject = dict[str, Any]
 """A JSON object that was read from somewhere or is about to be written; its values are checked where they are used."""
@@ -36,7 +49,7 @@ def sha256_bytes(content: bytes) -> str:
 def sha256_file(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
@@ -45,7 +58,7 @@ def sha256_file(path: Path) -> str:
 def md5_file(path: Path) -> str:
     """Hex md5 of a file, read in pieces; for files whose publisher states no better hash."""
     digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
@@ -82,68 +95,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write a value as indented JSON, with `write_bytes`; keys keep their order, NaN raises ValueError."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path, *, what: str, hint: str) -> Any:
-    """Read a JSON file that icdctl wrote.
-
-    Args:
-        path: the file.
-        what: the kind of file, for the message, e.g. "run folder".
-        hint: the hint where the file is missing or broken.
-
-    Raises:
-        ArtifactError: the file is missing, can't be read or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"no {what}: `{path}` does not exist", hint=hint) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ArtifactError(f"{what} can't be read: `{path}`: {error}", hint=hint) from error
-
-
-def read_foreign(path: Path, *, what: str, example: str, again: str) -> bytes:
-    """Read a file from an untrusted source; the message says what it is instead, where it is a common mistake.
-
-    Args:
-        path: the file.
-        what: the kind of file that is expected, for messages, e.g. "weight file".
-        example: an example of the name of such a file.
-        again: the hint where the file is empty.
-
-    Raises:
-        ArtifactError: the file is missing, a folder, unreadable, empty, larger than 2 GiB, a git-lfs pointer or a web
-            page.
-    """
-    try:
-        state = path.stat()
-        if stat.S_ISDIR(state.st_mode):
-            raise ArtifactError(f"`{path}` is a folder, not the {what}", hint=f"name the file in it, e.g. `{example}`")
-        if not stat.S_ISREG(state.st_mode):  # a device or a pipe never ends
-            raise ArtifactError(f"`{path}` is a device or a pipe, not the {what}", hint="name a file on a disk")
-        if state.st_size > LARGEST_FOREIGN_BYTES:
-            raise ArtifactError(f"`{path}` is refused: it is larger than 2 GiB", hint=f"name the right {what}")
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{what} `{path}` does not exist", hint="check the path") from error
-    except OSError as error:
-        raise ArtifactError(
-            f"{what} `{path}` can't be read: {error.strerror or error}", hint="check its permissions and the disk"
-        ) from error
-    if not content:
-        raise ArtifactError(f"{what} `{path}` is empty", hint=again)
-    if content.startswith(b"version https://git-lfs"):
-        raise ArtifactError(
-            f"`{path}` is a git-lfs pointer, not the {what} it points to",
-            hint="run `git lfs pull` in the repository that it comes from",
-        )
-    if content[:512].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise ArtifactError(
-            f"`{path}` is a web page, not the {what}",
-            hint="the server answered with a page (a login or an error) instead of the file; download it again",
-        )
-    return content
 
 
 def make_folder(path: Path) -> None:
@@ -270,7 +221,7 @@ def unless_locked(path: Path) -> Iterator[bool]:
     except ImportError:  # see `hold_mapped`
         yield True
         return
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -326,8 +277,11 @@ def user_path(text: str) -> Path:
     """The path that a user typed, with `~` and `~name` expanded.
 
     Raises:
-        ArtifactError: the user after `~` does not exist.
+        ArtifactError: the user after `~` does not exist, or the path holds a zero byte.
     """
+    if "\0" in text:
+        shown = text.replace("\0", "\\0")
+        raise ArtifactError(f"`{shown}` holds a zero byte, which no path can", hint="write another path")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
