@@ -1,6 +1,6 @@
 """The artifact registry: numbered, hashed and described copies of finished runs.
 
-A version appears as a whole or not at all (it is built in `.new-*` beside its place and then renamed), and nothing
+A version appears as a whole or not at all (it is built in a hidden folder beside its place, then renamed), and nothing
 changes it afterwards. `icdctl.registry.artifact` describes its folder.
 """
 

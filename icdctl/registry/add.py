@@ -6,12 +6,12 @@ import errno
 import json
 import os
 import re
-import secrets
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
@@ -43,7 +43,10 @@ from icdctl.run_files import WEIGHTS_FILE, check_as_written
 RUN_FILES = (WEIGHTS_FILE, "config.json", "history.csv", "metrics.json", "environment.json")
 EXPORT_FILES = ("model.onnx", "model.json", "verify.json", "README.md", "manifest.json")
 
-_NEW = ".new-"
+_NEW = "version"
+"""What the temporary folder of a version is named after."""
+_OLD_NEW = ".new-"
+"""How the name of that folder began in earlier versions."""
 _STALE_SECONDS = 24 * 3600
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 
@@ -139,9 +142,8 @@ def add(folder: Path, run_folder: Path, *, export_folder: Path | None = None, na
     chosen = _name_of(run.config, name)
     home = folder / chosen
     files.make_folder(home)
-    _remove_stale(home)
-    building = home / f"{_NEW}{os.getpid()}-{secrets.token_hex(4)}"
-    try:
+    _remove_left(home)
+    with files.temporary_beside(home / _NEW, is_folder=True) as building:
         records = {row: _copy(run_folder / row, building / FILES_FOLDER / row) for row in RUN_FILES}
         if export and export_folder:
             records |= _copy_export(export_folder, export, building / FILES_FOLDER)
@@ -152,8 +154,6 @@ def add(folder: Path, run_folder: Path, *, export_folder: Path | None = None, na
         except BaseException:
             artifact.folder.rename(building)
             raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return artifact
 
 
@@ -234,15 +234,16 @@ def _slug(text: str) -> str:
     return re.sub(r"\.{2,}", ".", re.sub(r"[^a-z0-9._-]+", "-", text.lower())).strip("-._")
 
 
-def _remove_stale(home: Path) -> None:
-    """Remove what a killed `add` left behind; a recent folder is kept, because its `add` may still be running."""
-    for path in home.glob(f"{_NEW}*"):
-        try:
-            stale = time.time() - path.stat().st_mtime > _STALE_SECONDS
-        except FileNotFoundError:
-            continue
-        if stale:
-            shutil.rmtree(path, ignore_errors=True)
+def _remove_left(home: Path) -> None:
+    """Remove the folders of killed `add`s; the folder of an `add` at work is marked as in use."""
+    for path in home.glob(".*"):
+        with suppress(FileNotFoundError):
+            if path.name.startswith(_OLD_NEW):  # without a mark
+                is_left = time.time() - path.stat().st_mtime > _STALE_SECONDS
+            else:
+                is_left = files.is_abandoned(path)
+            if is_left:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _copy(source: Path, target: Path) -> FileRecord:
