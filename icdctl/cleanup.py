@@ -52,9 +52,8 @@ _OLD_RUN_FILE = re.compile(
 """Such names outside the state folder, where other programs have hidden files, too."""
 _STALE_SECONDS = 24 * 3600
 """Age after which no process is writing a temporary file any more."""
-_LOCK = re.compile(r"\.(.+\.)?lock")
-"""The name of a lock file beside what it guards."""
-_PARAMS_LOCK = ".params.yaml.lock"
+_LOCKS = (".params.yaml.lock", "registry/.teachers.lock.lock")
+"""Lock files of `files.lock_beside`; while it works, a process deletes its own."""
 _PROJECT_FOLDERS = ("runs", "registry", "teachers", "exported", "report", "results")
 """Folders of a project that icdctl writes to."""
 _RUN_LOCK = re.compile(r"[0-9a-f]{20}\.lock")
@@ -347,11 +346,12 @@ def _remains_of_project(runs: Iterable[Path]) -> Iterator[Entry]:
     places = dict.fromkeys(run.resolve() for run in (*(root / name for name in _PROJECT_FOLDERS), *runs))
     folders = dict.fromkeys(folder for place in places for folder in _folders_below(place))
     beside = dict.fromkeys((root.resolve(), *(place.parent for place in places)))
-    locks = {_PARAMS_LOCK, *(f".{place.name}.lock" for place in places)}
+    for lock in (root / name for name in _LOCKS):
+        if lock.is_file() and not files.is_locked(lock):
+            yield _entry("remains", lock.name, [lock], of=str(lock), mapped=(lock,))
     for folder in dict.fromkeys([*folders, *beside]):
         for path in _children(folder):
-            known = folder in folders or path.name in locks
-            if files.is_abandoned(path) or (known and _is_free_lock(path)):
+            if files.is_abandoned(path):
                 yield _entry("remains", path.name, [path], of=str(path), mapped=(path,))
             elif _OLD_RUN_FILE.fullmatch(path.name) and _is_stale(path):
                 yield _entry("remains", path.name, [path], of=str(path))
@@ -362,11 +362,6 @@ def _folders_below(top: Path) -> Iterator[Path]:
     for folder, inside, _ in os.walk(top):
         inside[:] = sorted(name for name in inside if not name.startswith("."))
         yield Path(folder)
-
-
-def _is_free_lock(path: Path) -> bool:
-    """Whether a file is an empty lock file that no process holds; while it works, a process deletes its own."""
-    return bool(_LOCK.fullmatch(path.name)) and _size_of([path])[0] == 0 and not files.is_locked(path)
 
 
 def _is_stale(path: Path) -> bool:

@@ -123,7 +123,7 @@ def test_what_killed_writers_leave_is_listed_and_deleted_and_nothing_else(icdctl
         leave("params.yaml", "file"),
         leave("state/checkpoints/0123/state.safetensors", "file"),
     ]
-    for lock in ("runs/.s.lock", ".params.yaml.lock"):
+    for lock in ("registry/.teachers.lock.lock", ".params.yaml.lock"):
         Path(lock).touch()
         left.append(Path(lock))
     kept = ["runs/s/.config.json.original", "runs/s/.notes.tmp", "runs/.mine.lock", ".mine.lock", "runs/s/config.json"]
