@@ -28,7 +28,7 @@ from icdctl.engine.run_output import RunResult
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting import Export, export_onnx
 from icdctl.registry.trained import TrainedModel
-from icdctl.run_files import HASH_KEY
+from icdctl.run_files import HASH_KEY, check_numbers
 
 Config = Mapping[str, Any] | RunConfig
 
@@ -399,6 +399,7 @@ def _facts(target: TrainedModel) -> dict[str, Any]:
         facts |= {key: config.get(key) for key in ("method", "teacher", "teacher_sha256", "scales", "settings", "seed")}
         names = ("final_top1", "best_top1", "best_epoch", "variant", "teacher_source", "teacher_licence")
         if metrics.get(HASH_KEY) in (None, target.sha256):  # otherwise they belong to other weights
+            check_numbers(folder, metrics)
             facts |= {key: metrics[key] for key in names if metrics.get(key) is not None}
     return facts
 

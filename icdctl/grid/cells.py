@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from icdctl import files, methods
+from icdctl import files, methods, run_files
 from icdctl.config import sources
 from icdctl.config.expand import parse_seeds
 from icdctl.config.lookup import OPTIONS
@@ -83,13 +83,14 @@ class GridRun:
         """The metrics of a run that is done.
 
         Raises:
-            ArtifactError: the file is broken.
+            ArtifactError: the file is broken, or has changed since the run wrote it.
         """
         hint = f"delete `{self.folder}`, and train it again"
         value = files.read_json(self.folder / "metrics.json", what="metrics", hint=hint)
         top1 = value.get("final_top1") if isinstance(value, dict) else None
         if isinstance(top1, bool) or not isinstance(top1, int | float) or not math.isfinite(top1):
             raise ArtifactError(f"`{self.folder / 'metrics.json'}` states no number `final_top1`", hint=hint)
+        run_files.check_numbers(self.folder, value)
         return dict(value)
 
 

@@ -38,7 +38,7 @@ from icdctl.registry.artifact import (
 )
 from icdctl.registry.artifact_card import card
 from icdctl.registry.find import check_name, list_artifacts, newest, taken_numbers, versions_of
-from icdctl.run_files import WEIGHTS_FILE, check_as_written
+from icdctl.run_files import WEIGHTS_FILE, check_as_written, check_numbers
 
 RUN_FILES = (WEIGHTS_FILE, "config.json", "history.csv", "metrics.json", "environment.json")
 EXPORT_FILES = ("model.onnx", "model.json", "verify.json", "README.md", "manifest.json")
@@ -172,6 +172,7 @@ def _read_run(run_folder: Path) -> _Run:
     config, _ = _read(config_path, _Config, hint)
     metrics, all_metrics = _read(run_folder / "metrics.json", _Metrics, hint)
     environment, _ = _read(run_folder / "environment.json", _Environment, hint)
+    check_numbers(run_folder, all_metrics)
     _check_weights(run_folder / WEIGHTS_FILE, hint)
     check_as_written(run_folder, files.sha256_file(run_folder / WEIGHTS_FILE), hint=hint)
     return _Run(config, metrics, all_metrics, environment)
