@@ -149,6 +149,8 @@ def test_the_manifest_says_what_the_run_was(folder: Path, make_run: MakeRun) -> 
     assert held.pop("files").keys() == set(RUN_FILES)
     assert held.pop("metrics")["best_epoch"] == 18
     assert held.pop("created").endswith("Z")
+    assert held.pop("card_sha256") == files.sha256_file(artifact.folder / "card.md")
+    assert len(held.pop("sha256")) == 64
     dataset = held.pop("dataset")
     assert (dataset["name"], dataset["sha256"]) == ("digits100", DATASET_SHA256)
     assert dataset["source"]
@@ -157,6 +159,7 @@ def test_the_manifest_says_what_the_run_was(folder: Path, make_run: MakeRun) -> 
         "schema": 1,
         "name": "digits100/res8-cd_sdd_dkd",
         "version": 1,
+        "serial": 1,
         "model": "res8",
         "method": "cd_sdd_dkd",
         "variant": "paper",

@@ -59,6 +59,13 @@ class GroupMeasurer:
         self._device, self._data_dir, self._latency = device, data_dir, latency
         self._observer, self._notes = observer, notes
         self._held: tuple[Request, ModelMeasurer] | None = None
+        self._said: set[str] = set()
+
+    def _say(self, text: str) -> None:
+        """Show a line once, however many models it is about."""
+        if text not in self._said:
+            self._said.add(text)
+            self._observer.message(text)
 
     def measure(self, group: RunGroup) -> tuple[GroupMeasurements, ModelMeasurer | None]:
         """Measure the models of a group; also returns the measurer for further figures, None without images.
@@ -93,7 +100,7 @@ class GroupMeasurer:
         wanted = config.images
         if self._held is None or self._held[0] != wanted:
             self._held = None  # frees the images of the previous data set
-            self._held = (wanted, ModelMeasurer(data.load(wanted), self._device, self._observer))
+            self._held = (wanted, ModelMeasurer(data.load(wanted), self._device, self._observer, self._say))
         return self._held[1]
 
     def _measure_teacher(self, found: GroupMeasurements, measurer: ModelMeasurer) -> None:
@@ -110,6 +117,6 @@ class GroupMeasurer:
             if trained_model.model in found.latencies:
                 continue
             try:
-                found.latencies[trained_model.model] = measure.latency_ms(trained_model, cpu_name())
+                found.latencies[trained_model.model] = measure.latency_ms(trained_model, cpu_name(), self._say)
             except IcdctlError as error:
                 self._notes.append(f"the latency of {trained_model.model} was not measured: {error.message}")
