@@ -114,6 +114,7 @@ class OnnxClassifier:
 
 
 def _session(file: OnnxFile, threads: int, *, optimise: bool = True) -> onnxruntime.InferenceSession:
+    onnxruntime.disable_telemetry_events()  # some builds of the runtime report their use to its publisher
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
