@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import save
 
-from icdctl import files, models
+from icdctl import files, models, run_files
 from icdctl.config.run_config import RunConfig
 from icdctl.data import UNLABELED, Views
 from icdctl.engine.checkpoint import PREVIOUS_FILE, REPLAY_FILE, STATE_FILE, CheckpointWriter, Progress
@@ -84,13 +84,13 @@ class RunOutput:
             write_history(self.out / "history.csv", progress.history)
 
     def write_result(self, config: RunConfig, progress: Progress, model: Classifier, metrics: dict[str, Any]) -> None:
-        """Write history, weights and metrics of a run whose last epoch is done; the weights' hash joins `metrics`.
+        """Write history, weights and metrics of a run whose last epoch is done; all hashes join `metrics`.
 
         Args:
             config: the configuration of the run.
             progress: the progress at its end.
             model: the model to keep.
-            metrics: without the hash of the weights.
+            metrics: without the hashes.
         """
         self._check_folder(progress, config)
         write_history(self.out / "history.csv", progress.history)
@@ -98,6 +98,7 @@ class RunOutput:
         # These describe an earlier training in this folder, whose weights are replaced now.
         (self.out / "metrics.json").unlink(missing_ok=True)
         metrics[HASH_KEY] = models.save_weights(self.out / WEIGHTS_FILE, without_adapter(model), metadata)
+        metrics |= run_files.hashes(self.out, metrics)
         files.write_json(self.out / "metrics.json", metrics)
         (self.state.folder / PREVIOUS_FILE).unlink(missing_ok=True)
 
@@ -148,7 +149,7 @@ def run_metrics(
     compiled: bool,
     teacher_origin: Mapping[str, str | None],
 ) -> dict[str, Any]:
-    """The content of metrics.json, the hash of the weights aside.
+    """The content of metrics.json, the hashes aside.
 
     Args:
         shared: the images.

@@ -133,6 +133,18 @@ def resolve(
     return _from_file(path, origin=target, dataset=dataset, module=module)
 
 
+def check_numbers(folder: Path) -> bool:
+    """Whether metrics, history and configuration of a finished run were compared with the hashes that it wrote; False
+    where an earlier version wrote none, and only the accuracy was compared.
+
+    Raises:
+        ArtifactError: one of the files can't be read, or has changed since the run wrote it.
+    """
+    metrics = files.read_json(folder / run_files.METRICS_FILE, what="metrics", hint=run_files.write_again_hint(folder))
+    run_files.check_numbers(folder, metrics)
+    return isinstance(metrics, dict) and run_files.is_hashed(metrics)
+
+
 def _from_file(path: Path, *, origin: str, dataset: DatasetInfo | None, module: nn.Module | None) -> TrainedModel:
     weights = models.read_weights(path)
     said = weights.metadata
