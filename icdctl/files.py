@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -58,20 +58,27 @@ def write_bytes(path: Path, content: bytes) -> None:
         ArtifactError: the folder can't be written to, or the disk is full.
     """
     make_folder(path.parent)
-    temporary: Path | None = None
+    temporary = temporary_beside(path)
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
         raise not_writable(path, error) from error
     finally:
-        if temporary is not None:
+        with suppress(OSError):  # a name too long, which the error has said already
             temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new hidden name in the folder of `path`, `.<name>.<8 characters>`, where nothing is yet.
+
+    What is created there gets the permissions that the umask leaves, as the final file should have them. The functions
+    of `tempfile` keep group and others out whatever the umask says.
+    """
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -232,12 +232,12 @@ def _without_folders(value: object) -> object:
 def _folder_beside(out: Path) -> Iterator[Path]:
     """A temporary folder on the same disk as `out`; it is deleted afterwards unless it was moved."""
     files.make_folder(out.parent)
+    folder = files.temporary_beside(out)
     try:
-        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        folder.mkdir()
     except OSError as error:
         raise files.not_writable(out, error) from error
     try:
-        folder.chmod(0o755)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
