@@ -25,7 +25,7 @@ from icdctl.engine.device import resolve_device
 from icdctl.engine.observer import Observer, SilentObserver, decoding
 from icdctl.engine.run import Failure
 from icdctl.engine.run_output import RunResult
-from icdctl.errors import ArtifactError, UsageError
+from icdctl.errors import ArtifactError, UsageError, memory_reported
 from icdctl.exporting import Export, export_onnx
 from icdctl.registry.trained import TrainedModel
 from icdctl.run_files import HASH_KEY
@@ -33,6 +33,7 @@ from icdctl.run_files import HASH_KEY
 Config = Mapping[str, Any] | RunConfig
 
 
+@memory_reported()
 def train(
     config: Config | None = None,
     *,
@@ -58,6 +59,7 @@ def train(
     return _one(_run([Job("train", given)], resume=resume, observer=observer))
 
 
+@memory_reported()
 def distill(
     config: Config | None = None,
     *,
@@ -80,6 +82,7 @@ def distill(
     return _one(_run([Job("distill", {**_stated(config), **options})], resume=resume, observer=observer))
 
 
+@memory_reported()
 def distill_many(
     config: Config | None = None,
     *,
@@ -122,6 +125,7 @@ def _stated(config: Config | None) -> dict[str, Any]:
     return dict(config or {})
 
 
+@memory_reported()
 def start(
     command: Command,
     several: Sequence[Mapping[str, Any]],
@@ -208,6 +212,7 @@ class EvaluationResult:
         return {**found, **self.numbers.as_json(), **compared}
 
 
+@memory_reported()
 def evaluate(
     target: Model,
     *,
@@ -274,6 +279,7 @@ def evaluate(
     )
 
 
+@memory_reported()
 def predict(
     target: Model,
     images: str | Path | Sequence[str | Path],
@@ -325,6 +331,7 @@ def predict(
     return result
 
 
+@memory_reported()
 def export(
     target: str | Path,
     out: str | Path | None = None,
