@@ -491,6 +491,35 @@ def test_escape_codes_in_a_name_do_not_reach_the_terminal(icdctl: CommandLine, c
     fails(icdctl(command, "\x1b[31mred"), 1)
 
 
+@pytest.mark.parametrize("option", ["--out", "--data-dir", "--init-weights", "--dataset"])
+def test_a_name_that_no_config_json_can_hold(icdctl: CommandLine, tmp_path: Path, option: str) -> None:
+    place = tmp_path / os.fsdecode(b"f\xff")
+    place.write_bytes(b"something")
+    given = ["--dataset", "digits100", option, f"imagefolder:{place}" if option == "--dataset" else str(place)]
+    failure = fails(icdctl("train", "--model", "res8", *given, "--dry-run"), 2)
+    assert option in failure.error
+    assert "f\\xff`, which is not valid UTF-8" in failure.error
+
+
+def test_a_run_folder_below_a_name_that_is_no_utf8(icdctl: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Path(os.fsdecode(b"f\xff"))
+    place.mkdir()
+    monkeypatch.chdir(place)
+    assert "`--out`" in fails(icdctl(*TRAIN, "--out", "run"), 2).error
+
+
+def test_results_in_a_folder_whose_name_is_no_utf8_are_read(
+    icdctl: CommandLine, finished: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / os.fsdecode(b"f\xff")
+    shutil.copytree(finished, odd)
+    code, out, _ = icdctl("eval", odd, "--test-images", "20", "--json")
+    assert (code, json.loads(out)["target"]) == (0, str(odd))
+    assert icdctl("validate", odd)[0] == 0
+    code, _, err = icdctl("predict", odd, odd / "image.png")
+    assert (code, "f\\xff/image.png` does not exist" in err) == (1, True)
+
+
 def test_paths_with_spaces_newlines_and_umlauts_work(icdctl: CommandLine, finished: Path, tmp_path: Path) -> None:
     odd = tmp_path / "ünï cödé\n[red]"
     shutil.copytree(finished, odd)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from icdctl import versions
+from icdctl import files, versions
 
 PACKAGES = ("icdctl", "torch", "torchvision", "numpy", "onnx", "onnxruntime", "safetensors", "scikit-learn", "dvc")
 """Packages whose versions matter to a run."""
@@ -53,7 +53,7 @@ def describe_environment(device: torch.device, precision: str) -> dict[str, Any]
         "device": describe_device(device),
         "precision": precision,
         "git": git_state(Path.cwd()),
-        "command_line": sys.argv,
+        "command_line": [files.utf8_name(word) for word in sys.argv],
     }
 
 
