@@ -5,6 +5,7 @@ Each function takes keywords named like the flags, resolves every name, and hand
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,9 @@ def _run(
     dataset = data.load(jobs[0].config.images, on_images=decoding(observer))
     caveat = [f"warning: {dataset.caveat}"] if dataset.caveat else []
     warnings = [warning for job in jobs for warning in job.warnings()]
-    for text in dict.fromkeys([*dataset.notes, *caveat, *warnings]):
+    teachers = [job.teacher_target for job in jobs if job.teacher_target is not None]
+    read = [note for teacher in teachers for note in teacher.weights.notes]
+    for text in dict.fromkeys([*dataset.notes, *caveat, *warnings, *read]):
         observer.message(text)
     needs_patches = any(methods.METHODS[job.config.method].needs_patches for job in jobs)
     asking = next((job for job in jobs if job.config.teacher is not None), jobs[0])
@@ -257,6 +260,8 @@ def evaluate(
                 f"`{other.label}` was trained on `{other.dataset}`, `{classifier.label}` on `{classifier.dataset}`",
                 hint="compare models of one data set, or name the one to test on with `--dataset`",
             )
+    for note in dict.fromkeys(note for each in measured for note in each.notes):
+        seen.message(note)
     for each in measured:
         each.check_size(data.describe(wanted))
     held = data.load(wanted, on_images=decoding(seen))
@@ -313,6 +318,8 @@ def predict(
     seen = observer or SilentObserver()
     named = None if dataset is None else data.describe(data.request(dataset, image_size=image_size))
     classifier, logits_of = ready(target, named, resolve_device(device), module=model, image_size=image_size)
+    for note in classifier.notes:
+        seen.message(note)
     class_names = classifier.class_names or (() if named is None else named.class_names)
     paths = image_files([images] if isinstance(images, str | Path) else images)
     seen.begin("classifying", len(paths))
@@ -377,7 +384,7 @@ def export(
     except (ArtifactError, UsageError):
         pass  # verification then uses its own probe images, and the card states no accuracy
     facts = _facts(found)
-    return export_onnx(
+    result = export_onnx(
         found,
         Path(out),
         input_kind=input_kind,
@@ -387,6 +394,7 @@ def export(
         facts=facts,
         replace=replace,
     )
+    return dataclasses.replace(result, notes=found.weights.notes)
 
 
 def _facts(target: TrainedModel) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class ClassifierInfo:
     """K names; None where they are not known."""
     run: RunConfig | None
     """The configuration of the run that trained it; None where no `config.json` is beside it."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how its weights were read."""
 
     def own_images(self, dataset: str | None, *, data_dir: str | None, test_images: int | None) -> Request:
         """The test images of the data set that it was trained on, divided as in its run; or those of another data set.
@@ -115,7 +117,9 @@ class ClassifierInfo:
 def info_of(target: TrainedModel) -> ClassifierInfo:
     """What is known of weights on disk."""
     run = _run_beside(target.path.parent)
-    return ClassifierInfo(target.origin, target.dataset, target.preprocessing, target.class_names, run)
+    return ClassifierInfo(
+        target.origin, target.dataset, target.preprocessing, target.class_names, run, target.weights.notes
+    )
 
 
 def ready(

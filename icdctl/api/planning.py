@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from icdctl import data, files, methods, models, teachers
+from icdctl import data, files, methods, models, run_files, teachers
 from icdctl.config import resolving, sources
 from icdctl.config.declare import Command
 from icdctl.config.lookup import OPTIONS
@@ -19,7 +19,7 @@ from icdctl.data import Dataset, DatasetInfo, Request
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.models import Classifier
 from icdctl.models.external import CUSTOM_MODEL, adapt
-from icdctl.registry.trained import TrainedModel
+from icdctl.registry.trained import TrainedModel, weights_file
 
 FindTeacher = Callable[[str, DatasetInfo], TrainedModel]
 
@@ -153,8 +153,9 @@ class Job:
         if problems and not any(isinstance(problem, UsageError) for problem in problems):
             problems += _missing_data(collected)
         build = partial(resolving.make_config, command, teacher=self._teacher_identity(), problems=problems)
+        collected = _with_file_of_first_weights(collected, problems)
         first_weights = collected.text("init_weights")
-        if stand_in is not None and first_weights is not None and not files.user_path(first_weights).is_file():
+        if stand_in is not None and first_weights is not None and not _is_file(first_weights):
             config = build(collected.without("init_weights"))
             self.config = config.model_copy(update={"init_sha256": stand_in.init_sha256})
         else:
@@ -218,6 +219,27 @@ def _take_module(given: dict[str, object], key: str) -> nn.Module | None:
     if isinstance(value, Path):
         given[key] = str(value)
     return None
+
+
+def _with_file_of_first_weights(options: Options, problems: list[IcdctlError]) -> Options:
+    """The options with a weights file in place of the run folder or artifact that `init_weights` names."""
+    named = options.text("init_weights")
+    if not named or _is_file(named):
+        return options
+    try:
+        path = weights_file(named)
+        if files.user_path(named).is_dir():
+            hint = f"restore it, or name `{path}` itself to use it as it is now"
+            run_files.check_as_written(path.parent, files.sha256_file(path), hint=hint)
+    except IcdctlError as error:
+        problems.append(error)
+        return options.without("init_weights")
+    return replace(options, given={**options.given, "init_weights": str(path)})
+
+
+def _is_file(path: str) -> bool:
+    """Whether a path is a file, or `FILE:KEY` of one."""
+    return models.split_part(files.user_path(path))[0].is_file()
 
 
 def _check_needed(command: Command, options: Options) -> None:

@@ -130,9 +130,11 @@ def _first_weights(options: Options) -> dict[str, str]:
         ArtifactError: it can't be read, or is not the one that the configuration pins.
     """
     path = files.user_path(str(options.get("init_weights"))).absolute()
+    file, part = models.split_part(path)
     try:
-        state = path.stat()
-        sha256 = _sha256_of(path, state.st_mtime_ns, state.st_size, state.st_ino)
+        state = file.stat()
+        sha256 = _sha256_of(file, state.st_mtime_ns, state.st_size, state.st_ino)
+        sha256 = models.hash_of_part(sha256, part)
     except OSError as error:
         raise ArtifactError(
             f"first weights `{path}` can't be read: {error.strerror}", hint="name a weights file with `--init-weights`"

@@ -150,6 +150,9 @@ class _Session:
             StudentRun(config, shared, student, teacher, compiler)
             for config, student in zip(configs, students, strict=True)
         ]
+        notes = [note for run in self.runs if run.first_weights is not None for note in run.first_weights.notes]
+        for note in dict.fromkeys(notes):
+            observer.message(note)
         self.failures: dict[int, Failure] = {}
 
     def train(self, teacher_origin: Mapping[str, str | None]) -> list[RunResult | Failure]:

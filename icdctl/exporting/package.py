@@ -53,6 +53,8 @@ class Export:
     """Size of the graph's file."""
     accuracy: Accuracy | None = None
     """Accuracy measured with the graph; None if no labels were given."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the weights were read."""
 
     @property
     def model_file(self) -> Path:
