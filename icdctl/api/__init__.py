@@ -28,6 +28,7 @@ from icdctl.engine.run import Failure
 from icdctl.engine.run_output import RunResult
 from icdctl.errors import ArtifactError, UsageError, memory_reported
 from icdctl.exporting import Export, export_onnx
+from icdctl.models.external import module_errors_reported
 from icdctl.registry.trained import TrainedModel
 from icdctl.run_files import HASH_KEY
 
@@ -35,6 +36,7 @@ Config = Mapping[str, Any] | RunConfig
 
 
 @memory_reported()
+@module_errors_reported()
 def train(
     config: Config | None = None,
     *,
@@ -61,6 +63,7 @@ def train(
 
 
 @memory_reported()
+@module_errors_reported()
 def distill(
     config: Config | None = None,
     *,
@@ -84,6 +87,7 @@ def distill(
 
 
 @memory_reported()
+@module_errors_reported()
 def distill_many(
     config: Config | None = None,
     *,
@@ -127,6 +131,7 @@ def _stated(config: Config | None) -> dict[str, Any]:
 
 
 @memory_reported()
+@module_errors_reported()
 def start(
     command: Command,
     several: Sequence[Mapping[str, Any]],
@@ -216,6 +221,7 @@ class EvaluationResult:
 
 
 @memory_reported()
+@module_errors_reported()
 def evaluate(
     target: Model,
     *,
@@ -285,6 +291,7 @@ def evaluate(
 
 
 @memory_reported()
+@module_errors_reported()
 def predict(
     target: Model,
     images: str | Path | Sequence[str | Path],
@@ -339,6 +346,7 @@ def predict(
 
 
 @memory_reported()
+@module_errors_reported()
 def export(
     target: str | Path,
     out: str | Path | None = None,

@@ -14,8 +14,9 @@ from icdctl import data, evaluation, files, teachers
 from icdctl.config.lookup import Owner, names_owned_by
 from icdctl.config.run_config import RunConfig
 from icdctl.data import Dataset, DatasetInfo, DatasetName, Preprocessing, Request
-from icdctl.errors import ArtifactError, UsageError
+from icdctl.errors import ArtifactError, UsageError, is_out_of_memory
 from icdctl.exporting import OnnxClassifier
+from icdctl.models.external import check_logits, check_weights
 from icdctl.registry import trained
 from icdctl.registry.trained import TrainedModel
 
@@ -149,8 +150,10 @@ def ready(
         if dataset is None:
             raise UsageError("the data set is not named", hint="pass `dataset`, e.g. `dataset='cifar100'`")
         _check_size_is_said(dataset, image_size)
+        name = type(target).__name__
+        check_weights(target)
         predict = evaluation.module_predictor(target.eval().to(device), dataset.preprocessing, device)
-        return ClassifierInfo(type(target).__name__, None, dataset.preprocessing, None, None), predict
+        return ClassifierInfo(name, None, dataset.preprocessing, None, None), _checked(predict, name)
     label = str(target)
     if (files.user_path(label) / "model.onnx").is_file():  # an export folder
         label = str(files.user_path(label) / "model.onnx")
@@ -163,6 +166,24 @@ def ready(
     found = weights_at(label, dataset, module=module, image_size=image_size)
     model = found.load().to(device).to(memory_format=torch.channels_last)
     return info_of(found), evaluation.module_predictor(model, found.preprocessing, device)
+
+
+def _checked(predict: evaluation.Predict, name: str) -> evaluation.Predict:
+    """A function that gives a custom module's logits, and raises a UsageError where they are none."""
+
+    def checked(images: torch.Tensor) -> torch.Tensor:
+        try:
+            logits: object = predict(images)
+        except Exception as error:  # a custom module can raise any exception
+            if is_out_of_memory(error):
+                raise
+            raise UsageError(
+                f"`{name}` fails on images {list(images.shape)}: {error}",
+                hint="a model must map [B, 3, H, W] to logits [B, K]; the exception's cause shows where it fails",
+            ) from error
+        return check_logits(name, logits)
+
+    return checked
 
 
 def weights_at(

@@ -18,7 +18,7 @@ from icdctl.config.sources import Options
 from icdctl.data import Dataset, DatasetInfo, Request
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.models import Classifier
-from icdctl.models.external import CUSTOM_MODEL, adapt
+from icdctl.models.external import CUSTOM_MODEL, adapt, check_module
 from icdctl.registry.trained import TrainedModel, weights_file
 
 FindTeacher = Callable[[str, DatasetInfo], TrainedModel]
@@ -192,13 +192,21 @@ class Job:
 
     def own_student(self, dataset: Dataset) -> Classifier | None:
         """A custom module in place of a named student."""
-        return self._adapted(self.student_module, dataset, methods.METHODS[self.config.method].needs_patches)
+        needs_patches = methods.METHODS[self.config.method].needs_patches
+        return self._adapted(self.student_module, dataset, needs_patches, is_trained=True)
 
-    def _adapted(self, module: nn.Module | None, dataset: Dataset, needs_patches: bool) -> Classifier | None:
+    def _adapted(
+        self, module: nn.Module | None, dataset: Dataset, needs_patches: bool, *, is_trained: bool = False
+    ) -> Classifier | None:
         if module is None:
             return None
-        size = dataset.preprocessing.size
-        return adapt(module, image_size=size, num_classes=dataset.num_classes, needs_patches=needs_patches)
+        return adapt(
+            module,
+            image_size=dataset.preprocessing.size,
+            num_classes=dataset.num_classes,
+            needs_patches=needs_patches,
+            is_trained=is_trained,
+        )
 
 
 def _check_same_teacher(target: TrainedModel, sha256: str | None) -> None:
@@ -214,6 +222,7 @@ def _take_module(given: dict[str, object], key: str) -> nn.Module | None:
     """An nn.Module among the options, replaced by a name there."""
     value = given.get(key)
     if isinstance(value, nn.Module):
+        check_module(value)
         given[key] = CUSTOM_MODEL
         return value
     if isinstance(value, Path):
