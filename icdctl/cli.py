@@ -6,6 +6,7 @@ module imports torch, so that help appears at once.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -45,6 +46,8 @@ from icdctl.errors import IcdctlError, is_out_of_memory, out_of_memory
 _LONGEST_PATH = 120
 _INTERRUPTED, _TERMINATED = 130, 143
 _SECONDS_UNTIL_AGAIN = 0.05
+_IMPORTING = "<frozen importlib._bootstrap>"
+"""The file name of the frames of Python's own code that imports modules."""
 
 _signals: list[int] = []
 """The signals that this process got, in their order; the first one decides the exit code."""
@@ -129,8 +132,10 @@ def run() -> None:
     """Run the command of `sys.argv` and end the process with its exit code.
 
     Ctrl-C and SIGTERM raise KeyboardInterrupt, so that the state is saved. One that comes while an earlier one is
-    answered, or when the command is over, ends the process at once.
+    answered, or when the command is over, ends the process at once; so does one while a module is imported, because
+    C++ code of torch that gets an exception there aborts. Files are whole in any case.
     """
+    atexit.register(_ignore_signals)  # the first to be registered is the last to be called
     console.guard_stdout()
     sys.excepthook, sys.unraisablehook = _end_uncaught, _raise_again
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -168,7 +173,18 @@ def _interrupted_code() -> int:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Stop, so that the state is saved, and remember the signal for the exit code; the argument marks SIGTERM."""
     _signals.append(number)
+    place = frame
+    while place is not None:
+        if place.f_code.co_filename == _IMPORTING:
+            os._exit(_interrupted(as_json="--json" in sys.argv))
+        place = place.f_back
     raise KeyboardInterrupt(*([signal.SIGTERM] if number == signal.SIGTERM else []))
+
+
+def _ignore_signals() -> None:
+    """Let the exit code stand: from now on Python would put back the handlers that kill, and needs only a moment."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_uncaught(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,18 +120,58 @@ cli.run()
     assert done.stderr == "error: interrupted\n\nhint: run the same command again\n"
 
 
-def test_a_signal_while_python_exits_is_no_traceback() -> None:
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_in_an_import_ends_at_once(tmp_path: Path, number: int, code: int) -> None:
+    # Modules in C++, such as torch's, abort where they get an exception while they are loaded.
+    (tmp_path / "in_cpp.py").write_text(
+        "import __main__\ntry:\n    __main__.interrupt()\nfinally:\n    print('raised')\n"
+    )
     done = run(
-        """
+        f"""
+import pathlib
+from icdctl import cli
+def interrupt(): send({number:d})
+def work():
+    sys.path.insert(0, {str(tmp_path)!r})
+    import in_cpp
+pathlib.Path.cwd = work
+cli.run()
+""",
+        "list",
+        "models",
+        "--json",
+    )
+    assert json.loads(done.stdout)["error"]["code"] == done.returncode == code
+    assert done.stderr == "error: interrupted\n\nhint: run the same command again\n"
+
+
+@pytest.mark.parametrize("number", [number for number, _ in SIGNALS])
+def test_a_signal_in_the_last_moments_does_not_change_the_exit_code(number: int) -> None:
+    done = run(
+        f"""
 import atexit
 from icdctl import cli
-def late():
-    send(signal.SIGINT)
-    print("later", flush=True)
-atexit.register(late)
+class Late:
+    def __del__(self): send({number:d})
+late = Late()  # which Python deletes when its handlers of signals are gone
 cli.run()
 """,
         "--version",
     )
-    assert "later" not in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_signal_while_python_waits_for_a_thread_ends_the_wait() -> None:
+    begun = time.monotonic()
+    done = run(
+        """
+import threading, time
+from icdctl import cli
+threading.Thread(target=lambda: (time.sleep(0.5), send(signal.SIGINT), time.sleep(20))).start()
+cli.run()
+""",
+        "--version",
+    )
+    assert time.monotonic() - begun < 15
+    assert done.returncode in (0, 130)
     assert "Traceback" not in done.stderr
