@@ -148,6 +148,7 @@ def run_metrics(
     num_students: int,
     compiled: bool,
     teacher_origin: Mapping[str, str | None],
+    head_is_new: bool,
 ) -> dict[str, Any]:
     """The content of metrics.json, the hashes aside.
 
@@ -160,6 +161,7 @@ def run_metrics(
         num_students: number of students that were trained at once.
         compiled: whether torch.compile made the kernels.
         teacher_origin: source and licence of the teacher's weights.
+        head_is_new: whether the first weights were of another number of classes, so that their head was not taken.
     """
     return {
         **accuracy,
@@ -169,6 +171,7 @@ def run_metrics(
         "images_per_second": shared.images_of(progress.steps) / progress.seconds,
         "students_at_once": num_students,
         **({"compiled": compiled} if config.compile else {}),
+        **({"head_is_new": True} if head_is_new else {}),
         "nonfinite_steps": progress.nonfinite_steps,
         "params": num_parameters,
         "variant": config.settings["variant"],

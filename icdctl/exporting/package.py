@@ -51,6 +51,8 @@ class Export:
     """Accuracy measured with the graph; None if no labels were given."""
     unmeasured: str | None = None
     """Why no accuracy was measured, as the caller said it; None where it was."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the weights were read."""
 
     @property
     def model_file(self) -> Path:

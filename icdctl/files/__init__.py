@@ -92,7 +92,6 @@ def write_bytes(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)
             temporary.replace(path)
     except OSError as error:
         raise not_writable(path, error) from error
@@ -384,3 +383,11 @@ def user_path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise ArtifactError(f"`{text}` names a user whose home is not known", hint="write the whole path") from error
+
+
+def utf8_name(name: str) -> str:
+    """The name itself, with `\\xff` in place of a byte that makes it invalid UTF-8, which no text file could hold."""
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a character, from a JSON file
+        return name.encode("utf-8", "backslashreplace").decode("utf-8")
