@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 ICDCTL_TORTURE_MINUTES ?= 30
 
-.PHONY: demo test lint torture test-slow test-methods install format clean
+.PHONY: demo test lint torture test-slow test-methods sbom audit install format clean
 
 install: $(INSTALLED)
 
@@ -35,6 +35,12 @@ test-methods: $(INSTALLED)  ## The methods against each other, trained on the em
 
 test-slow: $(INSTALLED)  ## Everything that takes minutes: all models exported, methods trained, the demo.
 	$(RUN)/python -m pytest -m slow
+
+sbom: $(INSTALLED)  ## The packages that icdctl requires, with licences: CycloneDX 1.6 JSON, dist/icdctl.cdx.json.
+	$(RUN)/python .ci/sbom.py dist/icdctl.cdx.json
+
+audit: $(INSTALLED)  ## Known vulnerabilities of the pinned packages; says so where their list can't be reached.
+	$(RUN)/python .ci/audit.py constraints.txt
 
 format: $(INSTALLED)
 	$(RUN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""List and delete what the state folder keeps besides data, teachers and results.
+"""List and delete what the state folder keeps besides data, teachers and results, and what killed processes left.
 
 A cache is built again, with the same content, when it is missing: decoded images, teacher caches, numbers of reports,
 downloads. The state of a run is not a cache, because it holds hours of training. `--resume` needs it until the run is
@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +31,7 @@ KINDS = {
     "answers": "teacher caches",
     "numbers": "accuracies and latencies that reports measured; latencies vary when they are measured again",
     "downloads": "interrupted downloads of teachers, and archives that teachers were extracted from",
-    "remains": "files left by processes that were killed",
+    "remains": "files left by processes that were killed, here and beside runs, exports and registered versions",
     "finished": "states of finished runs, whose results are in their run folders; `--resume` would train them again",
     "resume": "states that `--resume` continues from, or that are all that is left of a run",
 }
@@ -41,13 +40,24 @@ CACHES = ("images", "answers", "numbers", "downloads", "remains")
 """The kinds that are built again when they are missing."""
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-_TRASH = ".trash-"
-"""Prefix of a folder whose content is being deleted; it lies beside the place where the content was."""
-_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
-"""The name that `files.write_bytes` gives a file until it is complete."""
 _LONGEST_SHOWN = 80
+_TRASH = "trash"
+"""What the temporary folder is named after whose content is being deleted, beside the place where the content was."""
+_OLD_TRASH = ".trash-"
+"""How the name of that folder began in earlier versions."""
+_OLD_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
+"""The name of an incomplete file in earlier versions, which did not mark it as in use."""
+_OLD_RUN_FILE = re.compile(
+    r"\.((config|environment|metrics|manifest|search)\.json|history\.csv|student\.safetensors|card\.md|teachers\.lock"
+    r"|(params|cells)\.yaml)\.[a-z0-9_]{8}|\.new-\d+-[0-9a-f]{8}"
+)
+"""Such names outside the state folder, where other programs have hidden files, too."""
 _STALE_SECONDS = 24 * 3600
 """Age after which no process is writing a temporary file any more."""
+_LOCKS = (".params.yaml.lock", "registry/.teachers.lock.lock")
+"""Lock files of `files.lock_beside`; while it works, a process deletes its own."""
+_PROJECT_FOLDERS = ("runs", "registry", "teachers", "exported", "report", "results")
+"""Folders of a project that icdctl writes to."""
 _RUN_LOCK = re.compile(r"[0-9a-f]{20}\.lock")
 
 
@@ -100,8 +110,12 @@ class Cleaned:
 
 
 def entries() -> list[Entry]:
-    """All entries of the state folder, sorted by kind and within a kind by size, the largest first."""
-    found = [*_images(), *_answers(), *_numbers(), *_downloads(), *_remains(), *_states()]
+    """All entries of the state folder, and the `remains` in the project and in the folders of the runs whose states are
+    kept; sorted by kind and within a kind by size, the largest first.
+    """
+    states = list(_states())
+    runs = [Path(state.of) for state in states if state.of]
+    found = [*_images(), *_answers(), *_numbers(), *_downloads(), *_remains(), *_remains_of_project(runs), *states]
     order = list(KINDS)
     return sorted(found, key=lambda entry: (order.index(entry.kind), -entry.num_bytes, entry.name))
 
@@ -144,11 +158,10 @@ def clean(wanted: Iterable[Entry]) -> Cleaned:
                         in_use.append(entry)
                     elif _delete(entry.paths):
                         freed.append(entry)
-            except OSError as error:
+            except (OSError, ArtifactError) as error:
+                reason = error.message if isinstance(error, ArtifactError) else error.strerror or error
                 failed.append(
-                    ArtifactError(
-                        f"`{entry.paths[0]}` can't be deleted: {error.strerror or error}", hint="check its permissions"
-                    )
+                    ArtifactError(f"`{entry.paths[0]}` can't be deleted: {reason}", hint="check its permissions")
                 )
     return Cleaned(tuple(freed), tuple(in_use), tuple(failed))
 
@@ -195,12 +208,9 @@ def _delete(paths: Sequence[Path]) -> bool:
     there = [path for path in paths if path.exists()]
     if not there:  # another process has renamed or deleted them since they were listed
         return False
-    aside = there[0].parent / f"{_TRASH}{os.getpid()}-{secrets.token_hex(4)}"
-    aside.mkdir()
-    try:
+    with files.temporary_beside(there[0].with_name(_TRASH), is_folder=True) as aside:
         for path in there:
             path.rename(aside / path.name)
-    finally:
         shutil.rmtree(aside)
     return True
 
@@ -242,6 +252,8 @@ def _entry(
     mapped: tuple[Path, ...] = (),
 ) -> Entry:
     num_bytes, used = _size_of(paths)
+    with suppress(OSError):
+        used = used or paths[0].lstat().st_mtime  # of an empty folder
     return Entry(kind, name, of, note, num_bytes, used, tuple(paths), locks, mapped)
 
 
@@ -318,12 +330,46 @@ def _remains() -> Iterator[Entry]:
     for home in (cache / "images", cache / "answers"):
         for path in _children(home):
             if path.name.startswith(".") and path.suffix == ".part":
-                yield _entry("remains", path.name, [path], locks=(path.with_suffix(".lock"),))
+                yield _entry("remains", path.name, [path], of=str(path), locks=(path.with_suffix(".lock"),))
     for home in (cache, *_visible(cache), checkpoints_folder(), *_visible(checkpoints_folder())):
         for path in _children(home):
-            is_old = _TEMPORARY.fullmatch(path.name) and time.time() - _size_of([path])[1] > _STALE_SECONDS
-            if is_old or path.name.startswith(_TRASH):
-                yield _entry("remains", path.name, [path])
+            is_old = _OLD_TEMPORARY.fullmatch(path.name) and _is_stale(path)
+            if is_old or path.name.startswith(_OLD_TRASH):
+                yield _entry("remains", path.name, [path], of=str(path))
+            elif files.is_abandoned(path):
+                yield _entry("remains", path.name, [path], of=str(path), mapped=(path,))
+
+
+def _remains_of_project(runs: Iterable[Path]) -> Iterator[Entry]:
+    """Temporary files and lock files of killed processes beside what they were about to write.
+
+    Args:
+        runs: run folders, which may lie outside the project.
+    """
+    root = files.project_root()
+    places = dict.fromkeys(run.resolve() for run in (*(root / name for name in _PROJECT_FOLDERS), *runs))
+    folders = dict.fromkeys(folder for place in places for folder in _folders_below(place))
+    beside = dict.fromkeys((root.resolve(), *(place.parent for place in places)))
+    for lock in (root / name for name in _LOCKS):
+        if lock.is_file() and not files.is_locked(lock):
+            yield _entry("remains", lock.name, [lock], of=str(lock), mapped=(lock,))
+    for folder in dict.fromkeys([*folders, *beside]):
+        for path in _children(folder):
+            if files.is_abandoned(path):
+                yield _entry("remains", path.name, [path], of=str(path), mapped=(path,))
+            elif _OLD_RUN_FILE.fullmatch(path.name) and _is_stale(path):
+                yield _entry("remains", path.name, [path], of=str(path))
+
+
+def _folders_below(top: Path) -> Iterator[Path]:
+    """A folder and the visible folders below it."""
+    for folder, inside, _ in os.walk(top):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        yield Path(folder)
+
+
+def _is_stale(path: Path) -> bool:
+    return time.time() - _size_of([path])[1] > _STALE_SECONDS
 
 
 def _states() -> Iterator[Entry]:

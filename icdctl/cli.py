@@ -6,12 +6,14 @@ module imports torch, so that help appears at once.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Annotated
 
 import typer
@@ -39,13 +41,16 @@ from icdctl.commands import (
     verify,
 )
 from icdctl.commands.setting_flags import WithAllSettings, WithSettings
-from icdctl.errors import IcdctlError
+from icdctl.errors import IcdctlError, is_out_of_memory, out_of_memory
 
 _LONGEST_PATH = 120
 _INTERRUPTED, _TERMINATED = 130, 143
+_SECONDS_UNTIL_AGAIN = 0.05
+_IMPORTING = "<frozen importlib._bootstrap>"
+"""The file name of the frames of Python's own code that imports modules."""
 
-_terminated: list[int] = []
-"""The signals that ended this process."""
+_signals: list[int] = []
+"""The signals that this process got, in their order; the first one decides the exit code."""
 
 app = typer.Typer(
     name="icdctl",
@@ -103,7 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not _has_current_folder():
             return _fail(1, "the current folder no longer exists", "`cd` to one that exists", as_json)
-        result = app(args=given, prog_name="icdctl", standalone_mode=False)
+        # Not `app(...)`, which sets `sys.excepthook`: a second Ctrl-C would be a traceback.
+        result = typer.main.get_command(app)(args=given, prog_name="icdctl", standalone_mode=False)
         if result == _INTERRUPTED:  # typer handled Ctrl-C itself
             return _interrupted(as_json)
         return result if isinstance(result, int) else 0
@@ -116,28 +122,86 @@ def main(arguments: list[str] | None = None) -> int:
         return _interrupted(as_json)
     except typer.Exit as leave:
         return _interrupted(as_json) if leave.exit_code == _INTERRUPTED else int(leave.exit_code)
-    except MemoryError:
-        return _fail(1, "there is not enough memory for this", "use fewer images or smaller batches", as_json)
-    except OSError as error:  # a failure of the machine, not a bug: a name too long, a deleted folder
-        where = f"`{str(error.filename)[:_LONGEST_PATH]}`: " if error.filename else ""
-        return _fail(1, f"{where}{error.strerror or error}", "check the path, and the folder you are in", as_json)
+    except SystemExit:  # typer's and rich's answer to a broken pipe
+        return _fail(1, "a pipe or a connection was closed at its other end", "run the same command again", as_json)
+    except Exception as error:
+        return _machine_failure(error, as_json)
 
 
 def run() -> None:
-    """The entry point of `icdctl`."""
-    signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(main())
+    """Run the command of `sys.argv` and end the process with its exit code.
+
+    Ctrl-C and SIGTERM raise KeyboardInterrupt, so that the state is saved. One that comes while an earlier one is
+    answered, or when the command is over, ends the process at once; so does one while a module is imported, because
+    C++ code of torch that gets an exception there aborts. Files are whole in any case.
+    """
+    atexit.register(_ignore_signals)  # the first to be registered is the last to be called
+    console.guard_stdout()
+    sys.excepthook, sys.unraisablehook = _end_uncaught, _raise_again
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+    code = main()
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        code = _fail(1, f"stdout can't be written: {error.strerror}", "send it to a place with room", as_json=False)
+    sys.exit(code)
+
+
+def _machine_failure(error: Exception, as_json: bool) -> int:
+    """Report what is no bug, though no part of icdctl expects it; raise any other exception again."""
+    if _signals:  # a module whose import is interrupted may make any exception of it
+        return _interrupted(as_json)
+    if is_out_of_memory(error):
+        return _fail_with(out_of_memory(error), as_json)
+    if isinstance(error, OSError):  # a name too long, a deleted folder
+        where = f"`{str(error.filename)[:_LONGEST_PATH]}`: " if error.filename else ""
+        return _fail(1, f"{where}{error.strerror or error}", "check the path, and the folder you are in", as_json)
+    raise error
 
 
 def _interrupted(as_json: bool) -> int:
-    code = _INTERRUPTED if not _terminated else _TERMINATED
-    return _fail(code, "interrupted", "run the same command again", as_json)
+    return _fail(_interrupted_code(), "interrupted", "run the same command again", as_json)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """Stop as on Ctrl-C, so that the state is saved, and remember the signal for the exit code."""
-    _terminated.append(number)
-    raise KeyboardInterrupt(signal.SIGTERM)
+def _interrupted_code() -> int:
+    return _TERMINATED if _signals[:1] == [signal.SIGTERM] else _INTERRUPTED
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Stop, so that the state is saved, and remember the signal for the exit code; the argument marks SIGTERM."""
+    _signals.append(number)
+    place = frame
+    while place is not None:
+        if place.f_code.co_filename == _IMPORTING:
+            os._exit(_interrupted(as_json="--json" in sys.argv))
+        place = place.f_back
+    raise KeyboardInterrupt(*([signal.SIGTERM] if number == signal.SIGTERM else []))
+
+
+def _ignore_signals() -> None:
+    """Let the exit code stand: from now on Python would put back the handlers that kill, and needs only a moment."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end_uncaught(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
+    """End at once on a signal that nothing catches any more; show the traceback of any other exception."""
+    if issubclass(kind, KeyboardInterrupt):
+        os._exit(_interrupted_code())
+    sys.__excepthook__(kind, error, place)
+
+
+def _raise_again(ignored: sys.UnraisableHookArgs) -> None:
+    """Send a signal again that came where Python drops exceptions, as in `__del__`; report any other exception."""
+    if isinstance(ignored.exc_value, KeyboardInterrupt):
+        again = threading.Timer(_SECONDS_UNTIL_AGAIN, os.kill, (os.getpid(), [signal.SIGINT, *_signals][-1]))
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 def _has_current_folder() -> bool:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 _HIDDEN = "***"
 _SECRET_NAME = r"(?:password|passwd|secret|token|api[_-]?key|access[_-]?key|signature|credentials?)"
@@ -97,3 +98,50 @@ def combine(problems: Sequence[IcdctlError]) -> IcdctlError:
     combined = type(reported[0])("\n".join(messages), hint="\n".join(hints))
     combined.messages, combined.hints = messages, hints
     return combined
+
+
+_NO_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate memory",
+    "out of memory",
+    "bad allocation",
+    "bad_alloc",
+    "failed to map segment",
+    "can't start new thread",
+)
+"""What exceptions say when memory is short: the system's, torch's and ONNX Runtime's have no class in common."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of Python, NumPy, torch, ONNX Runtime or the system says that memory is short."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error).lower()
+    return not isinstance(error, IcdctlError) and any(words in text for words in _NO_MEMORY)
+
+
+def out_of_memory(error: BaseException, *, where: str = "icdctl", hint: str = "") -> IcdctlError:
+    """The error for an exception that `is_out_of_memory` knows.
+
+    Args:
+        error: the exception.
+        where: what ran out of memory, e.g. "`cpu`".
+        hint: what needs less memory; by default what helps everywhere.
+    """
+    said = str(error).strip().splitlines()
+    return IcdctlError(
+        f"{where} ran out of memory" + (f": {said[0]}" if said else ""),
+        hint=hint or "use fewer or smaller images and smaller batches, or end other programs",
+    )
+
+
+@contextmanager
+def memory_reported(*, where: str = "icdctl", hint: str = "") -> Iterator[None]:
+    """Raise `out_of_memory` in place of an exception that says so; arguments as there."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, where=where, hint=hint) from error

@@ -295,11 +295,14 @@ def test_scales_that_are_impossible(
         (["gamma=8", "gamma=9"], "setting `gamma` is given twice"),
         (["gamma=abc"], "setting `gamma` is `abc`, expected a number"),
         (["alpha=1=2"], "setting `alpha` is `1=2`, expected a number"),
-        (["gamma=nan"], "setting `gamma` is nan, expected a finite number 0 or above"),
-        (["gamma=inf"], "setting `gamma` is inf, expected a finite number 0 or above"),
-        (["gamma=-1"], "setting `gamma` is -1, expected a finite number 0 or above"),
-        (["temperature=0"], "setting `temperature` is 0, expected a finite number above 0"),
-        (["warmup_epochs=-1"], "setting `warmup_epochs` is -1, expected a finite number 0 or above"),
+        (["gamma=nan"], "setting `gamma` is nan, expected a number from 0 to 1,000,000"),
+        (["gamma=inf"], "setting `gamma` is inf, expected a number from 0 to 1,000,000"),
+        (["gamma=-1"], "setting `gamma` is -1, expected a number from 0 to 1,000,000"),
+        (["temperature=0"], "setting `temperature` is 0, expected a number from 0.001 to 10,000"),
+        (["temperature=1e300"], "setting `temperature` is 1e300, expected a number from 0.001 to 10,000"),
+        (["temperature=1e-300"], "setting `temperature` is 1e-300, expected a number from 0.001 to 10,000"),
+        (["beta=1e39"], "setting `beta` is 1e39, expected a number from 0 to 1,000,000"),
+        (["warmup_epochs=-1"], "setting `warmup_epochs` is -1, expected a number from 0 to 100,000"),
         (["lr=0.1"], "unknown setting of `cd_sdd_dkd` `lr`"),
         (["gama=8"], "unknown setting of `cd_sdd_dkd` `gama`"),
         (["variant=new"], "variant is `new`"),
@@ -489,6 +492,35 @@ def test_a_run_folder_that_no_folder_can_be_named(icdctl: CommandLine) -> None:
 @pytest.mark.parametrize("command", ["eval", "validate", "export", "verify"])
 def test_escape_codes_in_a_name_do_not_reach_the_terminal(icdctl: CommandLine, command: str) -> None:
     fails(icdctl(command, "\x1b[31mred"), 1)
+
+
+@pytest.mark.parametrize("option", ["--out", "--data-dir", "--init-weights", "--dataset"])
+def test_a_name_that_no_config_json_can_hold(icdctl: CommandLine, tmp_path: Path, option: str) -> None:
+    place = tmp_path / os.fsdecode(b"f\xff")
+    place.write_bytes(b"something")
+    given = ["--dataset", "digits100", option, f"imagefolder:{place}" if option == "--dataset" else str(place)]
+    failure = fails(icdctl("train", "--model", "res8", *given, "--dry-run"), 2)
+    assert option in failure.error
+    assert "f\\xff`, which is not valid UTF-8" in failure.error
+
+
+def test_a_run_folder_below_a_name_that_is_no_utf8(icdctl: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Path(os.fsdecode(b"f\xff"))
+    place.mkdir()
+    monkeypatch.chdir(place)
+    assert "`--out`" in fails(icdctl(*TRAIN, "--out", "run"), 2).error
+
+
+def test_results_in_a_folder_whose_name_is_no_utf8_are_read(
+    icdctl: CommandLine, finished: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / os.fsdecode(b"f\xff")
+    shutil.copytree(finished, odd)
+    code, out, _ = icdctl("eval", odd, "--test-images", "20", "--json")
+    assert (code, json.loads(out)["target"]) == (0, str(odd))
+    assert icdctl("validate", odd)[0] == 0
+    code, _, err = icdctl("predict", odd, odd / "image.png")
+    assert (code, "f\\xff/image.png` does not exist" in err) == (1, True)
 
 
 def test_paths_with_spaces_newlines_and_umlauts_work(icdctl: CommandLine, finished: Path, tmp_path: Path) -> None:

@@ -193,7 +193,8 @@ def test_what_a_running_process_uses_is_left(icdctl: CommandLine, photos: Path) 
         wait_until(lambda: len(Path("run/history.csv").read_text().splitlines()) > epochs + 1, what="two more epochs")
         assert running.process.poll() is None
     assert not any(row["in_use"] for row in listed(icdctl))
-    assert sorted(row["kind"] for row in cleaned(icdctl, *every)["freed"]) == ["answers", "images", "images", "resume"]
+    freed = [row["kind"] for row in cleaned(icdctl, *every)["freed"]]  # it may have been killed while it wrote a file
+    assert sorted(kind for kind in freed if kind != "remains") == ["answers", "images", "images", "resume"]
     assert listed(icdctl) == []
 
 

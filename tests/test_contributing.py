@@ -57,7 +57,7 @@ def test_a_logit_method_is_a_loss_and_a_row(
         power = float(settings["power"])
         return lambda student, teacher, labels: (student - teacher).abs().pow(power).mean(dim=1)
 
-    monkeypatch.setitem(DECLARED, "power", MethodSetting("Power of the distance.", is_above_zero=True))
+    monkeypatch.setitem(DECLARED, "power", MethodSetting("Power of the distance.", least=0.5))
     loss = LogitLoss(
         "logits", {"power": 2.0, "ce_weight": 1.0, "kd_weight": 0.5, "warmup_epochs": 0.0}, rows, "Ba and Caruana 2014"
     )
@@ -75,7 +75,7 @@ def test_a_logit_method_is_a_loss_and_a_row(
     assert icdctl(*given, "--method", "cd_sdd_logits", "--set", "power=1", "--out", tmp_path / "run")[0] == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["power"] == 1
     code, _, err = icdctl(*given, "--method", "logits", "--set", "power=0", "--out", tmp_path / "wrong")
-    assert (code, "setting `power` is 0, expected a finite number above 0" in err) == (2, True)
+    assert (code, "setting `power` is 0, expected a number from 0.5 to 1,000,000" in err) == (2, True)
 
 
 @dataclass(frozen=True, kw_only=True)

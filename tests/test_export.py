@@ -556,14 +556,21 @@ def change_a_byte(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(content)
 
 
+def change_a_size(folder: Path) -> None:
+    held = json.loads((folder / "manifest.json").read_text())
+    held["files"]["verify.json"]["bytes"] += 1
+    (folder / "manifest.json").write_text(json.dumps(held))
+
+
 @pytest.mark.parametrize(
     ("tamper", "problem"),
     [
         (change_a_byte, "changed: model.onnx"),
+        (change_a_size, "changed: verify.json"),
         (lambda folder: (folder / "README.md").unlink(), "missing: README.md"),
         (lambda folder: (folder / "model.int8.onnx").write_bytes(b"x"), "extra: model.int8.onnx"),
     ],
-    ids=["changed", "missing", "extra"],
+    ids=["changed", "size", "missing", "extra"],
 )
 def test_a_tampered_folder_is_found_by_its_hashes(tamper: Callable[[Path], Any], problem: str, copied: Path) -> None:
     tamper(copied)

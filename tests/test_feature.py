@@ -111,7 +111,7 @@ def test_a_stage_that_no_connector_reaches_is_refused(taught: Path, tmp_path: Pa
     given = {**SMALL, "method": "fitnet", "teacher": str(taught), "student": "mv2"}
     with pytest.raises(UsageError, match=r"`mv2` has no `stages\.9`: it has 5 stages"):
         library.distill(**given, settings={"hint_stage": 9}, out=str(tmp_path / "run"))
-    with pytest.raises(UsageError, match=r"hint_stage` is 1\.5, expected a whole number 0 or above"):
+    with pytest.raises(UsageError, match=r"hint_stage` is 1\.5, expected a whole number from 0 to 100"):
         library.distill(**given, settings={"hint_stage": 1.5}, out=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

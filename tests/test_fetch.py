@@ -195,7 +195,7 @@ def test_a_teacher_is_fetched_pinned_converted_and_found(
     sha256 = hashlib.sha256(content).hexdigest()
     assert (found["name"], found["sha256"], found["gate"]) == ("cifar100/wrn40_2", sha256, "open")
     place = own_state / "teachers" / "cifar100" / "wrn40_2" / "student.safetensors"
-    assert visible(own_state) == ["locks/teachers.lock", "teachers/cifar100/wrn40_2/student.safetensors"]
+    assert visible(own_state) == ["teachers/cifar100/wrn40_2/student.safetensors"]
     said = models.read_weights(place).metadata
     assert (said["origin"]["url"], said["origin"]["sha256"]) == (url, sha256)
     assert "RepDistiller" in said["origin"]["source"]
@@ -241,7 +241,7 @@ def test_other_bytes_than_the_first_are_refused(
     code, _, err = icdctl("fetch-teachers", "wrn40_2", "--mirror", origin.url)
     assert (code, f"sha256 {remote(other.read_bytes()).sha256}, expected" in err) == (1, True)
     assert Path("registry/teachers.lock").read_bytes() == before
-    assert visible(own_state) == ["locks/teachers.lock"]
+    assert visible(own_state) == []
     origin.serve(path, checkpoint())
     assert icdctl("fetch-teachers", "wrn40_2", "--mirror", origin.url)[0] == 0
 

@@ -294,9 +294,11 @@ def test_without_scale_one_the_whole_images_prediction_comes_from_the_logits() -
     [
         ({"gama": 2}, ("gama", "did you mean `gamma`")),
         ({"gamma": "eight"}, ("gamma", "expected a number")),
-        ({"gamma": math.nan}, ("gamma", "finite")),
-        ({"gamma": -1}, ("gamma", "0 or above")),
-        ({"temperature": 0}, ("temperature", "above 0")),
+        ({"gamma": math.nan}, ("gamma", "nan, expected a number from 0 to 1,000,000")),
+        ({"gamma": -1}, ("gamma", "number from 0 ")),
+        ({"gamma": 1e39}, ("gamma", "to 1,000,000")),
+        ({"temperature": 0}, ("temperature", "from 0.001 to 10,000")),
+        ({"temperature": 1e300}, ("temperature", "from 0.001 to 10,000")),
         ({"variant": "fixed"}, ("variant", "corrected")),
     ],
 )
@@ -304,6 +306,29 @@ def test_a_wrong_setting_is_named(settings: dict[str, Any], words: tuple[str, st
     with pytest.raises(UsageError) as caught:
         check_settings("cd_sdd_dkd", settings)
     assert all(word in f"{caught.value.message} {caught.value.hint}" for word in words)
+
+
+@pytest.mark.parametrize("key", methods.DECLARED)
+def test_every_setting_has_finite_bounds(key: str) -> None:
+    bounds = methods.DECLARED[key]
+    assert all(bounds.accepts(value) for value in (bounds.least, bounds.most))
+    beyond = (bounds.most * 1.01, bounds.least - 1e-6, 1e39, 1e300, math.inf, math.nan)
+    assert not any(bounds.accepts(value) for value in beyond)
+
+
+@pytest.mark.parametrize("method", LOGIT_METHODS)
+def test_losses_and_gradients_are_finite_at_the_bounds_of_the_settings(method: str) -> None:
+    for key in check_settings(method, {}):
+        if key == methods.VARIANT:
+            continue
+        for value in (methods.DECLARED[key].least, methods.DECLARED[key].most):
+            given = {name: each.float() if "_" in name else each for name, each in inputs().items()}  # not labels
+            student = given["student_logits"].requires_grad_()
+            loss = sum(distillation_terms(method, **given, settings={key: value}).values())
+            assert isinstance(loss, torch.Tensor)
+            (gradient,) = torch.autograd.grad(loss, student)
+            assert torch.isfinite(loss), (key, value)
+            assert torch.isfinite(gradient).all(), (key, value)
 
 
 def test_patches_that_do_not_fit_the_scales_are_refused() -> None:

@@ -149,6 +149,8 @@ def test_the_manifest_says_what_the_run_was(folder: Path, make_run: MakeRun) -> 
     assert held.pop("files").keys() == set(RUN_FILES)
     assert held.pop("metrics")["best_epoch"] == 18
     assert held.pop("created").endswith("Z")
+    assert held.pop("card_sha256") == files.sha256_file(artifact.folder / "card.md")
+    assert len(held.pop("sha256")) == 64
     dataset = held.pop("dataset")
     assert (dataset["name"], dataset["sha256"]) == ("digits100", DATASET_SHA256)
     assert dataset["source"]
@@ -157,6 +159,7 @@ def test_the_manifest_says_what_the_run_was(folder: Path, make_run: MakeRun) -> 
         "schema": 1,
         "name": "digits100/res8-cd_sdd_dkd",
         "version": 1,
+        "serial": 1,
         "model": "res8",
         "method": "cd_sdd_dkd",
         "variant": "paper",
@@ -723,7 +726,7 @@ def test_the_card_says_what_a_reader_needs(
 
 def test_the_card_of_a_model_without_a_teacher_says_so(folder: Path, make_teacher: MakeRun) -> None:
     run = make_teacher(1.0, dataset="imagefolder:birds")
-    (run / "metrics.json").write_text('{"final_top1": 50, "epochs": 1}')
+    (run / "metrics.json").write_text('{"final_top1": 71.25, "epochs": 1}')
     edit(run / "environment.json", git=None)
 
     text = registry.card(registry.add(folder, run))

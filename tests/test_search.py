@@ -224,6 +224,11 @@ def test_status_shows_a_search_and_the_cell_that_it_made(icdctl: CommandLine) ->
     assert {trial["values"]["lr"]: trial["state"] for trial in found["trials"]} == {"0.05": "done", "1e30": "failed"}
     winner = found["searched"]
     assert (winner["name"], winner["done"], winner["missing"], len(winner["top1"])) == ("mine-searched", 2, 0, 2)
+    path = Path("runs/mine-search/search.json")
+    whole = path.read_text()
+    path.write_text(whole.replace(str(score), "99.0"))
+    assert "search.json` has changed since a search wrote it" in status(icdctl)["note"]
+    path.write_text(whole)
     lines = [line.split() for line in icdctl("grid", "status")[1].splitlines()]
     assert [line[:2] for line in lines[1:3]] == [["mine", "0"], ["mine-searched", "2"]]
     assert lines[-1] == ["mine", "1", "0", "0", "1", f"{score:.2f}", "lr", "0.05"]
@@ -234,7 +239,7 @@ def test_status_shows_a_search_and_the_cell_that_it_made(icdctl: CommandLine) ->
     found = status(icdctl)
     assert found["note"] == "its trials had other settings: epochs 1 -> 2"
     assert (found["searched"]["stale"], found["searched"]["note"]) == (2, "epochs 1 -> 2")
-    Path("runs/mine-search/search.json").write_text("{")
+    path.write_text("{")
     found = status(icdctl)
     assert (found["trials"], found["best"], found["searched"]) == ([], None, None)
     assert "can't be read" in found["note"]

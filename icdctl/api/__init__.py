@@ -29,13 +29,16 @@ from icdctl.engine.device import resolve_device
 from icdctl.engine.observer import Observer, SilentObserver, decoding
 from icdctl.engine.run import Failure
 from icdctl.engine.run_output import RunResult
-from icdctl.errors import UsageError
+from icdctl.errors import UsageError, memory_reported
 from icdctl.exporting import Export, export_onnx
+from icdctl.models.external import module_errors_reported
 from icdctl.registry.trained import TrainedModel
 
 Config = Mapping[str, Any] | RunConfig
 
 
+@memory_reported()
+@module_errors_reported()
 def train(
     config: Config | None = None,
     *,
@@ -61,6 +64,8 @@ def train(
     return _one(_run([Job("train", given)], resume=resume, observer=observer))
 
 
+@memory_reported()
+@module_errors_reported()
 def distill(
     config: Config | None = None,
     *,
@@ -83,6 +88,8 @@ def distill(
     return _one(_run([Job("distill", {**_stated(config), **options})], resume=resume, observer=observer))
 
 
+@memory_reported()
+@module_errors_reported()
 def distill_many(
     config: Config | None = None,
     *,
@@ -125,6 +132,8 @@ def _stated(config: Config | None) -> dict[str, Any]:
     return dict(config or {})
 
 
+@memory_reported()
+@module_errors_reported()
 def start(
     command: Command,
     several: Sequence[Mapping[str, Any]],
@@ -170,8 +179,10 @@ def _run(
     doubts = [*([dataset.caveat] if dataset.caveat else []), *dataset.warnings]
     doubts += [doubt for job in jobs for doubt in job.test_images_seen(dataset)]
     warnings = [warning for job in jobs for warning in job.warnings()]
+    teachers = [job.teacher_target for job in jobs if job.teacher_target is not None]
+    read = [note for teacher in teachers for note in teacher.weights.notes]
     notes = [*dataset.notes, *_last_batch(jobs[0].config, len(dataset.train_labels))]
-    for text in dict.fromkeys([*notes, *(f"warning: {doubt}" for doubt in doubts), *warnings]):
+    for text in dict.fromkeys([*notes, *(f"warning: {doubt}" for doubt in doubts), *warnings, *read]):
         observer.message(text)
     needs_patches = any(methods.METHODS[job.config.method].needs_patches for job in jobs)
     asking = next((job for job in jobs if job.config.teacher is not None), jobs[0])
@@ -226,6 +237,8 @@ class EvaluationResult:
         return {**found, **self.numbers.as_json(), **compared}
 
 
+@memory_reported()
+@module_errors_reported()
 def evaluate(
     target: Model,
     *,
@@ -270,6 +283,8 @@ def evaluate(
                 f"`{other.label}` was trained on `{other.dataset}`, `{classifier.label}` on `{classifier.dataset}`",
                 hint="compare models of one data set, or name the one to test on with `--dataset`",
             )
+    for note in dict.fromkeys(note for each in measured for note in each.notes):
+        seen.message(note)
     for each in measured:
         each.check_size(data.describe(wanted))
     divided = classifier.how_divided(wanted)
@@ -300,6 +315,8 @@ def evaluate(
     )
 
 
+@memory_reported()
+@module_errors_reported()
 def predict(
     target: Model,
     images: str | Path | Sequence[str | Path],
@@ -333,6 +350,8 @@ def predict(
     seen = observer or SilentObserver()
     named = None if dataset is None else data.describe(dataset_request(dataset, image_size=image_size))
     classifier, logits_of = ready(target, named, resolve_device(device), module=model, image_size=image_size)
+    for note in classifier.notes:
+        seen.message(note)
     class_names = classifier.class_names or (() if named is None else named.class_names)
     left_out = LeftOut()
     paths = image_files([images] if isinstance(images, str | Path) else images, left_out)
@@ -354,6 +373,8 @@ def predict(
     return result
 
 
+@memory_reported()
+@module_errors_reported()
 def export(
     target: str | Path,
     out: str | Path | None = None,
@@ -403,7 +424,7 @@ def export(
         facts=facts_of(found),
         replace=replace,
     )
-    return dataclasses.replace(made, unmeasured=unmeasured)
+    return dataclasses.replace(made, unmeasured=unmeasured, notes=found.weights.notes)
 
 
 __all__ = [

@@ -17,8 +17,9 @@ from icdctl.config.lookup import Owner, names_owned_by
 from icdctl.config.run_config import RunConfig
 from icdctl.config.sources import from_validation
 from icdctl.data import Dataset, DatasetInfo, DatasetName, Preprocessing, Request, SplitRecord
-from icdctl.errors import ArtifactError, UsageError
+from icdctl.errors import ArtifactError, UsageError, is_out_of_memory
 from icdctl.exporting import OnnxClassifier
+from icdctl.models.external import check_logits, check_weights
 from icdctl.registry import trained
 from icdctl.registry.trained import TrainedModel
 from icdctl.run_files import HASH_KEY
@@ -45,6 +46,8 @@ class ClassifierInfo:
     """Hash of its run's pixels and labels; None where no `metrics.json` of its run is beside it."""
     is_file: bool = True
     """False for a module in memory, of which nothing can be known."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how its weights were read."""
 
     def own_images(self, dataset: str | None, *, data_dir: str | None, test_images: int | None) -> Request:
         """The test images of the data set that it was trained on, divided as in its run; or those of another data set.
@@ -171,7 +174,8 @@ def info_of(target: TrainedModel) -> ClassifierInfo:
     folder = target.path.parent
     run = _run_beside(folder, is_own=files.user_path(target.origin) != target.path)
     known = (target.origin, target.dataset, target.preprocessing, target.class_names)
-    return ClassifierInfo(*known, run, target.split, _data_beside(folder, run, target.sha256))
+    data_sha256 = _data_beside(folder, run, target.sha256)
+    return ClassifierInfo(*known, run, target.split, data_sha256, notes=target.weights.notes)
 
 
 def ready(
@@ -201,9 +205,10 @@ def ready(
         if dataset is None:
             raise UsageError("the data set is not named", hint="pass `dataset`, e.g. `dataset='cifar100'`")
         _check_size_is_said(dataset, image_size)
+        name = type(target).__name__
+        check_weights(target)
         predict = evaluation.module_predictor(target.eval().to(device), dataset.preprocessing, device)
-        label = type(target).__name__
-        return ClassifierInfo(label, None, dataset.preprocessing, None, None, is_file=False), predict
+        return ClassifierInfo(name, None, dataset.preprocessing, None, None, is_file=False), _checked(predict, name)
     label = str(target)
     if (files.user_path(label) / "model.onnx").is_file():  # an export folder
         label = str(files.user_path(label) / "model.onnx")
@@ -218,6 +223,24 @@ def ready(
     found = weights_at(label, dataset, module=module, image_size=image_size)
     model = found.load().to(device).to(memory_format=torch.channels_last)
     return info_of(found), evaluation.module_predictor(model, found.preprocessing, device)
+
+
+def _checked(predict: evaluation.Predict, name: str) -> evaluation.Predict:
+    """A function that gives a custom module's logits, and raises a UsageError where they are none."""
+
+    def checked(images: torch.Tensor) -> torch.Tensor:
+        try:
+            logits: object = predict(images)
+        except Exception as error:  # a custom module can raise any exception
+            if is_out_of_memory(error):
+                raise
+            raise UsageError(
+                f"`{name}` fails on images {list(images.shape)}: {error}",
+                hint="a model must map [B, 3, H, W] to logits [B, K]; the exception's cause shows where it fails",
+            ) from error
+        return check_logits(name, logits)
+
+    return checked
 
 
 def weights_at(

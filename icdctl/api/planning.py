@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from icdctl import data, files, methods, models, teachers
+from icdctl import data, files, methods, models, run_files, teachers
 from icdctl.config import resolving, sources
 from icdctl.config.dataset_request import dataset_request
 from icdctl.config.declare import Command
@@ -19,8 +19,8 @@ from icdctl.config.sources import Options
 from icdctl.data import Dataset, DatasetInfo, Request
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.models import Classifier
-from icdctl.models.external import CUSTOM_MODEL, adapt
-from icdctl.registry.trained import TrainedModel, split_in
+from icdctl.models.external import CUSTOM_MODEL, adapt, check_module
+from icdctl.registry.trained import TrainedModel, split_in, weights_file
 
 FindTeacher = Callable[[str, DatasetInfo], TrainedModel]
 
@@ -154,8 +154,9 @@ class Job:
         if problems and not any(isinstance(problem, UsageError) for problem in problems):
             problems += _missing_data(collected)
         build = partial(resolving.make_config, command, teacher=self._teacher_identity(), problems=problems)
+        collected = _with_file_of_first_weights(collected, problems)
         first_weights = collected.text("init_weights")
-        if stand_in is not None and first_weights is not None and not files.user_path(first_weights).is_file():
+        if stand_in is not None and first_weights is not None and not _is_file(first_weights):
             config = build(collected.without("init_weights"))
             self.config = config.model_copy(update={"init_sha256": stand_in.init_sha256})
         else:
@@ -210,13 +211,21 @@ class Job:
 
     def own_student(self, dataset: Dataset) -> Classifier | None:
         """A custom module in place of a named student."""
-        return self._adapted(self.student_module, dataset, methods.METHODS[self.config.method].needs_patches)
+        needs_patches = methods.METHODS[self.config.method].needs_patches
+        return self._adapted(self.student_module, dataset, needs_patches, is_trained=True)
 
-    def _adapted(self, module: nn.Module | None, dataset: Dataset, needs_patches: bool) -> Classifier | None:
+    def _adapted(
+        self, module: nn.Module | None, dataset: Dataset, needs_patches: bool, *, is_trained: bool = False
+    ) -> Classifier | None:
         if module is None:
             return None
-        size = dataset.preprocessing.size
-        return adapt(module, image_size=size, num_classes=dataset.num_classes, needs_patches=needs_patches)
+        return adapt(
+            module,
+            image_size=dataset.preprocessing.size,
+            num_classes=dataset.num_classes,
+            needs_patches=needs_patches,
+            is_trained=is_trained,
+        )
 
 
 def _check_same_teacher(target: TrainedModel, sha256: str | None) -> None:
@@ -232,11 +241,33 @@ def _take_module(given: dict[str, object], key: str) -> nn.Module | None:
     """An nn.Module among the options, replaced by a name there."""
     value = given.get(key)
     if isinstance(value, nn.Module):
+        check_module(value)
         given[key] = CUSTOM_MODEL
         return value
     if isinstance(value, Path):
         given[key] = str(value)
     return None
+
+
+def _with_file_of_first_weights(options: Options, problems: list[IcdctlError]) -> Options:
+    """The options with a weights file in place of the run folder or artifact that `init_weights` names."""
+    named = options.text("init_weights")
+    if not named or _is_file(named):
+        return options
+    try:
+        path = weights_file(named)
+        if files.user_path(named).is_dir():
+            hint = f"restore it, or name `{path}` itself to use it as it is now"
+            run_files.check_as_written(path.parent, files.sha256_file(path), hint=hint)
+    except IcdctlError as error:
+        problems.append(error)
+        return options.without("init_weights")
+    return replace(options, given={**options.given, "init_weights": str(path)})
+
+
+def _is_file(path: str) -> bool:
+    """Whether a path is a file, or `FILE:KEY` of one."""
+    return models.split_part(files.user_path(path))[0].is_file()
 
 
 def _check_needed(command: Command, options: Options) -> None:

@@ -23,8 +23,9 @@ def clean(
             "--kind",
             metavar="KIND",
             help="Kind to delete; may be repeated. Caches: `images` (decoded), `answers` (teacher caches), `numbers` "
-            "(measurements of reports), `downloads`, `remains` (files of killed processes). States of runs: "
-            "`finished` (the result is in the run folder, too), `resume` (`--resume` needs them).",
+            "(measurements of reports), `downloads`, `remains` (files of killed processes, also those beside runs, "
+            "exports and registered versions). States of runs: `finished` (the result is in the run folder, too), "
+            "`resume` (`--resume` needs them).",
             show_default="all caches",
         ),
     ] = None,
@@ -74,7 +75,10 @@ def clean(
     if done.freed and not as_json:
         _show(done.freed, [])
     said = "would free" if dry_run else "freed"
-    console.talk(f"{said} {_size(_total(done.freed))} in {files.state_folder()}")
+    home = files.state_folder().resolve()
+    beside = sum(not entry.paths[0].resolve().is_relative_to(home) for entry in done.freed)
+    outside = f"; {beside} of the files lay elsewhere in the project, left by killed processes" if beside else ""
+    console.talk(f"{said} {_size(_total(done.freed))} in {files.state_folder()}{outside}")
     for entry in done.in_use:
         console.talk(f"kept, because a process uses it: {entry.kind} {entry.of or entry.name}")
     if done.failed:

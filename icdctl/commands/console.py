@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -44,10 +44,58 @@ class _Stderr(Console):
 
     def say(self, text: str) -> None:
         """Print a line with rich's markup, without wrapping it."""
+        if not self.quiet:
+            try:
+                self.print(text, soft_wrap=True)
+                return
+            except OSError:  # the terminal is gone, the disk that stderr goes to is full, or rich can open no file
+                self.quiet = True
+        with suppress(OSError):
+            os.write(2, f"{Text.from_markup(text).plain}\n".encode())
+
+
+class _Stdout(io.TextIOWrapper):
+    """Stdout that fails once at most: what comes after a failure goes nowhere, as it would fail again at the exit.
+
+    A reader that has closed the pipe, such as `head`, has all that it wants: that is no failure.
+    """
+
+    def write(self, text: str, /) -> int:
+        """Write text; the number of characters."""
         try:
-            self.print(text, soft_wrap=True)
-        except OSError:  # the terminal is gone, or the disk that stderr goes to is full
-            self.quiet = True
+            return super().write(text)
+        except OSError as error:
+            self._give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Send what was written."""
+        try:
+            super().flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise error
+
+
+def guard_stdout() -> None:
+    """Prepare stdout of this process: a closed, full or narrow one (ASCII, cp1252) must not be a traceback."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: else the next file that is opened would get what libraries print
+            os.open(os.devnull, os.O_RDWR)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout = _Stdout(
+            sys.stdout.buffer,
+            encoding=sys.stdout.encoding,
+            errors="backslashreplace",
+            line_buffering=sys.stdout.line_buffering,
+            write_through=sys.stdout.write_through,
+        )
 
 
 _shown: list[_Stderr] = []
@@ -74,8 +122,14 @@ def show_error(messages: Sequence[str], hints: Sequence[str]) -> None:
 
 
 def show_json(value: object) -> None:
-    """Print one JSON object on stdout; a command prints nothing else there."""
-    _write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Print one JSON object on stdout; a command prints nothing else there.
+
+    Where stdout can't take a character, all are escaped as JSON has it, so that the text stays JSON.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    if _encodable(text) != text:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    _write(text + "\n")
 
 
 def show_line(text: str) -> None:
@@ -113,25 +167,35 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
 
 
 def _write(text: str) -> None:
-    """Write to stdout and flush. A reader that has closed the pipe, such as `head`, is not an error."""
+    """Write to stdout and flush."""
     if sys.stdout is None:
         raise ArtifactError("stdout is closed", hint="leave it open, or send it to a file")
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(_encodable(text))
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        # The rest in the buffer would fail again when Python exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise ArtifactError(
             f"stdout can't be written: {error.strerror}", hint="send it to a place with room"
         ) from error
 
 
+def _encodable(text: str) -> str:
+    """The text with escapes (`\\u732b`) in place of the characters that stdout's encoding does not have."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def _printable(text: str) -> str:
     """The text with control characters escaped, since file names and metadata may hold any."""
-    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+    return "".join(char if char.isprintable() else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    """A character as an escape that shells and Python read; a byte of a name that is no UTF-8 as that byte."""
+    number = ord(char)
+    if 0xDC80 <= number <= 0xDCFF:  # how Python holds such a byte
+        number -= 0xDC00
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
 
 
 @contextmanager

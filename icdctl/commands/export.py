@@ -65,6 +65,8 @@ def export(
             data_dir=data_dir,
             replace=replace,
         )
+    for note in result.notes:
+        console.talk(note)
     if as_json:
         console.show_json(result.as_json())
         return

@@ -42,7 +42,8 @@ def add(
     """
     from icdctl import registry
 
-    artifact = registry.add(folder or registry.default_folder(), run_folder, export_folder=export_folder, name=name)
+    where = folder or registry.default_folder()
+    artifact = registry.add(where, run_folder, export_folder=export_folder, name=name, message=console.talk)
     if as_json:
         console.show_json(artifact.as_json())
     else:
@@ -93,6 +94,9 @@ def show(
     where = folder or registry.default_folder()
     artifact = registry.find(where, name)
     line = registry.lineage(where, artifact)
+    problem = registry.card_problem(artifact)
+    if problem is not None:
+        console.talk(f"warning: {problem}; shown is what the manifest says; `git checkout` restores it")
     if as_json:
         console.show_json({**artifact.as_json(), "manifest": artifact.manifest.as_json(), "lineage": line})
         return
@@ -130,5 +134,6 @@ def verify(
         raise ArtifactError(
             f"{len(broken)} of {len(results)} artifacts are broken: "
             + "; ".join(f"{result.reference}: {result.summary}" for result in broken),
-            hint="restore the files with `dvc checkout` or `dvc pull`, or register the run again",
+            hint="restore files with `dvc checkout` or `dvc pull`, and manifests and cards with `git checkout`; or "
+            "register the run again",
         )

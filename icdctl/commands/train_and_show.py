@@ -155,7 +155,7 @@ def _registered(result: RunResult) -> str:
     newest = registry.find_teacher(folder, model=result.config.student, dataset=trained_on)
     if newest is not None and newest.sha256 == files.sha256_file(result.out / run_files.WEIGHTS_FILE):
         return newest.reference
-    return registry.add(folder, result.out).reference
+    return registry.add(folder, result.out, message=console.talk).reference
 
 
 def _show(result: RunResult) -> None:

@@ -88,7 +88,21 @@ def make_config(
         raise combine(found)
     _fill_warmup(settings, options.settings, recipe, config.epochs)
     config = config.model_copy(update={**(first_weights or {}), "settings": settings})
-    return config if config.out else config.model_copy(update={"out": str(_default_folder(config))})
+    config = config if config.out else config.model_copy(update={"out": str(_default_folder(config))})
+    _check_names(config, options.origin)
+    return config
+
+
+def _check_names(config: RunConfig, origin: Callable[[str], str]) -> None:
+    """Refuse file names that are no UTF-8: config.json could not hold them."""
+    names = {key: value for key, value in config if isinstance(value, str)}
+    names["out"] = str(Path(config.out).absolute())  # as checkpoints hold it
+    for key, name in names.items():
+        if not name.isascii() and files.utf8_name(name) != name:
+            raise UsageError(
+                f"{origin(key)} is `{files.utf8_name(name)}`, which is not valid UTF-8",
+                hint="rename the file or folder, or name another one",
+            )
 
 
 def _stated(options: Options) -> dict[str, object]:
@@ -115,9 +129,11 @@ def _first_weights(options: Options) -> dict[str, str]:
         ArtifactError: it can't be read, or is not the one that the configuration pins.
     """
     path = files.user_path(str(options.get("init_weights"))).absolute()
+    file, part = models.split_part(path)
     try:
-        state = path.stat()
-        sha256 = _sha256_of(path, state.st_mtime_ns, state.st_size, state.st_ino)
+        state = file.stat()
+        sha256 = _sha256_of(file, state.st_mtime_ns, state.st_size, state.st_ino)
+        sha256 = models.hash_of_part(sha256, part)
     except OSError as error:
         raise ArtifactError(
             f"first weights `{path}` can't be read: {error.strerror}", hint="name a weights file with `--init-weights`"

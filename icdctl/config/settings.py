@@ -385,9 +385,10 @@ class ExecutionSettings(_Frozen):
     init_weights: Annotated[
         str | None,
         Setting(
-            "Weights file that the student starts from.",
+            "Weights that the student starts from: a run folder, a weights file or `registry:NAME`. Those of another "
+            "number of classes give all but the head, which is then drawn from the seed.",
             identity=Identity.NEVER,
-            metavar="FILE",
+            metavar="PATH",
             shown_default="drawn from the seed",
         ),
     ] = None

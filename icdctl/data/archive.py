@@ -121,6 +121,9 @@ def _extract(archive: Path, folder: Path, *, top: str, limits: Limits, beside: C
                 if _is_passed_over(member, beside):
                     continue
                 _check_member(member, top)
+                # Without the archive's mode, the umask decides who may read and write the file.
+                # tarfile documents None for "leave the mode alone", the stubs leave it out.
+                member = member.replace(mode=None, deep=False)  # type: ignore[arg-type]
                 tar.extract(member, folder, filter="data")
     except OSError as error:
         raise files.not_writable(folder.parent / top, error) from error

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from icdctl.config.run_config import check_device
-from icdctl.errors import IcdctlError, UsageError
+from icdctl.errors import IcdctlError, UsageError, memory_reported
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Constants of malloc.h."""
@@ -126,8 +126,12 @@ def backend_settings(device: torch.device, precision: str, *, deterministic: boo
         # Without it cuBLAS may sum in another order each time. Torch looks once, at the process's first product, which
         # be of an earlier run that was not to be deterministic.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    less = "a smaller `--batch-size`, `--teacher-mode inline` (nothing cached), or another `--device`"
     try:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with (
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+            memory_reported(where=f"`{device}`", hint=less),
+        ):
             yield
     except RuntimeError as error:
         if "does not have a deterministic implementation" in str(error):
@@ -140,13 +144,7 @@ def backend_settings(device: torch.device, precision: str, *, deterministic: boo
                 f"`--deterministic` can't be kept on `{device}`: this process has used cuBLAS in another way before",
                 hint="start it again with `CUBLAS_WORKSPACE_CONFIG=:4096:8` in its environment",
             ) from error
-        # The CPU's allocator has no exception of its own.
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise IcdctlError(
-            f"`{device}` ran out of memory: {str(error).splitlines()[0]}",
-            hint="a smaller `--batch-size`, `--teacher-mode inline` (nothing cached), or another `--device`",
-        ) from error
+        raise
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[:2]
         torch.use_deterministic_algorithms(before[2])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from icdctl import versions
+from icdctl import files, versions
 from icdctl.errors import arguments_without_secrets
 
 PACKAGES = ("icdctl", "torch", "torchvision", "numpy", "onnx", "onnxruntime", "safetensors", "scikit-learn", "dvc")
@@ -59,7 +59,7 @@ def describe_environment(device: torch.device, precision: str) -> dict[str, Any]
         "device": describe_device(device),
         "precision": precision,
         "git": git_state(Path.cwd()),
-        "command_line": arguments_without_secrets(sys.argv),
+        "command_line": [files.utf8_name(word) for word in arguments_without_secrets(sys.argv)],
     }
 
 

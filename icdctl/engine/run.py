@@ -165,6 +165,9 @@ class _Session:
             StudentRun(config, shared, student, teacher, compiler, state=state, message=observer.message)
             for config, student, state in zip(configs, students, states, strict=True)
         ]
+        notes = [note for run in self.runs if run.first_weights is not None for note in run.first_weights.notes]
+        for note in dict.fromkeys(notes):
+            observer.message(note)
         self.failures: dict[int, Failure] = {}
         self._checkpoints = _CheckpointTimer(configs[0])
 

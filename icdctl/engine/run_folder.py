@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ def lock_path(out: Path) -> Path:
 
 def state_lock_path(out: Path) -> Path:
     """The lock of a run folder in the state folder, held by the process that writes the run's state there."""
-    name = files.sha256_bytes(str(out.resolve()).encode())[:20]
+    name = files.sha256_bytes(os.fsencode(out.resolve()))[:20]
     return files.state_folder() / "locks" / f"{name}.lock"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import save
 
-from icdctl import files, models
+from icdctl import files, models, run_files
 from icdctl.config.run_config import RunConfig
 from icdctl.data import UNLABELED, Views
 from icdctl.engine.checkpoint import PREVIOUS_FILE, REPLAY_FILE, STATE_FILE, CheckpointWriter, Progress
@@ -84,13 +84,13 @@ class RunOutput:
             write_history(self.out / "history.csv", progress.history)
 
     def write_result(self, config: RunConfig, progress: Progress, model: Classifier, metrics: dict[str, Any]) -> None:
-        """Write history, weights and metrics of a run whose last epoch is done; the weights' hash joins `metrics`.
+        """Write history, weights and metrics of a run whose last epoch is done; all hashes join `metrics`.
 
         Args:
             config: the configuration of the run.
             progress: the progress at its end.
             model: the model to keep.
-            metrics: without the hash of the weights.
+            metrics: without the hashes.
         """
         self._check_folder(progress, config)
         write_history(self.out / "history.csv", progress.history)
@@ -98,6 +98,7 @@ class RunOutput:
         # These describe an earlier training in this folder, whose weights are replaced now.
         (self.out / "metrics.json").unlink(missing_ok=True)
         metrics[HASH_KEY] = models.save_weights(self.out / WEIGHTS_FILE, without_adapter(model), metadata)
+        metrics |= run_files.hashes(self.out, metrics)
         files.write_json(self.out / "metrics.json", metrics)
         (self.state.folder / PREVIOUS_FILE).unlink(missing_ok=True)
 
@@ -147,8 +148,9 @@ def run_metrics(
     num_students: int,
     compiled: bool,
     teacher_origin: Mapping[str, str | None],
+    head_is_new: bool,
 ) -> dict[str, Any]:
-    """The content of metrics.json, the hash of the weights aside.
+    """The content of metrics.json, the hashes aside.
 
     Args:
         shared: the images.
@@ -159,6 +161,7 @@ def run_metrics(
         num_students: number of students that were trained at once.
         compiled: whether torch.compile made the kernels.
         teacher_origin: source and licence of the teacher's weights.
+        head_is_new: whether the first weights were of another number of classes, so that their head was not taken.
     """
     return {
         **accuracy,
@@ -168,6 +171,7 @@ def run_metrics(
         "images_per_second": shared.images_of(progress.steps) / progress.seconds,
         "students_at_once": num_students,
         **({"compiled": compiled} if config.compile else {}),
+        **({"head_is_new": True} if head_is_new else {}),
         "nonfinite_steps": progress.nonfinite_steps,
         "params": num_parameters,
         "variant": config.settings["variant"],

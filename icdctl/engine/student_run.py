@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from icdctl.engine.teacher import Answer
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.evaluation import Evaluation, batch_size_on, evaluate_logits, module_predictor, predict_all
 from icdctl.methods import METHODS, ModelProbe, Objective, Supervision
-from icdctl.models import Classifier
+from icdctl.models import Classifier, Weights
 from icdctl.models.external import Adapted, without_adapter
 from icdctl.run_files import WEIGHTS_FILE
 
@@ -73,8 +74,8 @@ class StudentRun:
         """
         self.config, self.shared = config, shared
         self.student = student if student is not None else _new_student(config, shared)
-        if config.init_weights is not None:
-            _load_first_weights(self.student, config)
+        self.first_weights = None if config.init_weights is None else _load_first_weights(self.student, config)
+        """What was read of the weights that it starts from."""
         objective = _new_objective(config, shared, self.student, teacher)
         for module in (self.student, objective):
             module.to(shared.device).to(memory_format=torch.channels_last)
@@ -356,6 +357,7 @@ class StudentRun:
             num_students=num_students,
             compiled=self.is_compiled,
             teacher_origin=teacher_origin,
+            head_is_new=self.first_weights is not None and self.first_weights.head_is_new,
         )
         self.output.write_result(self.config, self.progress, model, metrics)
         return RunResult(self.out, self.config, metrics, True, model.eval())
@@ -417,12 +419,18 @@ def _new_objective(config: RunConfig, shared: SharedData, student: Classifier, t
         )
 
 
-def _load_first_weights(student: Classifier, config: RunConfig) -> None:
-    """Load the first weights from a file."""
-    loaded = models.load_weights(without_adapter(student), Path(str(config.init_weights)))
+def _load_first_weights(student: Classifier, config: RunConfig) -> Weights:
+    """Load the first weights from a file; of one with another number of classes, all but the head.
+
+    Returns:
+        The file's content, without its tensors.
+    """
+    path = Path(str(config.init_weights))
+    loaded = models.load_weights(without_adapter(student), path, head=student.head)
     if loaded.sha256 != (config.init_sha256 or loaded.sha256):
         raise ArtifactError(
             f"first weights `{config.init_weights}` have sha256 {loaded.sha256[:12]}..., the configuration states "
             f"{str(config.init_sha256)[:12]}...",
             hint="name the file with `--init-weights` to use it as it is now",
         )
+    return replace(loaded, tensors={})

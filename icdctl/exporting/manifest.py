@@ -45,27 +45,29 @@ def compare(folder: Path) -> dict[str, list[str]]:
     return {"changed": changed, "missing": sorted(set(listed) - present), "extra": sorted(present - set(listed))}
 
 
-def _unchanged(path: Path, sha256: str) -> bool:
+def _unchanged(path: Path, listed: tuple[str, object]) -> bool:
+    sha256, num_bytes = listed
     try:
-        return path.is_file() and files.sha256_file(path) == sha256
+        is_size = path.is_file() and num_bytes in (None, path.stat().st_size)
+        return is_size and files.sha256_file(path) == sha256
     except OSError as error:
         raise ArtifactError(
             f"`{path}` can't be read: {error.strerror or error}", hint="check its permissions"
         ) from error
 
 
-def _listed(folder: Path) -> dict[str, str]:
-    """Name of each listed file -> its sha256."""
+def _listed(folder: Path) -> dict[str, tuple[str, object]]:
+    """Name of each listed file -> its sha256, and its size in bytes."""
     path = folder / MANIFEST_FILE
     value = files.read_json(path, what="export folder's manifest", hint=_HINT)
     broken = ArtifactError(f"`{path}` is not the manifest of an export folder", hint=_HINT)
     if not isinstance(value, dict) or value.get("schema") != _SCHEMA or not isinstance(value.get("files"), dict):
         raise broken
-    listed = {}
+    listed: dict[str, tuple[str, object]] = {}
     for name, entry in value["files"].items():
         if Path(name).name != name or not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
             raise broken
-        listed[name] = entry["sha256"]
+        listed[name] = entry["sha256"], entry.get("bytes")
     if MODEL_FILE not in listed:
         raise broken
     return listed

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypedDict
@@ -54,6 +51,8 @@ class Export:
     """Accuracy measured with the graph; None if no labels were given."""
     unmeasured: str | None = None
     """Why no accuracy was measured, as the caller said it; None where it was."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the weights were read."""
 
     @property
     def model_file(self) -> Path:
@@ -109,7 +108,7 @@ def export_onnx(
     _check_images(trained_model, images, labels)
     known = {key: _without_folders(value) for key, value in (facts or {}).items()}
     description = _description(trained_model, input_kind, variant=known.get("variant"))
-    with _folder_beside(out) as folder:
+    with files.temporary_beside(out, is_folder=True) as folder:
         content = graph.graph_bytes(trained_model.load(), description, opset=opset)
         model_file = folder / manifest.MODEL_FILE
         files.write_bytes(model_file, content)
@@ -232,37 +231,18 @@ def _without_folders(value: object) -> object:
     return value
 
 
-@contextmanager
-def _folder_beside(out: Path) -> Iterator[Path]:
-    """A temporary folder on the same disk as `out`; it is deleted afterwards unless it was moved."""
-    files.make_folder(out.parent)
-    try:
-        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    except OSError as error:
-        raise files.not_writable(out, error) from error
-    try:
-        folder.chmod(0o755)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _move(folder: Path, out: Path) -> None:
     """Rename `folder` to `out`. An older `out` is first renamed, then deleted once the new one is in its place."""
     try:
         if not out.exists():
             folder.replace(out)
             return
-        aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
-        try:
+        with files.temporary_beside(out.with_name(f"{out.name}.old"), is_folder=True) as aside:
             out.replace(aside)
-            folder.replace(out)
-        except BaseException:
-            if out.exists():
-                aside.rmdir()
-            else:
+            try:
+                folder.replace(out)
+            except BaseException:
                 aside.replace(out)
-            raise
+                raise
     except OSError as error:
         raise files.not_writable(out, error) from error
-    shutil.rmtree(aside, ignore_errors=True)

@@ -165,6 +165,7 @@ def _seconds_for(num_images: int) -> float:
 
 
 def _session(file: OnnxFile, threads: int, *, optimise: bool = True) -> onnxruntime.InferenceSession:
+    onnxruntime.disable_telemetry_events()  # some builds of the runtime report their use to its publisher
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import re
+import secrets
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -36,6 +38,9 @@ from icdctl.files.reading import whole_number as whole_number
 
 JsonObject = dict[str, Any]
 """A JSON object that was read from somewhere or is about to be written; its values are checked where they are used."""
+
+TEMPORARY_NAME = re.compile(r"\..+\.tmp\.[0-9a-f]{8}")
+"""Name of a file or folder of `temporary_beside`, which is incomplete until it is renamed."""
 
 _CHUNK_BYTES = 1 << 20
 _LOCK_PAUSE_SECONDS = 0.5
@@ -64,27 +69,87 @@ def md5_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def content_sha256(value: Mapping[str, object], *, without: Collection[str] = ()) -> str:
+    """Hex digest of a JSON object, whatever the order and layout of its keys.
+
+    Args:
+        value: the object.
+        without: keys that do not count, e.g. the one that holds the digest itself.
+    """
+    counted = {key: entry for key, entry in value.items() if key not in without}
+    return sha256_bytes(json.dumps(counted, sort_keys=True, separators=(",", ":")).encode())
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` under a temporary name beside `path`, then rename it: readers see the old file or the new one.
 
     Raises:
         ArtifactError: the folder can't be written to, or the disk is full.
     """
-    make_folder(path.parent)
-    temporary: Path | None = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        with temporary_beside(path) as temporary:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except OSError as error:
         raise not_writable(path, error) from error
+
+
+@contextmanager
+def temporary_beside(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
+    """A new file or folder beside `path`, marked as in use; it is deleted after the block unless it was renamed.
+
+    The system frees the mark of a process that dies, so that `icdctl clean` recognises what killed processes left.
+
+    Raises:
+        ArtifactError: it can't be created.
+    """
+    make_folder(path.parent)
+    mark, is_marked = None, False
+    while not is_marked:
+        temporary = path.with_name(f".{path.name}.tmp.{secrets.token_hex(4)}")
+        try:
+            if is_folder:
+                temporary.mkdir()
+            else:
+                temporary.open("xb").close()
+        except OSError as error:
+            raise not_writable(path, error) from error
+        with suppress(FileNotFoundError):  # where `icdctl clean` deleted it before it was marked, make another
+            mark, is_marked = _marked(temporary), True
+    try:
+        yield temporary
     finally:
-        if temporary is not None:
+        if is_folder:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
             temporary.unlink(missing_ok=True)
+        if mark is not None:
+            os.close(mark)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether a file or folder is one of `temporary_beside`, and the process that made it has died."""
+    return bool(TEMPORARY_NAME.fullmatch(path.name)) and path.exists() and not is_locked(path)
+
+
+def _marked(path: Path) -> int | None:
+    """Mark a file or folder as in use, as `hold_mapped` does; the mark lasts until the descriptor is closed."""
+    try:
+        import fcntl
+    except ImportError:  # see `hold_mapped`
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no such marks
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        path.stat()  # fails where the file was deleted while the mark was waited for
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def write_text(path: Path, text: str) -> None:
@@ -181,6 +246,35 @@ def _acquire_when_free(path: Path, *, attempts: int | None) -> filelock.BaseFile
 
 
 @contextmanager
+def lock_beside(path: Path) -> Iterator[None]:
+    """Hold the lock of a file that several processes change, while the block runs; wait while another holds it.
+
+    The lock is a hidden file beside the one that it guards, because two users of one project may have state folders of
+    their own. It is deleted afterwards, so that git does not see it.
+
+    Raises:
+        ArtifactError: the folder can't be written to.
+    """
+    whole = path.resolve()
+    place = whole.with_name(f".{whole.name}.lock")
+    make_folder(place.parent)
+    lock = filelock.FileLock(place)
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise ArtifactError(
+            f"`{path}` can't be changed: its lock `{place}` can't be written: {error.strerror or error}",
+            hint=f"make the folder `{place.parent}` writable for you, e.g. with `chmod u+w`",
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            place.unlink()  # while it is held, as in `locked`
+        lock.release()
+
+
+@contextmanager
 def waited_lock(path: Path) -> Iterator[None]:
     """Hold the lock file `path` while the block runs; wait while another process holds it."""
     make_folder(path.parent)
@@ -221,13 +315,16 @@ def unless_locked(path: Path) -> Iterator[bool]:
     except ImportError:  # see `hold_mapped`
         yield True
         return
-    with open_regular(path) as file:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a folder can be marked, too
+    try:
         try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             yield False
         else:
             yield True
+    finally:
+        os.close(descriptor)
 
 
 def is_locked(path: Path) -> bool:
@@ -286,3 +383,11 @@ def user_path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise ArtifactError(f"`{text}` names a user whose home is not known", hint="write the whole path") from error
+
+
+def utf8_name(name: str) -> str:
+    """The name itself, with `\\xff` in place of a byte that makes it invalid UTF-8, which no text file could hold."""
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a character, from a JSON file
+        return name.encode("utf-8", "backslashreplace").decode("utf-8")

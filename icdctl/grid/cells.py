@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from icdctl import files, methods
+from icdctl import files, methods, run_files
 from icdctl.config import sources
 from icdctl.config.expand import parse_seeds
 from icdctl.config.lookup import OPTIONS
@@ -81,7 +81,7 @@ class GridRun:
         """The metrics of a run that is done.
 
         Raises:
-            ArtifactError: the file is broken.
+            ArtifactError: the file is broken, or has changed since the run wrote it.
         """
         hint = f"delete `{self.folder}`, and train it again"
         value = files.read_json(self.folder / "metrics.json", what="metrics", hint=hint)
@@ -90,6 +90,7 @@ class GridRun:
         except ValueError as error:
             path = self.folder / "metrics.json"
             raise ArtifactError(f"`{path}` states no number `final_top1`: {error}", hint=hint) from error
+        run_files.check_numbers(self.folder, value)
         return dict(value)
 
 

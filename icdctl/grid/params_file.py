@@ -67,7 +67,7 @@ def write_entries(path: Path, entries: Mapping[str, object], *, replace: bool = 
         UsageError: an entry differs from the existing one of its name, or a section is not a mapping.
         ArtifactError: the file is not YAML, or can't be written.
     """
-    with files.waited_lock(files.state_folder() / "locks" / "params.lock"):
+    with files.lock_beside(path):
         text = _read(path)
         content = parse(text, path)
         changes = _Changes(path, content, replace=replace)

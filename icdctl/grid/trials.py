@@ -22,6 +22,8 @@ from icdctl.grid.status import run_statuses
 from icdctl.grid.sweeps import changed
 
 SEARCH_FILE, LOCK_FILE = "search.json", ".lock"
+_HASH = "sha256"
+"""Key in `search.json` for the hash of the rest; files of earlier versions have none."""
 
 
 class Search:
@@ -99,10 +101,11 @@ class Search:
                 self.trials.append(Trial(dict(values), None))
                 continue
             self.trials.append(Trial(dict(values), tuple(_validated(run) for run in own)))
-        files.write_json(self.folder / SEARCH_FILE, self.as_json())
+        content = self.as_json()
+        files.write_json(self.folder / SEARCH_FILE, {**content, _HASH: files.content_sha256(content)})
 
     def as_json(self) -> dict[str, object]:
-        """The content of `search.json`."""
+        """The content of `search.json` without its hash."""
         trials = [
             {"values": dict(trial.values), "val_top1": None if trial.val_top1 is None else list(trial.val_top1)}
             for trial in self.trials
@@ -184,10 +187,12 @@ def read_trials(folder: Path) -> tuple[dict[str, object], list[Trial]]:
     """The content of a `search.json`: what its trials have in common, and the trials.
 
     Raises:
-        ArtifactError: it is missing, or broken.
+        ArtifactError: it is missing or broken, or has changed since a search wrote it.
     """
     path, hint = folder / SEARCH_FILE, _from_scratch(folder)
     held = files.read_json(path, what="search", hint=hint)
+    if isinstance(held, dict) and held.get(_HASH) not in (None, files.content_sha256(held, without=(_HASH,))):
+        raise ArtifactError(f"`{path}` has changed since a search wrote it", hint=f"restore it from a copy, or {hint}")
     try:
         trials = [
             Trial(

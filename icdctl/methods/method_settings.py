@@ -6,7 +6,6 @@ of a configuration follow from both.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,39 +19,42 @@ VARIANTS = ("published", "corrected")
 """`published` has the reference code's numbers, quirks included; docs/methods.md says what `corrected` changes."""
 
 
+_LARGEST_WEIGHT = 1e6
+
+
 @dataclass(frozen=True)
 class MethodSetting:
     """The values that a setting accepts, and what it does."""
 
     help: str
-    is_above_zero: bool = False
-    """0 itself is refused."""
+    least: float = 0.0
+    most: float = _LARGEST_WEIGHT
+    """Largest value; with it, neither the value's square nor its product with a loss leaves float32."""
     is_whole: bool = False
     """Fractions are refused."""
 
     @property
     def bounds(self) -> str:
         """The values that are accepted, in words."""
-        kind = "whole number" if self.is_whole else "finite number"
-        return f"{kind} {'above 0' if self.is_above_zero else '0 or above'}"
+        return f"{'whole number' if self.is_whole else 'number'} from {self.least:g} to {self.most:,.0f}"
 
     def accepts(self, number: float) -> bool:
-        """Whether a number is within the bounds."""
-        if not math.isfinite(number) or (self.is_whole and not number.is_integer()):
-            return False
-        return number > 0 if self.is_above_zero else number >= 0
+        """Whether a number is within the bounds; NaN is not."""
+        return self.least <= number <= self.most and (not self.is_whole or number.is_integer())
 
 
 DECLARED: dict[str, MethodSetting] = {
-    "temperature": MethodSetting("Temperature of both softmaxes.", is_above_zero=True),
+    "temperature": MethodSetting("Temperature of both softmaxes.", least=0.001, most=10_000.0),
     "alpha": MethodSetting("Weight of DKD's target part."),
     "beta": MethodSetting("Weight of the part among the classes other than the target."),
     "gamma": MethodSetting("Weight of the cluster term."),
     "ce_weight": MethodSetting("Weight of the cross-entropy with the labels."),
     "kd_weight": MethodSetting("Weight of the divergence from the teacher."),
     "feature_weight": MethodSetting("Weight of the distance between feature maps."),
-    "hint_stage": MethodSetting("Stage whose output is imitated; 0 is the stem.", is_whole=True),
-    "warmup_epochs": MethodSetting("Epochs in which the weight of the distillation term rises from 0; 0 for none."),
+    "hint_stage": MethodSetting("Stage whose output is imitated; 0 is the stem.", most=100.0, is_whole=True),
+    "warmup_epochs": MethodSetting(
+        "Epochs in which the weight of the distillation term rises from 0; 0 for none.", most=100_000.0
+    ),
 }
 
 
@@ -65,7 +67,7 @@ def check_values(method: str, defaults: Mapping[str, float], given: Mapping[str,
         given: some of them.
 
     Raises:
-        UsageError: a key that the method does not have, a value that is not a number, not finite or out of range.
+        UsageError: a key that the method does not have, a value that is not a number or out of range.
     """
     settings: dict[str, float | str] = {**defaults, VARIANT: VARIANTS[0]}
     for key, value in given.items():

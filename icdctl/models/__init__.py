@@ -14,8 +14,9 @@ from icdctl.models.resnet import narrow_resnet, wide_resnet
 from icdctl.models.resnetv2 import res18, res50
 from icdctl.models.shufflenetv1 import ShuffleNetV1
 from icdctl.models.shufflenetv2 import ShuffleNetV2
+from icdctl.models.state_dicts import split_part
 from icdctl.models.vgg import VGG
-from icdctl.models.weights import Weights, hash_weights, load_weights, read_weights, save_weights
+from icdctl.models.weights import Weights, hash_of_part, hash_weights, load_weights, read_weights, save_weights
 from icdctl.models.wrn import WideResNet
 
 __all__ = [
@@ -26,11 +27,13 @@ __all__ = [
     "Weights",
     "create",
     "fold_batch_norms",
+    "hash_of_part",
     "hash_weights",
     "load_weights",
     "read_weights",
     "resolve",
     "save_weights",
+    "split_part",
 ]
 
 

@@ -9,11 +9,12 @@ import argparse
 import io
 import json
 import re
+import types
 import warnings
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -27,22 +28,50 @@ from icdctl.files import LARGEST_FOREIGN_BYTES, parse_json, read_foreign, sha256
 from icdctl.files.pickles import PickleRefusedError
 from icdctl.models.outputs import Classifier
 from icdctl.models.pickles import check_pickles
+from icdctl.models.state_dicts import (
+    SAVE_HINT,
+    differences,
+    find_state,
+    has_same_keys,
+    plain_keys,
+    quoted,
+    split_part,
+)
 
 _METADATA_KEY = "icdctl"
 _AGAIN_HINT = "download or copy it again from its source"
-_SAVE_HINT = "save it again as `model.state_dict()`, with the program that made it; icdctl never runs code from a file"
+_PATHS = ("pathlib", "pathlib._local")
+"""Modules of the classes of paths: before Python 3.13, and from then on."""
 
-# Old checkpoints hold more than tensors: the options of the run and a NumPy number (the best accuracy), whose
-# constructor had another module name in NumPy 1. Rebuilding anything in this list runs no code from the file.
+
+class _Nothing:
+    """Takes the place of built-in types, which a file may only name."""
+
+    def __init__(self, *arguments: object) -> None:
+        if arguments:
+            raise ValueError("a built-in type is called")
+
+
+def _plain_dict(factory: object = None) -> dict[object, object]:
+    """Takes the place of a defaultdict, whose items torch would refuse to set."""
+    return {}
+
+
+# Checkpoints hold more than tensors: the options of the run, its folder, NumPy numbers (the best accuracy), whose
+# constructor had another module name in NumPy 1. Rebuilding anything in this list runs no code from the file: paths
+# and the factories of a defaultdict become objects that do nothing.
 _numpy_scalar = np.float64(0).__reduce__()[0]
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
+    types.SimpleNamespace,
+    (_plain_dict, "collections.defaultdict"),
+    *[(PurePosixPath, f"{module}.{name}") for module in _PATHS for name in ("PosixPath", "PurePosixPath")],
+    *[(PureWindowsPath, f"{module}.{name}") for module in _PATHS for name in ("WindowsPath", "PureWindowsPath")],
+    *[(_Nothing, f"builtins.{name}") for name in ("bool", "dict", "float", "int", "list", "set", "str", "tuple")],
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),
     np.dtype,
-    np.dtypes.Float64DType,
-    np.dtypes.Float32DType,
-    np.dtypes.Int64DType,
+    *[type(np.dtype(kind)) for kind in ("?", "b", "B", "h", "H", "i", "I", "l", "L", "e", "f", "d")],
 ]
 
 
@@ -55,38 +84,56 @@ class Weights:
     metadata: dict[str, Any]
     """The metadata that `save_weights` was given, a JSON object; empty for files of other programs."""
     sha256: str
-    """Hash of the whole file."""
+    """Hash of the whole file; for `FILE:KEY`, of that hash and the key."""
     format: str
     """The file's format: "safetensors" or "pickle"."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how it was read: other weights in the file, what was left out, a new head."""
+    head_is_new: bool = False
+    """Whether `load_weights` left the model's head as it was, since the file's has another number of classes."""
 
 
 def read_weights(path: Path | str) -> Weights:
     """Read the tensors of a weight file; the content decides the format, not the file's name.
 
-    A checkpoint of CRD or mdistiller gives its model (`["model"]`), one of a whole distiller its student; the prefixes
-    `module.` and `student.` are removed. No code in the file is run, and files of more than 2 GiB are refused.
+    A checkpoint of a training run gives its model, under whatever key, one of a whole distiller its student; prefixes
+    of wrappers (`module.`, `_orig_mod.`, `model.`) are removed. Where it holds several sets of weights, such as those
+    of an EMA too, `FILE:KEY` names one. No code in the file is run, and files of more than 2 GiB are refused.
 
     Raises:
-        ArtifactError: the file is missing, broken, unsafe, or holds no weights.
+        ArtifactError: the file is missing, broken, unsafe, or holds no weights, or several that are not told apart.
     """
     path = Path(path)
-    content = read_foreign(path, what="weight file", example="student.safetensors", again=_AGAIN_HINT)
+    file, part = split_part(path)
+    content = read_foreign(file, what="weight file", example="student.safetensors", again=_AGAIN_HINT)
     loaded: object
     if content[8:9] == b"{":
-        loaded, metadata = _read_safetensors(path, content)
+        loaded, metadata = _read_safetensors(file, content)
         file_format = "safetensors"
     else:
-        loaded, metadata = _read_pickle(path, content), {}
+        loaded, metadata = _read_pickle(file, content), {}
         file_format = "pickle"
-    state = _student_state(path, loaded)
-    _check_tensors(path, state)
-    return Weights(state, metadata, sha256_bytes(content), file_format)
+    found = find_state(file, loaded, part=part)
+    _check_tensors(file, found.tensors)
+    return Weights(found.tensors, metadata, hash_of_part(sha256_bytes(content), part), file_format, found.notes)
 
 
-def load_weights(model: nn.Module, path: Path | str) -> Weights:
+def hash_of_part(sha256: str, part: str | None) -> str:
+    """The hash that stands for a set of weights in a file with that hash: the file's, unless the set is named."""
+    return sha256 if part is None else sha256_bytes(f"{sha256} {part}".encode("utf-8", "surrogateescape"))
+
+
+def load_weights(model: nn.Module, path: Path | str, *, head: nn.Linear | None = None) -> Weights:
     """Copy the weights of a file into `model`, all of them or none.
 
     Keys, shapes and number types are compared before anything is copied; half precision is cast to the model's dtype.
+    Counters of batches that a file does not have stay as they are.
+
+    Args:
+        model: the model.
+        path: the file, or `FILE:KEY`.
+        head: the layer of the model that stays as it is where the file has another number of classes; by default such
+            a file is refused.
 
     Returns:
         The file's content, with its metadata and hash.
@@ -97,15 +144,21 @@ def load_weights(model: nn.Module, path: Path | str) -> Weights:
     """
     weights = read_weights(path)
     own = model.state_dict()
-    _check_fit(model, own, weights.tensors, Path(path))
-    cast = {key: tensor.to(own[key].dtype) for key, tensor in weights.tensors.items()}
+    left = [] if head is None else _keys_of_other_head(model, head, weights.tensors)
+    loaded = {key: tensor for key, tensor in weights.tensors.items() if key not in left}
+    if head is not None and left:
+        classes = f"the file has {weights.tensors[left[0]].shape[0]} classes, the data set {head.out_features}"
+        note = f"`{path}`: all but the head is taken, which is new: {classes}"
+        weights = replace(weights, notes=(*weights.notes, note), head_is_new=True)
+    names = _fitted(model, own, loaded, Path(path), without=left)
+    cast = {name: loaded[key].to(own[name].dtype) for name, key in names.items()}
     for key, tensor in cast.items():
         if not torch.isfinite(tensor).all():
             raise ArtifactError(
                 f"weights in `{path}` are not finite: `{key}` holds NaN or infinity",
                 hint="the training run that wrote them diverged; take an earlier checkpoint",
             )
-    model.load_state_dict(cast)
+    model.load_state_dict({**own, **cast})
     return weights
 
 
@@ -206,71 +259,60 @@ def _read_pickle(path: Path, content: bytes) -> object:
         ) from error
 
 
-def _student_state(path: Path, loaded: object) -> dict[str, Tensor]:
-    """The state_dict in what was loaded: that of the only model, or of the student where there is a teacher too."""
-    state = loaded
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-            break
-    if not isinstance(state, Mapping) or not state:
-        raise ArtifactError(f"`{path}` holds no weights, only a {type(state).__name__}", hint=_SAVE_HINT)
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ArtifactError(
-                f"`{path}` is not a state_dict: {_quoted(key)} is a {type(value).__name__}, not a tensor",
-                hint=_SAVE_HINT,
-            )
-    # A distiller's state_dict, with or without DataParallel around it or around its student.
-    state = _without_prefix(state, "module.")
-    student = {key: tensor for key, tensor in state.items() if key.startswith("student.")}
-    return _without_prefix(_without_prefix(student or state, "student."), "module.")
-
-
-def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    if not all(key.startswith(prefix) for key in state):
-        return dict(state)
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-
-
 def _check_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     """Refuse tensors that claim more memory than the file has: a small file can hold a view of 10^12 elements."""
     total = 0
     for key, tensor in state.items():
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise _refused(path, f"{_quoted(key)} is not a plain tensor")
+            raise _refused(path, f"{quoted(key)} is not a plain tensor")
         num_bytes = tensor.numel() * tensor.element_size()
         total += num_bytes
         if num_bytes > tensor.untyped_storage().nbytes():
-            raise _refused(path, f"{_quoted(key)} claims {num_bytes} bytes, more than the file holds for it")
+            raise _refused(path, f"{quoted(key)} claims {num_bytes} bytes, more than the file holds for it")
     if total > LARGEST_FOREIGN_BYTES:
         raise _refused(path, "its tensors are larger than 2 GiB")
 
 
-def _check_fit(model: nn.Module, own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], path: Path) -> None:
-    problems = [f"`{key}` is missing" for key in own if key not in loaded]
-    problems += [f"{_quoted(key)} is not part of the model" for key in loaded if key not in own]
-    hint = "they belong to another model; check `--student` or `--teacher`"
-    if not problems:
-        hint = "check the model (`--student` or `--teacher`) and the `--dataset` that they were trained for"
-        for key, expected in own.items():
-            found = loaded[key]
-            if found.shape != expected.shape:
-                problems.append(f"`{key}` is {list(found.shape)}, expected {list(expected.shape)}")
-            elif found.is_floating_point() != expected.is_floating_point() or found.is_complex():
-                problems.append(f"`{key}` is {_kind(found)}, expected {_kind(expected)}")
-        hint = _classes_hint(model, own, loaded) or hint
+def _keys_of_other_head(model: nn.Module, head: nn.Linear, loaded: Mapping[str, Tensor]) -> list[str]:
+    """The plain keys of a head, where the file's head differs from it in the number of classes alone."""
+    keys = _keys_of(model, head)
+    found = loaded[keys[0]].shape if keys[0] in loaded else ()
+    differs = len(found) == 2 and found[1] == head.in_features and found[0] != head.out_features
+    return keys if differs else []
+
+
+def _keys_of(model: nn.Module, head: nn.Linear) -> list[str]:
+    """The plain keys of a linear layer in a model: of its weight, and of its bias where it has one."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    plain = {name: key for key, name in plain_keys(model.state_dict()).items()}
+    return [plain[names[id(each)]] for each in (head.weight, head.bias) if each is not None]
+
+
+def _fitted(
+    model: nn.Module, own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], path: Path, *, without: Collection[str]
+) -> dict[str, str]:
+    """The model's key -> the file's key, for all tensors to copy; the plain keys in `without` stay out of it."""
+    names = {plain: name for plain, name in plain_keys(own).items() if plain not in without}
+    plain = {key: own[name] for key, name in names.items()}
+    problems = differences(plain, loaded)
     if problems:
+        hint = "they belong to another model; check `--student` or `--teacher`"
+        if has_same_keys(plain, loaded):
+            hint = "check the model (`--student` or `--teacher`) and the `--dataset` that they were trained for"
+            hint = _classes_hint(model, plain, loaded) or hint
         name = getattr(model, "name", "") or type(model).__name__
         others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ArtifactError(f"weights in `{path}` do not fit `{name}`: {problems[0]}{others}", hint=hint)
+    return {names[key]: key for key in loaded}
 
 
 def _classes_hint(model: nn.Module, own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str | None:
     """The hint where only the number of classes differs; None where more differs."""
     if not isinstance(model, Classifier):
         return None
-    key = next(name for name, parameter in model.named_parameters() if parameter is model.head.weight)
+    key = _keys_of(model, model.head)[0]
+    if key not in own:
+        return None
     found, expected = loaded[key].shape, own[key].shape
     if len(found) != 2 or found[0] == expected[0] or found[1] != expected[1]:
         return None
@@ -279,14 +321,5 @@ def _classes_hint(model: nn.Module, own: Mapping[str, Tensor], loaded: Mapping[s
     return f"they were trained on {found[0]} classes; {advice}"
 
 
-def _quoted(key: object) -> str:
-    """A key from an untrusted file, shortened and escaped so that a terminal can show it."""
-    return f"`{str(key)[:80].encode('unicode_escape').decode('ascii')}`"
-
-
-def _kind(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def _refused(path: Path, reason: str) -> ArtifactError:
-    return ArtifactError(f"`{path}` is refused: {reason}", hint=_SAVE_HINT)
+    return ArtifactError(f"`{path}` is refused: {reason}", hint=SAVE_HINT)

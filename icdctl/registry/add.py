@@ -5,16 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path, PurePath
-from typing import Annotated, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, JsonValue, StringConstraints, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -36,13 +34,25 @@ from icdctl.registry.artifact import (
     first_problem,
 )
 from icdctl.registry.artifact_card import card
-from icdctl.registry.find import check_name, list_artifacts, newest, taken_numbers, versions_of
-from icdctl.run_files import WEIGHTS_FILE, check_as_written
+from icdctl.registry.find import (
+    check_name,
+    list_artifacts,
+    newest,
+    next_serial,
+    taken_numbers,
+    versions_of,
+)
+from icdctl.registry.tracking import complete
+from icdctl.registry.tracking import track as _track
+from icdctl.run_files import WEIGHTS_FILE, check_as_written, check_numbers
 
 RUN_FILES = (WEIGHTS_FILE, "config.json", "history.csv", "metrics.json", "environment.json")
 EXPORT_FILES = ("model.onnx", "model.json", "verify.json", "README.md", "manifest.json")
 
-_NEW = ".new-"
+_NEW = "version"
+"""What the temporary folder of a version is named after."""
+_OLD_NEW = ".new-"
+"""How the name of that folder began in earlier versions."""
 _STALE_SECONDS = 24 * 3600
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 
@@ -121,8 +131,29 @@ class _Export:
     """File name -> hash, for all files except the export's manifest itself."""
 
 
-def add(folder: Path, run_folder: Path, *, export_folder: Path | None = None, name: str | None = None) -> Artifact:
+class _RegisteredAlready(ArtifactError):
+    """The run is registered already, as `artifact`."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        super().__init__(
+            f"this run is registered already, as `{artifact.reference}`",
+            hint=f"`icdctl registry show {artifact.reference}` shows it",
+        )
+        self.artifact = artifact
+
+
+def add(
+    folder: Path,
+    run_folder: Path,
+    *,
+    export_folder: Path | None = None,
+    name: str | None = None,
+    message: Callable[[str], None] = lambda text: None,
+) -> Artifact:
     """Register a finished run as the next version of its name.
+
+    First, earlier registrations that were interrupted before DVC tracked their files are completed. If one of them is
+    this run's, it is the result.
 
     Args:
         folder: the registry.
@@ -130,31 +161,35 @@ def add(folder: Path, run_folder: Path, *, export_folder: Path | None = None, na
         export_folder: the folder that `icdctl export` made from this run; it is registered with the run.
         name: the artifact's name, by default the run's `<dataset>/<student>-<method>`. A name without a `/` is put
             below the run's data set.
+        message: called with a line for each registration that is completed.
 
     Raises:
         UsageError: `name` is not a valid name.
         ArtifactError: the run is unfinished, broken or already registered, or the registry can't be written.
     """
+    completed = complete(folder, message)
     run = _read_run(run_folder)
     export = _read_export(export_folder, run_folder) if export_folder else None
     chosen = _name_of(run.config, name)
     home = folder / chosen
     files.make_folder(home)
-    _remove_stale(home)
-    building = home / f"{_NEW}{os.getpid()}-{secrets.token_hex(4)}"
-    try:
+    _remove_left(home)
+    with files.temporary_beside(home / _NEW, is_folder=True) as building:
         records = {row: _copy(run_folder / row, building / FILES_FOLDER / row) for row in RUN_FILES}
         if export and export_folder:
             records |= _copy_export(export_folder, export, building / FILES_FOLDER)
         draft = _manifest(folder, chosen, run, records, export.onnx if export else None)
-        artifact = _publish(folder, building, draft)
         try:
-            _track(folder, artifact)
+            artifact = _publish(folder, building, draft)
+        except _RegisteredAlready as error:
+            if error.artifact.folder in completed:
+                return error.artifact
+            raise
+        try:
+            _track(folder, artifact.folder)
         except BaseException:
             artifact.folder.rename(building)
             raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return artifact
 
 
@@ -170,11 +205,17 @@ def _read_run(run_folder: Path) -> _Run:
     missing = [name for name in RUN_FILES if not (run_folder / name).is_file()]
     if missing:
         raise ArtifactError(f"run `{run_folder}` is not finished: it has no `{'`, `'.join(missing)}`", hint=hint)
-    config, _ = _read(config_path, _Config, hint)
+    run = _read_facts(run_folder, hint)
+    check_numbers(run_folder, run.all_metrics)
+    check_as_written(run_folder, files.sha256_file(run_folder / WEIGHTS_FILE), hint=hint)
+    return run
+
+
+def _read_facts(run_folder: Path, hint: str) -> _Run:
+    config, _ = _read(run_folder / "config.json", _Config, hint)
     metrics, all_metrics = _read(run_folder / "metrics.json", _Metrics, hint)
     environment, _ = _read(run_folder / "environment.json", _Environment, hint)
     split = _split_in(run_folder / WEIGHTS_FILE, hint)
-    check_as_written(run_folder, files.sha256_file(run_folder / WEIGHTS_FILE), hint=hint)
     return _Run(config, metrics, all_metrics, environment, split)
 
 
@@ -238,15 +279,16 @@ def _slug(text: str) -> str:
     return re.sub(r"\.{2,}", ".", re.sub(r"[^a-z0-9._-]+", "-", text.lower())).strip("-._")
 
 
-def _remove_stale(home: Path) -> None:
-    """Remove what a killed `add` left behind; a recent folder is kept, because its `add` may still be running."""
-    for path in home.glob(f"{_NEW}*"):
-        try:
-            stale = time.time() - path.stat().st_mtime > _STALE_SECONDS
-        except FileNotFoundError:
-            continue
-        if stale:
-            shutil.rmtree(path, ignore_errors=True)
+def _remove_left(home: Path) -> None:
+    """Remove the folders of killed `add`s; the folder of an `add` at work is marked as in use."""
+    for path in home.glob(".*"):
+        with suppress(FileNotFoundError):
+            if path.name.startswith(_OLD_NEW):  # without a mark
+                is_left = time.time() - path.stat().st_mtime > _STALE_SECONDS
+            else:
+                is_left = files.is_abandoned(path)
+            if is_left:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _copy(source: Path, target: Path) -> FileRecord:
@@ -281,8 +323,6 @@ def _manifest(folder: Path, name: str, run: _Run, records: dict[str, FileRecord]
 
     config = run.config
     row = row_of(config.dataset)
-    variant = config.settings.get("variant", run.metrics.variant)
-    git = run.environment.git
     try:
         return Manifest(
             schema=SCHEMA,
@@ -297,25 +337,44 @@ def _manifest(folder: Path, name: str, run: _Run, records: dict[str, FileRecord]
                 licence=row.licence if row else None,
                 split=run.split,
             ),
-            model=config.student,
-            method=config.method,
-            variant=None if variant is None else str(variant),
             teacher=_teacher_record(folder, run),
-            scales=config.scales or (),
-            seed=config.seed,
-            settings=config.settings,
-            recipe=config.recipe,
-            epochs=run.metrics.epochs,
-            metrics=run.all_metrics,
             onnx=onnx,
-            git=GitRecord(**git.model_dump()) if git else None,
-            versions=run.environment.versions,
+            **_facts(run),
         )
     except ValidationError as error:
         raise ArtifactError(
             f"the run has an impossible value: {first_problem(error)}",
             hint="its files were edited, or written by another program; train it again",
         ) from error
+
+
+def _facts(run: _Run) -> dict[str, Any]:
+    """The entries of a manifest that the files of the run decide."""
+    config, git = run.config, run.environment.git
+    variant = config.settings.get("variant", run.metrics.variant)
+    return {
+        "model": config.student,
+        "method": config.method,
+        "variant": None if variant is None else str(variant),
+        "scales": config.scales or (),
+        "seed": config.seed,
+        "settings": config.settings,
+        "recipe": config.recipe,
+        "epochs": run.metrics.epochs,
+        "metrics": run.all_metrics,
+        "git": GitRecord(**git.model_dump()) if git else None,
+        "versions": run.environment.versions,
+    }
+
+
+def differing_facts(artifact: Artifact) -> list[str]:
+    """The entries of a version's manifest that its own files contradict.
+
+    Raises:
+        ArtifactError: a file is missing or broken.
+    """
+    facts = _facts(_read_facts(artifact.folder / FILES_FOLDER, hint="register the run again"))
+    return [key for key, value in facts.items() if getattr(artifact.manifest, key) != value]
 
 
 def _teacher_record(folder: Path, run: _Run) -> TeacherRecord | None:
@@ -345,10 +404,11 @@ def _publish(folder: Path, building: Path, draft: Manifest) -> Artifact:
     while True:
         _refuse_twin(versions_of(folder, draft.name), draft)
         version = max(taken_numbers(home), default=0) + 1
-        manifest = draft.model_copy(update={"version": version})
-        artifact = Artifact(draft.name, version, home / f"v{version}", manifest)
-        files.write_json(building / MANIFEST_FILE, manifest.as_json())
-        files.write_text(building / CARD_FILE, card(artifact))
+        manifest = draft.model_copy(update={"version": version, "serial": next_serial(folder)})
+        text = card(Artifact(draft.name, version, home / f"v{version}", manifest))
+        artifact = Artifact(draft.name, version, home / f"v{version}", manifest.with_hashes(text))
+        files.write_json(building / MANIFEST_FILE, artifact.manifest.as_json())
+        files.write_text(building / CARD_FILE, text)
         try:
             building.rename(artifact.folder)
         except OSError as error:
@@ -365,31 +425,4 @@ def _refuse_twin(registered: Iterable[Artifact], draft: Manifest) -> None:
         keys.append("onnx/model.onnx")
     for artifact in registered:
         if all(artifact.manifest.files.get(key) == draft.files[key] for key in keys):
-            raise ArtifactError(
-                f"this run is registered already, as `{artifact.reference}`",
-                hint=f"`icdctl registry show {artifact.reference}` shows it",
-            )
-
-
-def _track(folder: Path, artifact: Artifact) -> None:
-    """Add the blobs to DVC, if this is the project's own registry and the project uses DVC."""
-    root = files.project_root()
-    if not (root / ".dvc").is_dir() or folder.resolve() != (root / "registry").resolve():
-        return
-    target = PurePath("registry") / artifact.name / artifact.folder.name / FILES_FOLDER
-    # Without `-q`, because with it dvc fails without a message.
-    result = subprocess.run(
-        [sys.executable, "-P", "-m", "dvc", "--wait-for-lock", "add", str(target)],
-        cwd=root,
-        env={**os.environ, "DVC_NO_ANALYTICS": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode != 0:
-        reason = (result.stderr.strip() or result.stdout.strip() or "it printed no reason").splitlines()[0]
-        raise ArtifactError(
-            f"`dvc add {target}` failed ({result.returncode}): {reason}; nothing was registered",
-            hint="look at `dvc doctor` and `dvc status`, then register the run again",
-        )
+            raise _RegisteredAlready(artifact)

@@ -26,6 +26,8 @@ MANIFEST_FILE = "manifest.json"
 CARD_FILE = "card.md"
 FILES_FOLDER = "files"
 DVC_FILE = "files.dvc"
+_UNHASHED = ("sha256", "created")
+"""Keys of a manifest that its own hash leaves out: itself, and the time, which decides nothing and is in the card."""
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -136,6 +138,12 @@ class Manifest(_Record):
     """The code that trained the student; null if it was not in a git checkout."""
     versions: dict[str, str | None]
     """Versions of Python and the main packages; null for a package that was not installed."""
+    serial: Annotated[int, Field(ge=1)] | None = None
+    """One more than the largest in the registry at that time, so that the order needs no clock; null before that."""
+    card_sha256: Sha256 | None = None
+    """Hash of `card.md`; null for a version that an earlier icdctl registered."""
+    sha256: Sha256 | None = None
+    """Hash of the content of this file, but for this key and `created`; null for such a version."""
 
     @field_validator("metrics")
     @classmethod
@@ -163,12 +171,17 @@ class Manifest(_Record):
         """The content of `manifest.json`."""
         return self.model_dump(mode="json", by_alias=True)
 
+    def with_hashes(self, card: str) -> Manifest:
+        """The same manifest with the hash of its card and of itself."""
+        draft = self.model_copy(update={"card_sha256": files.sha256_bytes(card.encode())})
+        return draft.model_copy(update={"sha256": files.content_sha256(draft.as_json(), without=_UNHASHED)})
+
 
 def read_manifest(path: Path) -> Manifest:
     """Read a manifest from a file.
 
     Raises:
-        ArtifactError: the file is absent or broken, or a later version of icdctl wrote it.
+        ArtifactError: the file is absent, broken or has changed, or a later version of icdctl wrote it.
     """
     hint = f"restore it from git, e.g. `git checkout -- {path}`, or remove the folder `{path.parent}`"
     value = files.read_json(path, what="manifest", hint=hint)
@@ -179,9 +192,17 @@ def read_manifest(path: Path) -> Manifest:
             hint="update icdctl: a later version wrote this file",
         )
     try:
-        return Manifest.model_validate(value)
+        manifest = Manifest.model_validate(value)
     except ValidationError as error:
         raise ArtifactError(f"manifest `{path}` is broken: {first_problem(error)}", hint=hint) from error
+    found = files.content_sha256(value, without=_UNHASHED)
+    if manifest.sha256 not in (None, found):
+        raise ArtifactError(
+            f"manifest `{path}` has changed since it was registered: the hash of its content is {found[:12]}…, it "
+            f"states {str(manifest.sha256)[:12]}…",
+            hint=hint,
+        )
+    return manifest
 
 
 def first_problem(error: ValidationError) -> str:

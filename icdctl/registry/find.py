@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from icdctl.errors import ArtifactError, UsageError
@@ -96,8 +97,29 @@ def teacher_of(folder: Path, artifact: Artifact) -> Artifact | None:
 
 
 def newest(artifacts: Iterable[Artifact]) -> Artifact | None:
-    """The artifact that was registered last; None if there is none."""
-    return max(artifacts, key=lambda artifact: (artifact.manifest.created, artifact.version), default=None)
+    """The artifact that was registered last; None if there is none.
+
+    Within a name, that is the highest version. Between names the serial numbers decide, and the clock only where an
+    earlier version of icdctl, which gave none, registered both.
+    """
+    latest: dict[str, Artifact] = {}
+    for artifact in sorted(artifacts, key=lambda artifact: artifact.version):
+        latest[artifact.name] = artifact
+
+    def order(artifact: Artifact) -> tuple[int, str, str]:
+        return artifact.manifest.serial or 0, artifact.manifest.created, artifact.name
+
+    return max(latest.values(), key=order, default=None)
+
+
+def next_serial(folder: Path) -> int:
+    """The serial number of the next version; versions whose manifest is broken don't count."""
+    largest = 0
+    for name in names(folder):
+        for version in version_numbers(folder, name):
+            with suppress(ArtifactError):
+                largest = max(largest, artifact_at(folder, name, version).manifest.serial or 0)
+    return largest + 1
 
 
 def _whole_name(folder: Path, typed: str) -> str:

@@ -17,7 +17,10 @@ from icdctl.data import DatasetInfo, Preprocessing, SplitRecord
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.models import Classifier, Weights
 from icdctl.models.external import CUSTOM_MODEL, adapt, without_adapter
+from icdctl.models.state_dicts import differences
 from icdctl.run_files import WEIGHTS_FILE
+
+_SHOWN_PROBLEMS = 3
 
 
 @dataclass(frozen=True)
@@ -113,24 +116,47 @@ def resolve(
         raise UsageError(
             f"`model` is a {type(module).__name__}, expected an nn.Module", hint="pass the module itself: `model=Net()`"
         )
-    if target.startswith("registry:"):
-        folder = registry_folder or registry.default_folder()
-        artifact = registry.find(folder, target.removeprefix("registry:"))
-        return _from_file(artifact.file(WEIGHTS_FILE), origin=target, dataset=dataset, module=module)
-    path = files.user_path(target)
-    if path.is_dir():
-        weights_file = path / WEIGHTS_FILE
-        if not weights_file.is_file():
-            unfinished = (path / "config.json").is_file()
-            raise ArtifactError(
-                f"`{path}` holds no `{WEIGHTS_FILE}`" + (": its run is not finished" if unfinished else ""),
-                hint=f"finish it with `--resume --out {path}`" if unfinished else "name a finished run folder",
-            )
-        found = _from_file(weights_file, origin=target, dataset=dataset, module=module)
+    found = _from_file(
+        weights_file(target, registry_folder=registry_folder), origin=target, dataset=dataset, module=module
+    )
+    folder = files.user_path(target)
+    if not target.startswith("registry:") and folder.is_dir():
         as_it_is = f"restore it, or name `{found.path}` itself to use it as it is now"
-        run_files.check_as_written(path, found.sha256, hint=as_it_is)
-        return found
-    return _from_file(path, origin=target, dataset=dataset, module=module)
+        run_files.check_as_written(folder, found.sha256, hint=as_it_is)
+    return found
+
+
+def weights_file(target: str, *, registry_folder: Path | None = None) -> Path:
+    """The weights file of a run folder or of `registry:NAME[@vN]`; any other path is a weights file itself.
+
+    Raises:
+        ArtifactError: there is no such artifact, or the run is not finished.
+    """
+    if target.startswith("registry:"):
+        artifact = registry.find(registry_folder or registry.default_folder(), target.removeprefix("registry:"))
+        return artifact.file(WEIGHTS_FILE)
+    path = files.user_path(target)
+    if not path.is_dir():
+        return path
+    if not (path / WEIGHTS_FILE).is_file():
+        unfinished = (path / "config.json").is_file()
+        raise ArtifactError(
+            f"`{path}` holds no `{WEIGHTS_FILE}`" + (": its run is not finished" if unfinished else ""),
+            hint=f"finish it with `--resume --out {path}`" if unfinished else "name a finished run folder",
+        )
+    return path / WEIGHTS_FILE
+
+
+def check_numbers(folder: Path) -> bool:
+    """Whether metrics, history and configuration of a finished run were compared with the hashes that it wrote; False
+    where an earlier version wrote none, and only the accuracy was compared.
+
+    Raises:
+        ArtifactError: one of the files can't be read, or has changed since the run wrote it.
+    """
+    metrics = files.read_json(folder / run_files.METRICS_FILE, what="metrics", hint=run_files.write_again_hint(folder))
+    run_files.check_numbers(folder, metrics)
+    return isinstance(metrics, dict) and run_files.is_hashed(metrics)
 
 
 def _from_file(path: Path, *, origin: str, dataset: DatasetInfo | None, module: nn.Module | None) -> TrainedModel:
@@ -203,20 +229,29 @@ def identify(path: Path, tensors: dict[str, Tensor], *, dataset: DatasetInfo) ->
     """The name of the model that has exactly these keys and shapes, and its number of classes.
 
     Raises:
-        ArtifactError: no model has them.
+        ArtifactError: no model has them; the message names the nearest one, and where it differs.
     """
-    shapes = {key: tensor.shape for key, tensor in tensors.items()}
     # The head is the only matrix: all other weights belong to convolutions or batch norms.
-    heads = [shape for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2]
-    if len(heads) == 1 and heads[0][0] >= 2:
-        num_classes = heads[0][0]
-        for name in models.MODELS:
-            with torch.device("meta"):
-                state = models.create(name, num_classes, image_size=dataset.preprocessing.size).state_dict()
-            if {key: tensor.shape for key, tensor in state.items()} == shapes:
-                return name, num_classes
+    heads = [each.shape for key, each in tensors.items() if key.endswith(".weight") and each.dim() == 2]
+    is_usual = len(heads) == 1 and heads[0][0] >= 2
+    num_classes = heads[0][0] if is_usual else dataset.num_classes
+    nearest, problems, most_alike = "", list[str](), 0.0
+    for name in models.MODELS:
+        with torch.device("meta"):
+            state = models.create(name, num_classes, image_size=dataset.preprocessing.size).state_dict()
+        found = differences(state, tensors)
+        if not found and is_usual:
+            return name, num_classes
+        same = sum(key in state and state[key].shape == each.shape for key, each in tensors.items())
+        alike = same / (len(state) + len(tensors) - same)
+        if alike > most_alike:
+            nearest, problems, most_alike = name, found, alike
+    size = " x ".join(map(str, dataset.preprocessing.size))
+    shown = "; ".join(problems[:_SHOWN_PROBLEMS])
+    more = f" and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
     raise ArtifactError(
-        f"weights in `{path}` fit none of the {len(models.MODELS)} models for `{dataset.name}`",
+        f"weights in `{path}` fit none of the {len(models.MODELS)} models for `{dataset.name}`"
+        + (f"; the nearest is `{nearest}` for images of {size}, but {shown}{more}" if nearest else ""),
         hint="`icdctl list models` shows the models; keys and shapes must be those of CRD, mdistiller or icdctl. A "
         "custom module can be used through the library: `icdctl.distill(teacher=MODULE, ...)`",
     )

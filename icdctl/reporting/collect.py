@@ -49,5 +49,12 @@ def collect_runs(paths: Sequence[Path]) -> CollectedRuns:
             )
     if not runs:
         raise ArtifactError(f"none of {len(notes)} runs can be read: {notes[0]}", hint=TRAIN_AGAIN_HINT)
+    unhashed = [str(run.folder) for run in runs.values() if not run.is_hashed]
+    if unhashed:
+        notes.append(
+            f"{len(unhashed)} of {len(runs)} runs have no hashes, because an earlier version of icdctl trained them; "
+            f"only their accuracy was compared with their history: {', '.join(unhashed[:3])}"
+            + (", ..." if len(unhashed) > 3 else "")
+        )
     groups, teachers = group_runs(without_duplicates(runs.values(), notes))
     return CollectedRuns(groups, teachers, tuple(notes))

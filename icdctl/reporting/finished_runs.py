@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from icdctl import files
 from icdctl.config.run_config import RunConfig
 from icdctl.errors import ArtifactError
-from icdctl.run_files import WEIGHTS_FILE
+from icdctl.run_files import WEIGHTS_FILE, check_numbers, is_hashed
 from icdctl.run_files import read_history as read_history
 
 TRAIN_AGAIN_HINT = "train it again, or name the run folders that you want"
@@ -53,6 +53,8 @@ class FinishedRun:
     """Package -> version that trained it."""
     sha256: str
     """Hash of its weights."""
+    is_hashed: bool
+    """Whether its numbers were compared with the hashes that it wrote; earlier versions wrote none."""
 
     @property
     def top1(self) -> float:
@@ -81,7 +83,7 @@ def read_run(folder: Path) -> FinishedRun:
     """Read a finished run.
 
     Raises:
-        ArtifactError: the run is not finished, is broken, or was made by another version of icdctl.
+        ArtifactError: the run is not finished, is broken, has changed, or was made by another version of icdctl.
     """
     hint = f"finish it with `--resume --out {folder}`, or leave it out"
     if not (folder / "metrics.json").is_file() or not (folder / WEIGHTS_FILE).is_file():
@@ -96,8 +98,9 @@ def read_run(folder: Path) -> FinishedRun:
         raise ArtifactError(
             f"run `{folder}` is broken, or another version made it: {reason}", hint=TRAIN_AGAIN_HINT
         ) from error
+    check_numbers(folder, metrics)
     sha256 = files.sha256_file(folder / WEIGHTS_FILE)
-    return FinishedRun(folder, config, numbers, history, _versions(folder), sha256)
+    return FinishedRun(folder, config, numbers, history, _versions(folder), sha256, is_hashed(metrics))
 
 
 def _metrics(value: Mapping[str, Any]) -> RunMetrics:

@@ -61,6 +61,13 @@ class GroupMeasurer:
         self._device, self._data_dir, self._latency = device, data_dir, latency
         self._observer, self._notes = observer, notes
         self._held: tuple[Request, ModelMeasurer] | None = None
+        self._said: set[str] = set()
+
+    def _say(self, text: str) -> None:
+        """Show a line once, however many models it is about."""
+        if text not in self._said:
+            self._said.add(text)
+            self._observer.message(text)
 
     def measure(self, group: RunGroup) -> tuple[GroupMeasurements, ModelMeasurer | None]:
         """Measure the models of a group; also returns the measurer for further figures, None without images.
@@ -98,7 +105,7 @@ class GroupMeasurer:
             self._held = None  # frees the images of the previous data set
             dataset = data.load(wanted)
             self._note_untested(dataset)
-            self._held = (wanted, ModelMeasurer(dataset, self._device, self._observer))
+            self._held = (wanted, ModelMeasurer(dataset, self._device, self._observer, self._say))
         return self._held[1]
 
     def _note_untested(self, dataset: Dataset) -> None:
@@ -141,6 +148,6 @@ class GroupMeasurer:
             if trained_model.model in found.latencies:
                 continue
             try:
-                found.latencies[trained_model.model] = measure.latency_ms(trained_model, cpu_name())
+                found.latencies[trained_model.model] = measure.latency_ms(trained_model, cpu_name(), self._say)
             except IcdctlError as error:
                 self._notes.append(f"the latency of {trained_model.model} was not measured: {error.message}")

@@ -154,10 +154,13 @@ class ModelMeasurer:
         dataset: the data set.
         device: the device that models run on.
         observer: receives the progress.
+        message: called with a line about kept numbers that have changed or were not checked.
     """
 
-    def __init__(self, dataset: Dataset, device: torch.device, observer: Observer) -> None:
-        self.dataset, self._device, self._observer = dataset, device, observer
+    def __init__(
+        self, dataset: Dataset, device: torch.device, observer: Observer, message: Callable[[str], None]
+    ) -> None:
+        self.dataset, self._device, self._observer, self._message = dataset, device, observer, message
         pixels = dataset.test_images.contiguous().numpy().tobytes()
         self._data = files.sha256_bytes(pixels + dataset.test_labels.numpy().tobytes())
         self._of_teachers: dict[str, Tensor] = {}
@@ -177,7 +180,7 @@ class ModelMeasurer:
             "scheme": _SCHEME,
         }
         path = _cache_path("evaluated", facts)
-        held = _held(path)
+        held = _held(path, facts, self._message)
         try:
             alike = [None if teacher is None else float(held[key]) for key in ("agreement", "fidelity")]
             return Measurement(Evaluation.from_json(held["numbers"]), *alike)
@@ -244,10 +247,15 @@ class ModelMeasurer:
         return torch.cat(parts)
 
 
-def latency_ms(trained_model: TrainedModel, cpu: str) -> float:
+def latency_ms(trained_model: TrainedModel, cpu: str, message: Callable[[str], None]) -> float:
     """Median time of one image in ONNX Runtime on one thread of this machine, in milliseconds.
 
     It is measured once for a model and kept in the state folder, so that repeated reports do not differ.
+
+    Args:
+        trained_model: the model.
+        cpu: name of this machine's processor.
+        message: called with a line about a kept time that has changed or was not checked.
 
     Raises:
         IcdctlError: the model can't be exported or run.
@@ -260,7 +268,7 @@ def latency_ms(trained_model: TrainedModel, cpu: str) -> float:
         "versions": versions.versions(("onnxruntime", "torch")),
     }
     path = _cache_path("latency", facts)
-    held = _held(path)
+    held = _held(path, facts, message)
     if isinstance(held.get("ms"), float):
         return float(held["ms"])
     with tempfile.TemporaryDirectory(prefix="icdctl-latency-") as name:
@@ -280,17 +288,39 @@ def _cache_path(kind: str, facts: Mapping[str, object]) -> Path:
 def _keep(path: Path, value: Mapping[str, object]) -> None:
     """Keep a measurement for the next report; if the state folder can't be written to, that report measures again."""
     with contextlib.suppress(ArtifactError):
-        files.write_json(path, value)
+        files.write_json(path, {**value, _HASH: files.content_sha256(value)})
 
 
-def _held(path: Path) -> dict[str, Any]:
-    """A measurement that was kept; empty if there is none, or if the file is broken."""
+_HASH = "sha256"
+"""Key in a kept measurement for the hash of the rest."""
+
+
+def _held(path: Path, facts: Mapping[str, object], message: Callable[[str], None]) -> dict[str, Any]:
+    """A measurement that was kept; empty if there is none, or if the file is broken or has changed.
+
+    Args:
+        path: its file.
+        facts: what decides it.
+        message: called with a line where the file has changed, or where an earlier version kept it without a hash.
+    """
     try:
         value = files.parse_json(files.read_regular(path))
     except (OSError, ValueError):
         return {}
+    if not isinstance(value, dict):
+        return {}
+    stated = value.get(_HASH)
+    of = json.loads(json.dumps(facts))
+    if value.get("of") != of or stated not in (None, files.content_sha256(value, without=(_HASH,))):
+        message(f"`{path}` has changed since a report kept it there: its numbers were measured again")
+        return {}
+    if stated is None:
+        message(
+            "an earlier version of icdctl kept numbers without hashes, which were not checked; they are measured again "
+            "after `icdctl clean --kind numbers`"
+        )
     files.mark_used(path)
-    return value if isinstance(value, dict) else {}
+    return value
 
 
 def correlation(logits: Tensor) -> Matrix:

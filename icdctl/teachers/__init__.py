@@ -50,7 +50,7 @@ def find(teacher: str, *, dataset: DatasetInfo) -> TrainedModel:
         ArtifactError: there is no such teacher, or it was trained on another data set; the hint says how to get one.
     """
     model = model_of(teacher)
-    if model is None and not teacher.startswith("registry:") and not files.user_path(teacher).exists():
+    if model is None and not teacher.startswith("registry:") and not _is_there(teacher):
         raise ArtifactError(
             f"teacher `{teacher}` does not exist",
             hint=f"check the path, or train one: `icdctl train --model MODEL --dataset {_shown_name(dataset)} "
@@ -67,8 +67,13 @@ def model_of(teacher: str) -> str | None:
     Raises:
         UsageError: the text is neither a path nor the name of a model.
     """
-    is_path = bool(teacher) and (files.user_path(teacher).exists() or "/" in teacher or "." in teacher)
+    is_path = bool(teacher) and (_is_there(teacher) or "/" in teacher or "." in teacher)
     return None if is_path or teacher.startswith("registry:") else models.resolve(teacher)
+
+
+def _is_there(path: str) -> bool:
+    """Whether a path exists, or is `FILE:KEY` of a file that exists."""
+    return models.split_part(files.user_path(path))[0].exists()
 
 
 def _check_fit(teacher: str, found: TrainedModel, dataset: DatasetInfo) -> None:

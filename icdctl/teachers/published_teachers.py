@@ -213,7 +213,7 @@ def record(name: str, entry: LockEntry) -> None:
     Raises:
         ArtifactError: another hash is recorded already, or the file can't be written.
     """
-    with files.waited_lock(files.state_folder() / "locks" / LOCK_FILE):
+    with files.lock_beside(lock_path()):
         known = read_lock()
         earlier = known.get(name)
         if earlier is not None and earlier.sha256 != entry.sha256:

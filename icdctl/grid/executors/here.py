@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from icdctl import api
 from icdctl.api import planning
 from icdctl.engine.run import Failure, Interrupted
-from icdctl.errors import IcdctlError
+from icdctl.errors import IcdctlError, is_out_of_memory
 from icdctl.grid.cells import GridRun
 from icdctl.grid.executors.protocol import Conditions, Trained
 from icdctl.grid.grid_observer import PackObserver
@@ -124,7 +124,7 @@ def _failure(run: GridRun, error: Exception) -> Outcome:
     if isinstance(error, IcdctlError):
         return failed(run, error)
     hint = "train it alone with `icdctl train` or `icdctl distill` to see where that comes from"
-    if isinstance(error, MemoryError) or "out of memory" in str(error):
+    if is_out_of_memory(error):
         hint = HINT_ON_MEMORY
     return Outcome(run.label, "failed", message=_described(error), hint=hint)
 
