@@ -9,7 +9,6 @@ from typing import get_args, get_origin
 from icdctl.config.declare import Given
 from icdctl.config.lookup import SETTINGS, Declared, Owner
 from icdctl.config.settings import DatasetSettings, ExecutionSettings, RecipeSettings, TaskSettings
-from icdctl.data import DATASETS
 from icdctl.methods import DECLARED, METHODS, VARIANTS
 
 HEAD = """\
@@ -33,7 +32,7 @@ continued with the same value: `--resume` refuses another one.
 TITLES = {
     TaskSettings: "What is trained",
     RecipeSettings: "How it is trained: the recipe's settings",
-    DatasetSettings: "Which images: settings of one data set",
+    DatasetSettings: "Which images",
     ExecutionSettings: "How the run is carried out",
 }
 COLUMNS = ("name", "values", "default", "given by", "sweep", "identity", "what it does")
@@ -84,8 +83,7 @@ def _number(value: float) -> str:
 
 def _default(declared: Declared) -> str:
     if declared.owner is Owner.DATASET:
-        found = {name: row.settings[declared.name] for name, row in DATASETS.items() if declared.name in row.settings}
-        return ", ".join(f"`{_text(value)}` for `{name}`" for name, value in found.items())
+        return ", ".join(f"`{_text(value)}` for `{name}`" for name, value in declared.setting.datasets.items())
     if declared.owner is Owner.RECIPE:
         stated = declared.field.is_required()
         return "the recipe's" if stated else f"the recipe's, or `{_text(declared.default)}`"

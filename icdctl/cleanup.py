@@ -21,8 +21,10 @@ from pathlib import Path
 import filelock
 
 from icdctl import files, run_files
-from icdctl.engine.checkpoint import REPLAY_FILE, STATE_FILE, checkpoints_folder, read_state
+from icdctl.config.run_config import RunConfig
+from icdctl.engine.checkpoint import PREVIOUS_FILE, REPLAY_FILE, STATE_FILE, read_state
 from icdctl.engine.run_folder import read_config, state_lock_path
+from icdctl.engine.run_state import checkpoints_folder
 from icdctl.errors import ArtifactError, IcdctlError, UsageError, unknown_name
 
 KINDS = {
@@ -333,36 +335,35 @@ def _states() -> Iterator[Entry]:
 
 def _state(folder: Path) -> Entry | None:
     """The entry of a run's state, `finished` if the run folder has the result, too; None if there is no state."""
-    state = folder / STATE_FILE
-    if not state.is_file() and not (folder / REPLAY_FILE).is_file():
+    if not any((folder / name).is_file() for name in (STATE_FILE, PREVIOUS_FILE, REPLAY_FILE)):
         return None
     kind, note, of, out = "resume", "no epoch is finished", "", None
-    if state.is_file():
-        try:
-            progress, config = read_state(state)
-        except ArtifactError:
-            note = "it can't be read"
-        else:
-            note = "finished" if progress.done else f"epoch {progress.epoch}"
-            if config is not None and config.fingerprint == folder.name:
-                out, of = Path(config.out), config.out
-                note += "" if progress.done else f" of {config.epochs}"
-                if not out.is_dir():
-                    note += ", its run folder is gone"
-                elif progress.done and _has_result(out, folder.name):
-                    kind = "finished"
-                elif progress.done:
-                    note += ", its run folder has no result"
+    try:
+        found = read_state(folder)
+    except ArtifactError:
+        found, note = None, "it can't be read"
+    if found is not None:
+        progress, config = found
+        note = "finished" if progress.done else f"epoch {progress.epoch}"
+        if config is not None:
+            out, of = Path(config.out), config.out
+            note = "finished" if progress.done else progress.shown(config)
+            if not out.is_dir():
+                note += ", its run folder is gone"
+            elif progress.done and _has_result(out, config):
+                kind = "finished"
+            elif progress.done:
+                note += ", its run folder has no result"
     # A state that names no run may belong to any run that is going on.
     locks = _held_run_locks() if out is None else (state_lock_path(out),)
     return _entry(kind, folder.name, [folder], of=of, note=note, locks=locks)
 
 
-def _has_result(out: Path, fingerprint: str) -> bool:
+def _has_result(out: Path, config: RunConfig) -> bool:
     if not all((out / name).is_file() for name in ("metrics.json", run_files.WEIGHTS_FILE)):
         return False
     try:
-        return read_config(out, now_at=str(out)).fingerprint == fingerprint
+        return read_config(out, now_at=str(out)).identity == config.identity
     except ArtifactError:
         return False
 

@@ -54,16 +54,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.demo)
-app.command("fetch-data")(fetch_data.fetch_data)
-app.command("fetch-teachers")(fetch_teachers.fetch_teachers)
+app.command("demo", cls=WithSettings)(demo.demo)
+app.command("fetch-data", cls=WithSettings)(fetch_data.fetch_data)
+app.command("fetch-teachers", cls=WithSettings)(fetch_teachers.fetch_teachers)
 app.command("train", cls=WithAllSettings)(train.train)
 app.command("distill", cls=WithAllSettings)(distill.distill)
-app.command("eval")(evaluate.evaluate)
-app.command("export")(export.export)
+app.command("eval", cls=WithSettings)(evaluate.evaluate)
+app.command("export", cls=WithSettings)(export.export)
 app.command("verify")(verify.verify)
 app.add_typer(registry.app, name="registry")
-app.command("predict")(predict.predict)
+app.command("predict", cls=WithSettings)(predict.predict)
 app.command("list")(list_.list_)
 app.add_typer(recipes.app, name="recipes")
 app.command("validate")(validate.validate)
@@ -71,8 +71,8 @@ app.command("doctor")(doctor.doctor)
 app.command("bench", cls=WithSettings)(bench.bench)
 app.command("clean")(clean.clean)
 app.add_typer(grid.app, name="grid")
-app.command("reproduce")(reproduce.reproduce)
-app.command("report")(report.report)
+app.command("reproduce", cls=WithSettings)(reproduce.reproduce)
+app.command("report", cls=WithSettings)(report.report)
 
 
 def _show_version(wanted: bool) -> None:

@@ -30,10 +30,15 @@ class Bin(NamedTuple):
     """One of 15 ranges of equal width for the probability of the top class, and the images in it."""
 
     images: int
-    confidence: float
-    """Mean probability of the top class, in percent; 0 without images."""
-    accuracy: float
-    """Share of images that are classified correctly, in percent; 0 without images."""
+    confidence: float | None
+    """Mean probability of the top class, in percent; None without images."""
+    accuracy: float | None
+    """Share of images that are classified correctly, in percent; None without images."""
+
+    @property
+    def gap(self) -> float:
+        """Difference of confidence and accuracy, in points; 0 without images."""
+        return 0.0 if self.confidence is None or self.accuracy is None else abs(self.confidence - self.accuracy)
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ class Evaluation:
     """Mean cross-entropy."""
     ece: float
     """Expected calibration error of the top class: the mean gap of the bins, weighted by their images."""
-    per_class: tuple[float, ...]
-    """Top-1 within each class; 0, not NaN, for a class without images."""
+    per_class: tuple[float | None, ...]
+    """Top-1 within each class; None for a class without images."""
     reliability: tuple[Bin, ...]
     """The bins, from the least to the most certain."""
 
@@ -72,8 +77,23 @@ class Evaluation:
             KeyError, TypeError, ValueError: `value` is not what `as_json` gives.
         """
         top1, top5, loss, ece = (float(value[key]) for key in ("top1", "top5", "loss", "ece"))
-        bins = tuple(Bin(int(images), float(mean), float(right)) for images, mean, right in value["reliability"])
-        return Evaluation(top1, top5, loss, ece, tuple(float(share) for share in value["per_class"]), bins)
+        bins = tuple(Bin(int(row[0]), *(_number(share) for share in row[1:])) for row in value["reliability"])
+        return Evaluation(top1, top5, loss, ece, tuple(_number(share) for share in value["per_class"]), bins)
+
+    @property
+    def worst_class(self) -> int:
+        """The number of the class with the lowest top-1 among those with images."""
+        shares = {number: share for number, share in enumerate(self.per_class) if share is not None}
+        return min(shares, key=shares.__getitem__)
+
+    @property
+    def untested(self) -> tuple[int, ...]:
+        """The numbers of the classes without images."""
+        return tuple(number for number, share in enumerate(self.per_class) if share is None)
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def module_predictor(model: nn.Module, preprocessing: Preprocessing, device: torch.device) -> Predict:
@@ -118,8 +138,9 @@ def evaluate_logits(logits: Tensor, labels: Tensor) -> Evaluation:
     """Compare logits [N, K] with labels [N] int64.
 
     Raises:
-        IcdctlError: a logit is not finite.
+        IcdctlError: there are no images, or a logit is not finite.
     """
+    _check_some(labels)
     broken = ~torch.isfinite(logits).all(dim=1)
     if broken.any():
         raise IcdctlError(
@@ -133,31 +154,46 @@ def evaluate_logits(logits: Tensor, labels: Tensor) -> Evaluation:
     right = hits[:, 0]
     count = torch.bincount(labels, minlength=num_classes)
     count_right = torch.bincount(labels[right], minlength=num_classes)
-    per_class = 100.0 * count_right / count.clamp(min=1)
+    shares = (100.0 * count_right / count.clamp(min=1)).tolist()
     bins = _reliability(log_probs.exp().amax(dim=1), right)
     return Evaluation(
         top1=_percent(right),
         top5=_percent(hits.any(dim=1)),
         loss=F.nll_loss(log_probs, labels).item(),
-        ece=sum(each.images * abs(each.confidence - each.accuracy) for each in bins) / len(logits),
-        per_class=tuple(per_class.tolist()),
+        ece=sum(each.images * each.gap for each in bins) / len(logits),
+        per_class=tuple(share if images else None for share, images in zip(shares, count.tolist(), strict=True)),
         reliability=bins,
     )
 
 
 def agreement(logits: Tensor, other_logits: Tensor) -> float:
-    """Share of images for which both logits [N, K] have the same top class, in percent."""
+    """Share of images for which both logits [N, K] have the same top class, in percent.
+
+    Raises:
+        IcdctlError: there are no images.
+    """
+    _check_some(logits)
     return _percent(logits.argmax(dim=1) == other_logits.argmax(dim=1))
 
 
 def fidelity(student_logits: Tensor, teacher_logits: Tensor) -> float:
     """Mean KL(teacher || student) of the predictions from logits [N, K], in nats; 0 is a perfect copy.
 
+    Raises:
+        IcdctlError: there are no images.
+
     Source: Stanton et al. 2021, section 3, https://arxiv.org/abs/2106.05945
     """
+    _check_some(student_logits)
     student_log_probs = F.log_softmax(student_logits.double(), dim=1)
     teacher_log_probs = F.log_softmax(teacher_logits.double(), dim=1)
     return F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True).item()
+
+
+def _check_some(rows: Tensor) -> None:
+    """Refuse to measure on nothing: a mean over no images is not a number."""
+    if not len(rows):
+        raise IcdctlError("there are no images to measure on", hint="name a data set with test images: `--dataset`")
 
 
 def _percent(right: Tensor) -> float:
@@ -172,4 +208,5 @@ def _reliability(confidence: Tensor, right: Tensor) -> tuple[Bin, ...]:
     sums[0].index_add_(0, numbers, confidence.double())
     sums[1].index_add_(0, numbers, right.double())
     means = (100.0 * sums / images.clamp(min=1)).tolist()
-    return tuple(Bin(*row) for row in zip(images.tolist(), *means, strict=True))
+    rows = zip(images.tolist(), *means, strict=True)
+    return tuple(Bin(*row) if row[0] else Bin(0, None, None) for row in rows)

@@ -11,10 +11,13 @@ import torch
 from pydantic import ValidationError
 
 from icdctl import data, files
+from icdctl.config.dataset_request import dataset_request
 from icdctl.config.run_config import RunConfig
 from icdctl.config.sources import from_validation
-from icdctl.data import IMAGE_FOLDER, DatasetName, OnImages, Request, imagefolder
+from icdctl.data import IMAGE_FOLDER, DatasetName, OnImages, Request, folder_layout, imagefolder
 from icdctl.data.decode import BrokenImage, broken_images_message, decode_in_order
+from icdctl.data.folder_layout import Division
+from icdctl.data.part_files import PartFiles, duplicates, is_dark, nearly_black_message
 from icdctl.errors import ArtifactError, IcdctlError
 from icdctl.exporting import VerificationReport, verify_file, verify_folder
 from icdctl.registry import trained
@@ -53,7 +56,7 @@ def inspect(path: Path, *, dataset: str | None = None, on_images: OnImages = lam
         ArtifactError: `path` does not exist, or icdctl does not know this kind of file or folder.
     """
     if DatasetName.parse(str(path)).is_image_folder:
-        return _image_folder(data.request(str(path)), on_images)
+        return _image_folder(dataset_request(str(path)), on_images)
     if not path.exists():
         raise ArtifactError(f"`{path}` does not exist", hint="name a run folder, a file or an export folder")
     if path.is_dir():
@@ -111,7 +114,7 @@ def _config(path: Path) -> str:
 
 
 def _weights(path: Path, dataset: str | None = None) -> str:
-    found = trained.resolve(str(path), dataset=None if dataset is None else data.describe(data.request(dataset)))
+    found = trained.resolve(str(path), dataset=None if dataset is None else data.describe(dataset_request(dataset)))
     found.load()
     return f"{found.model}, {found.num_classes} classes, finite, sha256 {found.sha256[:12]}"
 
@@ -120,21 +123,23 @@ def _image_folder(wanted: Request, on_images: OnImages) -> list[Finding]:
     """Check that the folder can be divided into parts, and that all its images can be decoded."""
     folder = imagefolder.folder_of(wanted.name)
     try:
-        classes = imagefolder.class_names(folder)
-        division = imagefolder.divide(
+        classes = folder_layout.class_names(folder)
+        division = folder_layout.divide(
             folder, test_split=wanted.test_split or 0.0, val_split=wanted.val_split, seed=wanted.split_seed
         )
     except IcdctlError as error:
         unchecked = Finding("images", None, "not checked")
         return [Finding("classes", False, error.message, error.hint), unchecked]
-    side = wanted.image_size or imagefolder.DEFAULT_IMAGE_SIZE
+    side = imagefolder.side_of(wanted)
+    left_out = division.left_out
     return [
         Finding("classes", True, _counted(division, classes)),
-        _attempt("images", lambda: _decoded(folder, division, side, on_images)),
+        Finding("not read", None if left_out.may_be_images else True, str(left_out) or "no file"),
+        *_decoded(folder, division, classes, side, on_images),
     ]
 
 
-def _counted(division: imagefolder.Division, classes: Sequence[str]) -> str:
+def _counted(division: Division, classes: Sequence[str]) -> str:
     counts = torch.bincount(division.train.labels, minlength=len(classes)).tolist()
     fewest = counts.index(min(counts))
     parts = [
@@ -148,20 +153,41 @@ def _counted(division: imagefolder.Division, classes: Sequence[str]) -> str:
     return "; ".join(parts)
 
 
-def _decoded(folder: Path, division: imagefolder.Division, side: int, on_images: OnImages) -> str:
-    held_out = () if division.val is None else division.val.names
-    names = [*division.train.names, *division.test.names, *held_out, *division.unlabeled]
+def _decoded(folder: Path, division: Division, classes: Sequence[str], side: int, on_images: OnImages) -> list[Finding]:
+    """Decode all images: those that can't be decoded, those that are there twice, those that are nearly black."""
+    parts = {"training": division.train, "testing": division.test, "validation": division.val}
+    files_of = {use: part.names for use, part in parts.items() if part is not None} | {"unlabelled": division.unlabeled}
+    total, number = sum(len(names) for names in files_of.values()), 0
     broken: list[BrokenImage] = []
-    with closing(decode_in_order((folder / name for name in names), resize=(side, side), crop=None)) as results:
-        for number, result in enumerate(results, start=1):
-            if isinstance(result, BrokenImage):
-                broken.append(result)
-            on_images(number, len(names))
+    dark: list[str] = []
+    found: list[PartFiles] = []
+    for use, names in files_of.items():
+        part, kept, hashes = parts.get(use), [], []
+        with closing(decode_in_order((folder / name for name in names), resize=(side, side), crop=None)) as results:
+            for row, result in enumerate(results):
+                if isinstance(result, BrokenImage):
+                    broken.append(result)
+                else:
+                    kept.append(row)
+                    hashes.append(result.sha256)
+                    dark += [names[row]] if is_dark(int(result.pixels.max())) else []
+                number += 1
+                on_images(number, total)
+        of_rows = [] if part is None else [classes[label] for label in part.labels[kept].tolist()]
+        found.append(PartFiles(use, tuple(names[row] for row in kept), tuple(of_rows), tuple(hashes)))
+    twice = duplicates(found)
+    return [
+        _decodable(broken, total, folder),
+        Finding("duplicates", None if twice else True, "; ".join(twice) or "no image is there twice"),
+        Finding("brightness", None if dark else True, nearly_black_message(dark) if dark else "no image is black"),
+    ]
+
+
+def _decodable(broken: Sequence[BrokenImage], total: int, folder: Path) -> Finding:
     if broken:
-        raise ArtifactError(
-            broken_images_message(broken, len(names), folder=folder), hint="fix them, or train with `--skip-broken`"
-        )
-    return f"all {len(names):,} images can be decoded"
+        message = broken_images_message(broken, total, folder=folder)
+        return Finding("images", False, message, "fix them, or train with `--skip-broken`")
+    return Finding("images", True, f"all {total:,} images can be decoded")
 
 
 def _history(folder: Path) -> str:

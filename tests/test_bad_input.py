@@ -724,7 +724,8 @@ def test_one_image_is_too_few(icdctl: CommandLine, tmp_path: Path) -> None:
 )
 def test_very_small_jobs_work(icdctl: CommandLine, tmp_path: Path, given: list[str]) -> None:
     code, out, err = icdctl(*TRAIN, *given, "--out", tmp_path / "run", "--json")
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert err.startswith("each epoch leaves out one of the 3 training images") if "3" in given else err == ""
     assert json.loads(out)["finished"] is True
     assert icdctl("validate", tmp_path / "run")[0] == 0
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 import icdctl as library
 from icdctl import cleanup, files
 from icdctl.cleanup import CACHES, KINDS
+from icdctl.errors import ArtifactError
 
 DIGITS: dict[str, Any] = {"dataset": "digits100", "train_images": 250, "test_images": 50, "epochs": 1, "device": "cpu"}
 ANSWERS: dict[str, Any] = {"crop_padding": 4, "teacher_mode": "cache", "teacher_precision": "fp32"}
@@ -148,8 +149,10 @@ def test_the_state_of_an_unfinished_run_goes_only_where_it_is_named(icdctl: Comm
     code, out, err = icdctl("clean", "--kind", "resume")
     assert (code, "epoch 2 of 3" in out, "freed" in err) == (0, True, True)
     assert listed(icdctl, "--kind", "resume") == []
-    train("run", **given, resume=True)
-    assert json.loads(Path("run/metrics.json").read_text())["epochs"] == 3
+    history = Path("run/history.csv").read_text()
+    with pytest.raises(ArtifactError, match="the state of the run in `run` is lost: it stopped after epoch 2"):
+        train("run", **given, resume=True)
+    assert Path("run/history.csv").read_text() == history
 
 
 def test_a_finished_run_without_its_state_stays_whole_where_it_is_interrupted(
@@ -197,9 +200,10 @@ def test_what_a_running_process_uses_is_left(icdctl: CommandLine, photos: Path) 
 LOAD = """
 import sys, time
 from icdctl import data
+from icdctl.config.dataset_request import dataset_request
 found = set()
 for _ in range(40):
-    held = data.load(data.request("imagefolder:" + sys.argv[1], image_size=32, test_split=0.25))
+    held = data.load(dataset_request("imagefolder:" + sys.argv[1], image_size=32, test_split=0.25))
     found.add((held.sha256, int(held.train_images.sum())))
     held = None
     time.sleep(0.005)

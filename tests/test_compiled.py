@@ -124,4 +124,4 @@ def test_compiling_is_another_run_and_its_absence_is_not() -> None:
     plain, fast = (planning.plan("train", {**given, **change}) for change in ({}, {"compile": True}))
     assert (plain.compile, fast.compile) == (False, True)
     assert "compile" not in plain.identity
-    assert plain.fingerprint != fast.fingerprint
+    assert plain.identity != fast.identity

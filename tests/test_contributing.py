@@ -20,7 +20,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from icdctl import methods, models
-from icdctl.engine.checkpoint import checkpoint_path
+from icdctl.engine.checkpoint import STATE_FILE
+from icdctl.engine.run_state import state_folder_of
 from icdctl.exporting import verify_file
 from icdctl.exporting.package import onnx_bytes
 from icdctl.methods import METHODS, Method, ModelProbe, Objective, Settings, Supervision, logit_methods
@@ -120,18 +121,10 @@ def test_a_method_with_parameters_is_two_classes_and_a_row(
     code, out, _ = icdctl(*given, "--teacher-mode", "cache", "--out", tmp_path / "run", "--json")
     assert code == 0
     assert (tmp_path / "run" / "history.csv").read_text().startswith("epoch,lr,ce,hint,")
-    config = trained_config(tmp_path / "run")
-    with safe_open(checkpoint_path(config), framework="pt") as stored:
+    with safe_open(state_folder_of(tmp_path / "run") / STATE_FILE, framework="pt") as stored:
         assert stored.get_slice("objective.connector.weight").get_shape() == [64, 256]
         assert "optimizer.0.momentum_buffer" in stored.keys()  # noqa: SIM118 (it is no dictionary)
     assert json.loads(out)["params"] == MODELS["res8x4"].num_params
-
-
-def trained_config(run: Path) -> str:
-    """The fingerprint of a run, by its config.json."""
-    from icdctl.config.run_config import RunConfig
-
-    return RunConfig(**json.loads((run / "config.json").read_text())).fingerprint
 
 
 class TinyNet(Classifier):

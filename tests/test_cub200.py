@@ -30,6 +30,8 @@ from test_download import add, partials, visible, wait_for
 from torchvision import transforms
 
 from icdctl import api, data, files, models, registry, teachers
+from icdctl.api.export_inputs import facts_of
+from icdctl.config.dataset_request import dataset_request
 from icdctl.data import Augmentation, ImageStore, cub200, release
 from icdctl.data.decode import decode_image
 from icdctl.data.release import Release
@@ -358,7 +360,7 @@ def test_a_list_that_is_missing_or_malformed_is_named(tmp_path: Path, name: str,
         path.write_bytes({"binary": b"\xff\xfe", "words": b"one two\n", "twice": (lines * 2).encode()}[kind])
     expected = "does not exist" if kind == "missing" else "is not a file of CUB-200-2011"
     with pytest.raises(ArtifactError, match=f"{name}.txt` {expected}") as caught:
-        data.load(data.request("cub200", folder=tmp_path))
+        data.load(dataset_request("cub200", folder=tmp_path))
     assert "`icdctl fetch-data cub200`" in caught.value.hint
 
 
@@ -424,7 +426,7 @@ def cached() -> list[str]:
 
 
 def test_pixels_are_those_of_torchvision_and_stay_on_disk(fetched: Path) -> None:
-    found = data.load(data.request("cub200"))
+    found = data.load(dataset_request("cub200"))
     assert (found.caveat, found.val_images, found.num_classes) == (None, None, 200)
     assert (found.train_images.shape, found.train_images.dtype) == ((CUB_TRAIN, 256, 256, 3), torch.uint8)
     assert (found.test_images.shape, found.test_images.dtype) == ((CUB_TEST, 224, 224, 3), torch.uint8)
@@ -446,7 +448,7 @@ def test_pixels_are_those_of_torchvision_and_stay_on_disk(fetched: Path) -> None
 
 
 def test_training_views_are_crops_of_224_and_tests_see_the_centre(fetched: Path) -> None:
-    found = data.load(data.request("cub200"))
+    found = data.load(dataset_request("cub200"))
     store = ImageStore(found.train_images, found.preprocessing, Augmentation(flip=True), device=CPU)
     assert store.num_views == 33 * 33 * 2
     views = store.epoch(seed=0, epoch=1)
@@ -461,8 +463,8 @@ def test_training_views_are_crops_of_224_and_tests_see_the_centre(fetched: Path)
 
 
 def test_images_are_held_out_of_the_training_images_and_cut_to_their_centre(fetched: Path) -> None:
-    whole = data.load(data.request("cub200"))
-    found = data.load(data.request("cub200", val_split=0.5))
+    whole = data.load(dataset_request("cub200"))
+    found = data.load(dataset_request("cub200", val_split=0.5))
     assert found.val_images is not None
     assert found.val_labels is not None
     assert torch.equal(found.test_images, whole.test_images)
@@ -481,7 +483,7 @@ def test_published_images_are_decoded_once_by_the_hash_of_their_archive(
 ) -> None:
     place = put_data(own_state / "data")
     told: list[int] = []
-    request = data.request("cub200")
+    request = dataset_request("cub200")
     first = data.load(request, on_images=lambda done, total: told.append(done))
     assert told == [*range(1, CUB_TRAIN + 1), *range(1, CUB_TEST + 1)]
     train, _ = cub200.read_lists(place.parent)
@@ -501,11 +503,11 @@ def test_published_images_are_decoded_once_by_the_hash_of_their_archive(
 def test_other_images_are_used_with_a_caveat_and_told_apart(own_state: Path) -> None:
     place = put_data(own_state / "data")
     (place / KNOWN[0]).write_bytes(jpeg(seed=999))
-    first = data.load(data.request("cub200"))
+    first = data.load(dataset_request("cub200"))
     assert first.caveat == f"`{place}` is not the published CUB-200-2011: results can't be compared"
     assert not np.array_equal(first.train_images[0].numpy(), np.asarray(pil_of(KNOWN[0].removeprefix("images/"))))
     (place / KNOWN[0]).write_bytes(jpeg(seed=1000))
-    assert data.load(data.request("cub200")).sha256 != first.sha256
+    assert data.load(dataset_request("cub200")).sha256 != first.sha256
 
 
 def test_a_broken_image_is_named_and_a_mended_one_is_read(own_state: Path) -> None:
@@ -514,11 +516,11 @@ def test_a_broken_image_is_named_and_a_mended_one_is_read(own_state: Path) -> No
     whole = broken.read_bytes()
     broken.write_bytes(whole[:300])
     with pytest.raises(ArtifactError, match=r"1 of 40 images .*`100\.Brown_Pelican/Brown_Pelican_test\.jpg`") as caught:
-        data.load(data.request("cub200"))
+        data.load(dataset_request("cub200"))
     assert "--skip-broken" not in caught.value.hint
     assert f"move `{place}` away; `icdctl fetch-data cub200`" in caught.value.hint
     broken.write_bytes(whole)
-    assert data.load(data.request("cub200")).test_images.shape[0] == CUB_TEST
+    assert data.load(dataset_request("cub200")).test_images.shape[0] == CUB_TEST
 
 
 # Teachers
@@ -573,7 +575,7 @@ def test_published_teachers_are_taken_from_a_file_alone(icdctl: CommandLine, tmp
     row = row_of(icdctl, "cub200/res32x4")
     assert (row["state"], row["hash"], row["licence"]) == ("fetched", "recorded", "none stated")
 
-    target = teachers.find("res32x4", dataset=data.describe(data.request("cub200")))
+    target = teachers.find("res32x4", dataset=data.describe(dataset_request("cub200")))
     assert (target.model, target.preprocessing.size, target.preprocessing.resize) == ("res32x4", (224, 224), (256, 256))
     assert (target.source, target.licence) == ("SDD, a page that asks for a login", "none stated")
     torch.manual_seed(0)
@@ -662,7 +664,7 @@ def test_a_missing_teacher_is_told_with_all_ways_to_get_one(
 
 
 def test_weights_without_a_full_record_say_what_is_known_of_their_source(tmp_path: Path) -> None:
-    known = data.describe(data.request("cub200"))
+    known = data.describe(dataset_request("cub200"))
     path = tmp_path / "t.pth"
     path.write_bytes(checkpoint("res8"))
     found = trained.resolve(str(path), dataset=known)
@@ -738,7 +740,7 @@ def test_whose_the_teachers_weights_are_goes_with_the_student(
     given = ("distill", "--method", "sdd_kd", "--teacher", "res8", "--student", "res8", "--dataset", "cub200")
     code, out, err = icdctl(*given, "--val-split", "0.5", *TINY, "--out", "run")
     fetched_model = trained.resolve(str(place))
-    exported_teacher = api._facts(fetched_model)
+    exported_teacher = facts_of(fetched_model)
     place.unlink()
     assert code == 0, err
     source, licence = "SDD, a page that asks for a login", "none stated"

@@ -16,6 +16,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from icdctl import data, files
+from icdctl.config.dataset_request import dataset_request
 from icdctl.data import Augmentation, ImageStore, Preprocessing, Views, cifar100, digits100
 from icdctl.errors import ArtifactError, UsageError
 
@@ -98,27 +99,27 @@ def test_digits100_is_balanced_deterministic_and_disjoint() -> None:
 
 
 def test_digits100_is_cached_and_a_damaged_cache_is_made_anew() -> None:
-    first = data.load(data.request("digits100", train_images=100, test_images=100))
+    first = data.load(dataset_request("digits100", train_images=100, test_images=100))
     cache = files.state_folder() / "cache" / "digits100-v1-100-100.safetensors"
     content = bytearray(cache.read_bytes())
     content[-5] ^= 255  # a flipped byte among the pixels, which the format itself does not notice
     cache.write_bytes(bytes(content))
-    again = data.load(data.request("digits100", train_images=100, test_images=100))
+    again = data.load(dataset_request("digits100", train_images=100, test_images=100))
     assert again.sha256 == first.sha256
     assert torch.equal(again.train_images, first.train_images)
     assert torch.equal(again.test_labels, first.test_labels)
     cache.write_bytes(b"nothing of use")
-    assert data.load(data.request("digits100", train_images=100, test_images=100)).sha256 == first.sha256
+    assert data.load(dataset_request("digits100", train_images=100, test_images=100)).sha256 == first.sha256
 
 
 def test_sizes_are_settings_of_digits100_alone() -> None:
-    assert data.load(data.request("digits100", train_images=7, test_images=3)).train_images.shape == (7, 32, 32, 3)
-    with pytest.raises(UsageError, match="`train_images` is 0"):
-        data.load(data.request("digits100", train_images=0))
+    assert data.load(dataset_request("digits100", train_images=7, test_images=3)).train_images.shape == (7, 32, 32, 3)
+    with pytest.raises(UsageError, match="`train_images` is `0`"):
+        data.load(dataset_request("digits100", train_images=0))
     with pytest.raises(UsageError, match="no such setting"):
-        data.load(data.request("cifar100", train_images=10))
+        data.load(dataset_request("cifar100", train_images=10))
     with pytest.raises(UsageError, match="unknown data set `cifar10`"):
-        data.load(data.request("cifar10"))
+        data.load(dataset_request("cifar10"))
 
 
 def write_cifar(folder: Path, *, train: int = 200, test: int = 100) -> None:
@@ -135,9 +136,28 @@ def write_cifar(folder: Path, *, train: int = 200, test: int = 100) -> None:
         (folder / cifar100.FOLDER / split).write_bytes(pickle.dumps(content, protocol=2))
 
 
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        *(("a", "label 1 is of type str"), (b"1", "label 1 is of type bytes"), (None, "label 1 is of type NoneType")),
+        *((1.5, "label 1 is of type float"), (1.0, "label 1 is of type float"), (float("nan"), "of type float")),
+        *(([1], "label 1 is of type list"), (True, "label 1 is of type bool"), ({}, "label 1 is of type dict")),
+        *((2**70, "a label is not in 0 to 99"), (-1, "a label is not in 0 to 99"), (100, "a label is not in 0 to 99")),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_label_that_is_no_class_number_is_refused(tmp_path: Path, split: str, label: object, reason: str) -> None:
+    write_cifar(tmp_path)
+    content = {b"data": np.zeros((3, 3072), np.uint8), b"fine_labels": [0, label, 2]}
+    (tmp_path / cifar100.FOLDER / split).write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(ArtifactError, match=f"{split}` is not a file of CIFAR-100's python version: .*{reason}"):
+        data.load(dataset_request("cifar100", folder=tmp_path))
+
+
 def test_cifar100_is_read_from_its_own_format(tmp_path: Path) -> None:
     write_cifar(tmp_path)
-    found = data.load(data.request("cifar100", folder=tmp_path))
+    found = data.load(dataset_request("cifar100", folder=tmp_path))
     raw = pickle.loads((tmp_path / cifar100.FOLDER / "train").read_bytes())[b"data"]
     assert found.train_images.shape == (200, 32, 32, 3)
     assert found.train_images[3, 5, 7].tolist() == [int(raw[3, channel * 1024 + 5 * 32 + 7]) for channel in range(3)]
@@ -160,7 +180,7 @@ def test_a_forged_cifar100_file_can_not_run_code(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     (tmp_path / cifar100.FOLDER / "test").write_bytes(pickle.dumps({b"data": Hostile(marker)}))
     with pytest.raises(ArtifactError, match="system") as caught:
-        data.load(data.request("cifar100", folder=tmp_path))
+        data.load(dataset_request("cifar100", folder=tmp_path))
     assert not marker.exists()
     assert cifar100.URL in caught.value.hint
 
@@ -180,12 +200,12 @@ def test_a_broken_cifar100_file_is_named(tmp_path: Path, content: bytes) -> None
     write_cifar(tmp_path)
     (tmp_path / cifar100.FOLDER / "train").write_bytes(content)
     with pytest.raises(ArtifactError, match="train"):
-        data.load(data.request("cifar100", folder=tmp_path))
+        data.load(dataset_request("cifar100", folder=tmp_path))
 
 
 def test_missing_data_are_named_with_the_way_to_get_them(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="does not exist") as caught:
-        data.load(data.request("cifar100", folder=tmp_path))
+        data.load(dataset_request("cifar100", folder=tmp_path))
     assert cifar100.URL in caught.value.hint
     assert cifar100.ARCHIVE_MD5 in caught.value.hint
 

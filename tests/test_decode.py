@@ -24,7 +24,7 @@ from torchvision import transforms
 
 from icdctl import files
 from icdctl.data import decode
-from icdctl.data.decode import BrokenImageError, decode_image
+from icdctl.data.decode import BrokenImageError, DecodedImage, decode_image
 from icdctl.data.image_cache import Decoded, decode_files
 from icdctl.errors import ArtifactError, UsageError
 
@@ -477,7 +477,7 @@ def test_an_interrupt_stops_at_once_and_leaves_nothing(tmp_path: Path, monkeypat
     begun: list[Path] = []
     real = decode._decode
 
-    def counted(path: Path, resize: tuple[int, int], crop: tuple[int, int] | None) -> Pixels:
+    def counted(path: Path, resize: tuple[int, int], crop: tuple[int, int] | None) -> DecodedImage:
         begun.append(path)
         return real(path, resize, crop)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 import icdctl as library
 from icdctl import data, models
 from icdctl.api import planning
+from icdctl.config.dataset_request import dataset_request
 from icdctl.data import Augmentation, ImageStore
 from icdctl.engine import device_loop, shared_data, student_run, teacher
 from icdctl.engine import run as engine
@@ -357,7 +358,7 @@ def test_a_step_by_position_looks_at_no_value(method: str, mode: str) -> None:
         network = models.create("res8", 100)
         students = [models.create("res8", 100) for _ in range(2)]
         rate = torch.tensor(0.1)
-    preprocessing = data.describe(data.request("cifar100")).preprocessing
+    preprocessing = data.describe(dataset_request("cifar100")).preprocessing
     store = ImageStore(pixels, preprocessing, Augmentation(crop_padding=4, flip=True), device=META)
     inline = teacher_for(method, network, META)
     asked: Any = inline

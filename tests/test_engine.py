@@ -435,7 +435,7 @@ def test_a_resolved_configuration_can_be_run_and_changed(teacher: Path, tmp_path
     first = library.distill(planned)
     decided = {"teacher_mode": "cache", "teacher_precision": "fp32"}
     assert first.config == planned.model_copy(update=decided)
-    assert first.config.fingerprint == planned.fingerprint
+    assert first.config.identity == planned.identity
     second = library.distill(planned, seed=1, out=str(tmp_path / "other"))
     assert second.config == planned.model_copy(update={**decided, "seed": 1, "out": str(tmp_path / "other")})
 

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from icdctl import data, models
+from icdctl.config.dataset_request import dataset_request
 from icdctl.data import DatasetInfo, Preprocessing
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting import (
@@ -44,7 +45,7 @@ from icdctl.registry.trained import TrainedModel
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASS_NAMES = ("apple", "aquarium fish", 'a "quoted" one', "Bär", "bed", "bee", "6", "7", "8", "nine")
-PREPROCESSING = data.describe(data.request("cifar100")).preprocessing
+PREPROCESSING = data.describe(dataset_request("cifar100")).preprocessing
 FAST = ["wrn16_1", "vgg8", "mv2", "shuv1", "shuv2"]
 EVERY_FILE = {"README.md", "manifest.json", "model.json", "model.onnx", "verify.json"}
 
@@ -101,6 +102,11 @@ def exported(trained_model: TrainedModel, tmp_path_factory: pytest.TempPathFacto
         "variant": {"gamma": 8},
     }
     return export_onnx(trained_model, out, images=images, labels=labels, facts=facts)
+
+
+def test_the_file_asks_for_no_newer_runtime_than_its_opset(exported: Export) -> None:
+    proto = onnx.load(exported.model_file)
+    assert (proto.opset_import[0].version, proto.ir_version) == (18, 8), "ONNX Runtime 1.14 knows opset 18 and IR 8"
 
 
 @pytest.fixture
@@ -175,6 +181,8 @@ def test_the_variants_for_large_images_are_verified(name: str, tmp_path: Path) -
 def test_every_opset_is_verified(opset: int, trained_model: TrainedModel, tmp_path: Path) -> None:
     check_export(trained_model, tmp_path / "out", opset=opset)
     assert read_onnx(tmp_path / "out" / "model.onnx").opset == opset
+    least = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}[opset]
+    assert onnx.load(tmp_path / "out" / "model.onnx").ir_version == least, "older runtimes that know the opset read it"
 
 
 def test_both_kinds_of_input_give_the_same_logits(

@@ -20,6 +20,7 @@ from fetch_support import Origin, cifar_members, release_of, remote, running_ori
 from test_data import Hostile
 
 from icdctl import data, models, teachers
+from icdctl.config.dataset_request import dataset_request
 from icdctl.data import cifar100, release
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.teachers import fetch, published_teachers
@@ -28,7 +29,7 @@ MEMBERS = cifar_members()
 ARCHIVE = tar_of(MEMBERS)
 NAME = "cifar-100-python.tar.gz"
 PUBLISHED = published_teachers.load_list()
-CIFAR100 = data.describe(data.request("cifar100"))
+CIFAR100 = data.describe(dataset_request("cifar100"))
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_fetch_data_brings_it_once_and_training_finds_it(icdctl: CommandLine, or
     place = own_state / "data" / "cifar-100-python"
     assert (found["name"], found["state"], found["path"]) == ("cifar100", "fetched", str(place))
     assert visible(own_state / "data") == [f"cifar-100-python/{name}" for name in ("meta", "test", "train")]
-    assert data.load(data.request("cifar100")).train_images.shape == (200, 32, 32, 3)
+    assert data.load(dataset_request("cifar100")).train_images.shape == (200, 32, 32, 3)
     code, out, err = icdctl("fetch-data", "cifar100", "--mirror", origin.url)
     assert (code, err) == (0, "")
     assert "already in" in out
@@ -109,7 +110,7 @@ def test_fetch_data_from_a_copy_and_what_it_refuses(icdctl: CommandLine, tmp_pat
     there = tmp_path / "elsewhere"
     assert icdctl("fetch-data", "cifar100", "--from", copy, "--data-dir", there, "--offline")[0] == 0
     assert copy.exists()
-    assert data.load(data.request("cifar100", folder=there)).test_images.shape[0] == 100
+    assert data.load(dataset_request("cifar100", folder=there)).test_images.shape[0] == 100
 
 
 def test_fetch_data_says_what_can_not_be_done(icdctl: CommandLine, tmp_path: Path) -> None:

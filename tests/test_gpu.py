@@ -21,6 +21,7 @@ from test_together import planned, together
 
 import icdctl as library
 from icdctl import data
+from icdctl.config.dataset_request import dataset_request
 from icdctl.data import ImageStore
 from icdctl.engine import device_loop
 from icdctl.engine import run as engine
@@ -192,7 +193,7 @@ def test_a_run_on_the_gpu_is_near_the_one_on_the_cpu(taught: Path, tmp_path: Pat
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_teacher_in_half_precision_agrees(taught: Path, precision: Any) -> None:
     model = trained.resolve(str(taught)).load()
-    dataset = data.load(data.request("digits100", train_images=256, test_images=2))
+    dataset = data.load(dataset_request("digits100", train_images=256, test_images=2))
     store = ImageStore(dataset.train_images, dataset.preprocessing, data.Augmentation(), device=CUDA)
     images = store.inputs(store.epoch(seed=0, epoch=1).to(CUDA))
     with backend_settings(CUDA, "fp32", deterministic=True):

@@ -23,6 +23,7 @@ from test_data import write_cifar
 import icdctl as library
 from icdctl import data, models
 from icdctl.api import planning
+from icdctl.config.dataset_request import dataset_request
 from icdctl.data import UNLABELED
 from icdctl.data.decode import decode_image
 from icdctl.errors import ArtifactError, UsageError
@@ -71,7 +72,7 @@ def in_parts(base: Path, *parts: str) -> Path:
 
 
 def request(folder: Path | str, **settings: Any) -> data.Request:
-    return data.request(f"imagefolder:{folder}", **settings)
+    return dataset_request(f"imagefolder:{folder}", **settings)
 
 
 def load(folder: Path | str, **settings: Any) -> data.Dataset:
@@ -264,10 +265,6 @@ def val_without_train(folder: Path) -> None:
     in_parts(folder, "val", "test")
 
 
-def train_in_capitals(folder: Path) -> None:
-    in_parts(folder, "Train", "Val")
-
-
 def unknown_classes(folder: Path) -> None:
     in_parts(folder, "train", "val")
     fill(folder / "val" / "emu", 1)
@@ -307,13 +304,12 @@ REFUSED: list[tuple[Callable[[Path], None], str, str]] = [
     (nothing, "has 0 folders of images", "into a separate folder"),
     (one_class, "has 1 folders of images, a classifier needs 2", "into a separate folder"),
     (only_unlabelled, "has 0 folders of images", "into a separate folder"),
-    (an_empty_class, "1 of 4 classes .* have no training images: `emu`", "images end in .bmp"),
+    (an_empty_class, "1 of 4 classes .* have no training images: `emu`", r"images end in .*\.bmp"),
     (a_class_that_links_upwards, "1 of 4 classes .* have no training images: `emu`", "remove these folders"),
     (val_without_train, "has a folder `test` but no folder `train`", "into `train/`"),
-    (train_in_capitals, "has a folder `Train` but no folder `train`", "into `train/`"),
     (unknown_classes, "classes that the training images do not have: emu", "the same class folders everywhere"),
     (an_empty_val, "`.*/val` holds no images", "20% of each class then become"),
-    (an_empty_val_beside_test, "has no image for validation", "fill `.*/val`"),
+    (an_empty_val_beside_test, "`.*/val` holds no images", "no images are then held out"),
     (two_vals, "has both `val/` and `valid/`", "into one of them"),
     (one_image_a_class, "has one image per class: none is left for testing", "beside `train/`"),
     (a_name_with_a_line_break, r"name can't be printed: 'e\\nmu'", "rename"),
@@ -344,7 +340,7 @@ def test_single_training_images_leave_none_for_validation(tmp_path: Path) -> Non
         load(tmp_path, val_split=0.1)
     assert "--val-split" in caught.value.hint
     with pytest.raises(ArtifactError, match="one training image per class"):
-        data.load(data.request("digits100", train_images=100, test_images=10, val_split=0.1))
+        data.load(dataset_request("digits100", train_images=100, test_images=10, val_split=0.1))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -378,17 +374,17 @@ def test_spellings_are_forgiven(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": 0}, "`image_size` is 0, expected a whole number from 8 to 1,024"),
-        ({"image_size": 99999}, "`image_size` is 99999"),
-        ({"image_size": "large"}, "`image_size` is large"),
-        ({"image_size": 32.5}, "`image_size` is 32.5"),
-        ({"image_size": True}, "`image_size` is True"),
-        ({"test_split": 0}, "`test_split` is 0, expected a share above 0 and below 1"),
-        ({"test_split": 1}, "`test_split` is 1"),
-        ({"test_split": "most"}, "`test_split` is most"),
-        ({"test_split": float("nan")}, "`test_split` is nan"),
-        ({"val_split": 2}, "`val_split` is 2"),
-        ({"skip_broken": "perhaps"}, "`skip_broken` is perhaps, expected true or false"),
+        ({"image_size": 0}, "`image_size` is `0`: .* greater than or equal to 8"),
+        ({"image_size": 99999}, "`image_size` is `99999`: .* less than or equal to 1024"),
+        ({"image_size": "large"}, "`image_size` is `large`: .*integer"),
+        ({"image_size": 32.5}, "`image_size` is `32.5`: .*integer"),
+        ({"image_size": True}, "`image_size` is `True`"),
+        ({"test_split": 0}, "`test_split` is `0`: .* greater than 0"),
+        ({"test_split": 1}, "`test_split` is `1`"),
+        ({"test_split": "most"}, "`test_split` is `most`"),
+        ({"test_split": float("nan")}, "`test_split` is `nan`"),
+        ({"val_split": 2}, "`val_split` is `2`"),
+        ({"skip_broken": "perhaps"}, "`skip_broken` is `perhaps`: .*boolean"),
         ({"train_images": 10}, "`--train-images` is given, but `imagefolder:.*` has no such setting"),
     ],
 )
@@ -401,7 +397,7 @@ def test_settings_of_folders_are_of_folders_alone() -> None:
     settings: list[dict[str, Any]] = [{"image_size": 32}, {"test_split": 0.1}, {"skip_broken": True}]
     for given in settings:
         with pytest.raises(UsageError, match="no such setting") as caught:
-            data.request("cifar100", **given)
+            dataset_request("cifar100", **given)
         assert "imagefolder:DIR" in caught.value.hint
 
 
@@ -425,13 +421,13 @@ def test_settings_of_folders_are_of_folders_alone() -> None:
         (("--set", "image_size=64"), ("unknown setting of `ce` `image_size`", "`--image-size`")),
         (("--set", "flip"), ("not KEY=VALUE",)),
         (("--set", "flip=true", "--set", "flip=false"), ("given twice",)),
-        (("--image-size", "0"), ("`image_size` is 0", "--image-size 32")),
-        (("--image-size", "99999"), ("`image_size` is 99999",)),
+        (("--image-size", "0"), ("`image_size` is `0`: input should be greater than or equal to 8", "--image-size")),
+        (("--image-size", "99999"), ("`image_size` is `99999`",)),
         (("--val-split", "1"), ("`val_split` is `1.0`", "--val-split")),
         (("--val-split", "2"), ("`val_split` is `2.0`", "--val-split")),
         (("--val-split", "-0.1"), ("`val_split` is `-0.1`",)),
         (("--val-split", "x"), ("--val-split",)),
-        (("--test-split", "0"), ("`test_split` is 0.0",)),
+        (("--test-split", "0"), ("`test_split` is `0.0`",)),
         (("--split-seed", "-1"), ("`split_seed` is `-1`",)),
         (("--train-images", "10"), ("--train-images",)),
     ],
@@ -726,14 +722,14 @@ def test_validate_looks_at_a_folder_before_it_is_trained_on(icdctl: CommandLine,
 def test_a_split_of_a_published_data_set_is_stratified_and_takes_from_training(tmp_path: Path, name: str) -> None:
     write_cifar(tmp_path, train=1000, test=100)
     settings: dict[str, Any] = {"train_images": 1000, "test_images": 100} if name == "digits100" else {}
-    whole = data.load(data.request(name, folder=tmp_path, **settings))
-    found = data.load(data.request(name, folder=tmp_path, val_split=0.2, **settings))
+    whole = data.load(dataset_request(name, folder=tmp_path, **settings))
+    found = data.load(dataset_request(name, folder=tmp_path, val_split=0.2, **settings))
     assert found.val_labels is not None
     assert torch.bincount(found.val_labels).tolist() == [2] * 100
     assert torch.bincount(found.train_labels).tolist() == [8] * 100
     assert torch.equal(found.test_images, whole.test_images)
     assert found.sha256 == whole.sha256  # the same images
-    other = data.load(data.request(name, folder=tmp_path, val_split=0.2, split_seed=1, **settings))
+    other = data.load(dataset_request(name, folder=tmp_path, val_split=0.2, split_seed=1, **settings))
     assert other.val_images is not None
     assert found.val_images is not None
     assert not torch.equal(other.val_images, found.val_images)
@@ -857,6 +853,18 @@ def test_without_a_teacher_no_image_is_decoded_before_that_is_said(icdctl: Comma
     assert "teacher `res20` for `imagefolder:pets` is not there" in err
     assert "icdctl train --model res20 --dataset imagefolder:DIR --as-teacher" in err
     assert "decoded" not in err
+
+
+@pytest.mark.parametrize(("batch_size", "is_left_out"), [(17, True), (16, False), (18, False), (9, False)])
+def test_an_image_alone_in_the_last_batch_is_left_out_and_that_is_said(
+    icdctl: CommandLine, tmp_path: Path, batch_size: int, is_left_out: bool
+) -> None:
+    folder = in_parts(tmp_path / "pets", "train", "val")
+    given = ("train", "--model", "vgg8", "--dataset", f"imagefolder:{folder}", "--image-size", "16", "--epochs", "1")
+    code, _, err = icdctl(*given, "--batch-size", str(batch_size), "--out", tmp_path / "run")
+    assert code == 0, err
+    assert ("each epoch leaves out one of the 18 training images" in err) == is_left_out
+    assert (f"alone in the last batch of {batch_size}" in err) == is_left_out
 
 
 def test_images_too_small_for_a_model_are_refused(icdctl: CommandLine, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
         "versions",
     },
     "benchmark": {*BASE, "config", "data", "engine", "evaluation", "methods", "models", "versions"},
-    "cleanup": {*BASE, "engine", "run_files"},
+    "cleanup": {*BASE, "config", "engine", "run_files"},
     "validate": {*BASE, "config", "data", "exporting", "registry", "run_files"},
     "teachers": {*BASE, "data", "evaluation", "models", "registry", "run_files"},
     "exporting": {*BASE, "data", "models", "registry", "versions"},

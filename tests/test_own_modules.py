@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import icdctl as library
 from icdctl import data, models
+from icdctl.config.dataset_request import dataset_request
 from icdctl.errors import UsageError
 from icdctl.registry.trained import CustomModuleError
 
@@ -99,7 +100,7 @@ def test_a_module_of_ones_own_becomes_a_verified_graph(
     assert exported.report.passed
     assert exported.accuracy == {"top1": top1, "images": 100}
     assert exported.description.model == "Own"
-    held = data.load(data.request("digits100", train_images=200, test_images=100))
+    held = data.load(dataset_request("digits100", train_images=200, test_images=100))
     normalised = held.preprocessing.normalise(held.test_images)
     given = held.test_images if kind == "uint8" else normalised
     session = onnxruntime.InferenceSession(str(exported.model_file), providers=["CPUExecutionProvider"])

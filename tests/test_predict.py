@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import icdctl as library
 from icdctl import data
+from icdctl.config.dataset_request import dataset_request
 
 SMALL: dict[str, Any] = {"dataset": "digits100", "train_images": 600, "test_images": 200, "device": "cpu"}
 
@@ -32,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The test images as files, in folders; and what is no image."""
     folder = tmp_path_factory.mktemp("pictures")
-    held = data.load(data.request("digits100", train_images=600, test_images=200))
+    held = data.load(dataset_request("digits100", train_images=600, test_images=200))
     for number, pixels in enumerate(held.test_images):
         path = folder / f"part{number % 3}" / f"{number:03d}.png"
         path.parent.mkdir(exist_ok=True)
@@ -56,7 +57,7 @@ def test_files_have_the_classes_that_evaluation_finds(
     assert told["skipped"] == []
     rows = told["predictions"]
     assert sorted(number_of(row["image"]) for row in rows) == list(range(200))
-    held = data.load(data.request("digits100", train_images=600, test_images=200))
+    held = data.load(dataset_request("digits100", train_images=600, test_images=200))
     right = sum(row["class"] == held.class_names[held.test_labels[number_of(row["image"])]] for row in rows)
     assert right / 2 == pytest.approx(library.evaluate(run).numbers.top1)
     for row in rows:

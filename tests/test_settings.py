@@ -10,14 +10,17 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import typer
 from conftest import CommandLine
 from pydantic import ValidationError
 
 import icdctl as library
+from icdctl.cli import app
 from icdctl.config import resolving, sources
 from icdctl.config.declare import Command, Given, Identity
 from icdctl.config.lookup import OPTIONS, SETTINGS, names_in_identity
@@ -171,7 +174,7 @@ def configured(command: Command, given: dict[str, Any]) -> RunConfig:
 )
 def test_a_run_keeps_its_identity_its_config_and_its_name(command: Command, recorded: Recorded) -> None:
     config = configured(command, {**recorded.given, "out": "/runs/one"})
-    assert config.fingerprint == recorded.fingerprint
+    assert config.legacy_fingerprint == recorded.fingerprint
     stated = json.dumps(config.model_dump(mode="json"))
     assert hashlib.sha256(stated.encode()).hexdigest()[:20] == recorded.config
     assert Path(configured(command, recorded.given).out).name == recorded.run_name
@@ -181,7 +184,7 @@ def test_a_run_is_known_by_the_bytes_it_starts_from_not_by_their_place(tmp_path:
     weights = tmp_path / "first.safetensors"
     weights.write_bytes(b"weights")
     given = {"student": "res8", "dataset": "digits100", "init_weights": str(weights), "out": "/runs/one"}
-    assert configured("train", given).fingerprint == "b0ede0dd01620c20522d"
+    assert configured("train", given).legacy_fingerprint == "b0ede0dd01620c20522d"
 
 
 def test_a_config_from_before_there_was_a_setting_is_read_and_is_the_same_run() -> None:
@@ -236,6 +239,27 @@ def test_the_benchmark_shows_the_help_of_the_settings_that_it_shares(icdctl: Com
     assert code == 0
     assert "Number of images in a training step." in words
     assert "Model of the teacher" in words, "what has its own help keeps it"
+
+
+def _commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+@pytest.mark.parametrize("setting", ["data_dir", "device", "test_images"])
+def test_a_flag_of_several_commands_has_one_help(setting: str) -> None:
+    flags = [
+        (path, parameter)
+        for path, command in _commands(typer.main.get_command(app), "icdctl")
+        for parameter in command.params
+        if parameter.name == setting
+    ]
+    assert {f"icdctl {name}" for name in ("train", "distill", "eval")} <= {path for path, _ in flags}
+    for path, parameter in flags:
+        assert parameter.help == SETTINGS[setting].setting.help, path
 
 
 def test_a_setting_without_a_flag_is_given_by_set(icdctl: CommandLine) -> None:
@@ -294,7 +318,7 @@ for arguments, variables in json.loads(sys.argv[2]):
         elif arguments[0] == "fingerprint":
             with open("config.json") as file:
                 config = RunConfig(**{**json.load(file), **json.loads(arguments[1])})
-            code = print(config.fingerprint, end="")
+            code = print(config.legacy_fingerprint, end="")
         else:
             code = main(arguments)
     results.append((code or 0, out.getvalue(), err.getvalue()))
@@ -380,7 +404,7 @@ def test_a_setting_that_is_added_leaves_earlier_runs_as_they_are(more: Path) -> 
         ("fingerprint", '{"mixup_alpha": 0.3}'),
         ("train", "--config", "config.json", "--recipe", "mine", "--dry-run"),
     )
-    assert same[1] == earlier.fingerprint != other[1]
+    assert same[1] == earlier.legacy_fingerprint != other[1]
     assert code == 0, err
     repeated = json.loads(out)
     assert repeated["mixup_alpha"] == 0.0, "it was trained without, whatever its recipe says today"

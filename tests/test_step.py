@@ -12,6 +12,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from icdctl import data, models
+from icdctl.config.dataset_request import dataset_request
 from icdctl.data import Augmentation, ImageStore
 from icdctl.methods import METHODS, Supervision
 
@@ -43,7 +44,7 @@ def test_a_step_looks_at_no_value(method: str, variant: str, weighted: bool, has
             has_unlabeled=has_unlabeled,
         ),
     )
-    preprocessing = data.describe(data.request("cifar100")).preprocessing
+    preprocessing = data.describe(dataset_request("cifar100")).preprocessing
     cut = Augmentation(crop_scale=(0.35, 1.0), flip=True) if weighted else Augmentation(crop_padding=4, flip=True)
     store = ImageStore(pixels, preprocessing, cut, device=META)
     ask = teacher_for(method, teacher, META)

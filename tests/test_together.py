@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from test_engine import SMALL, history, weights
 import icdctl as library
 from icdctl import api, data, files, models
 from icdctl.api import planning
+from icdctl.config.dataset_request import dataset_request
 from icdctl.config.run_config import RunConfig
 from icdctl.data import Augmentation, ImageStore
 from icdctl.engine import precision, teacher_cache
@@ -183,7 +185,7 @@ def test_a_student_may_start_from_weights_of_its_own(tmp_path: Path) -> None:
 
 
 def store_of(count: int, augmentation: Augmentation) -> tuple[ImageStore, data.Dataset]:
-    dataset = data.load(data.request("digits100", train_images=count, test_images=2))
+    dataset = data.load(dataset_request("digits100", train_images=count, test_images=2))
     return ImageStore(dataset.train_images, dataset.preprocessing, augmentation, device=CPU), dataset
 
 
@@ -251,11 +253,19 @@ def test_a_table_of_answers_is_kept_checked_and_made_anew_where_it_is_wrong(monk
     assert told == []  # the second one came from the disk
     torch.manual_seed(1)
     make(InlineTeacher(models.create("res8", 100).eval(), reads=READS, device=CPU))
-    assert told[0].startswith("warning: the teacher cache differs from what the teacher computes now")
+    assert told[0].endswith("it is filled again: the teacher computes other answers now")
     assert table.folder is not None
-    (table.folder / "cells.npy").write_bytes(b"")
+    with (table.folder / "cells.npy").open("r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-3, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
     make(inline)
-    assert told == ["filling the teacher cache 108"]
+    assert told == [
+        f"warning: the teacher cache `{table.folder}` can't be used, it is filled again: `cells.npy` was changed after "
+        "it was written",
+        "filling the teacher cache 108",
+    ]
     assert sorted(path.name for path in table.folder.iterdir()) == ["cells.npy", "facts.json", "logits.npy"]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from icdctl import api, data, models, registry
+from icdctl.config.dataset_request import dataset_request
 from icdctl.data import DatasetInfo
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.registry.trained import TrainedModel, identify, resolve
@@ -53,7 +54,7 @@ def run(project: Path, tmp_path: Path) -> Path:
 
 
 def dataset_of(name: str) -> DatasetInfo:
-    return data.describe(data.request(name))
+    return data.describe(dataset_request(name))
 
 
 def assert_is_run(found: TrainedModel, run: Path) -> None:

@@ -5,6 +5,7 @@ Each function takes keywords named like the flags, resolves every name, and hand
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,23 +13,25 @@ from typing import Any, Literal
 
 from torch import nn
 
-from icdctl import data, evaluation, files, methods
-from icdctl.api.classifiers import Model, info_of, named_weights, ready, weights_at
+from icdctl import data, evaluation, methods
+from icdctl.api.classifiers import Model, doubts_about, info_of, named_weights, ready, weights_at
+from icdctl.api.export_inputs import facts_of, test_images_of
 from icdctl.api.planning import Job, make_jobs
 from icdctl.api.predicting import PredictionResult, image_files, predict_files
 from icdctl.config import sources
+from icdctl.config.dataset_request import dataset_request
 from icdctl.config.declare import Command
 from icdctl.config.expand import expand
 from icdctl.config.run_config import RunConfig
+from icdctl.data.folder_scan import LeftOut
 from icdctl.engine import run as engine
 from icdctl.engine.device import resolve_device
 from icdctl.engine.observer import Observer, SilentObserver, decoding
 from icdctl.engine.run import Failure
 from icdctl.engine.run_output import RunResult
-from icdctl.errors import ArtifactError, UsageError
+from icdctl.errors import UsageError
 from icdctl.exporting import Export, export_onnx
 from icdctl.registry.trained import TrainedModel
-from icdctl.run_files import HASH_KEY
 
 Config = Mapping[str, Any] | RunConfig
 
@@ -164,9 +167,11 @@ def _run(
     observer = observer or SilentObserver()
     engine.check_together([job.config for job in jobs])
     dataset = data.load(jobs[0].config.images, on_images=decoding(observer))
-    caveat = [f"warning: {dataset.caveat}"] if dataset.caveat else []
+    doubts = [*([dataset.caveat] if dataset.caveat else []), *dataset.warnings]
+    doubts += [doubt for job in jobs for doubt in job.test_images_seen(dataset)]
     warnings = [warning for job in jobs for warning in job.warnings()]
-    for text in dict.fromkeys([*dataset.notes, *caveat, *warnings]):
+    notes = [*dataset.notes, *_last_batch(jobs[0].config, len(dataset.train_labels))]
+    for text in dict.fromkeys([*notes, *(f"warning: {doubt}" for doubt in doubts), *warnings]):
         observer.message(text)
     needs_patches = any(methods.METHODS[job.config.method].needs_patches for job in jobs)
     asking = next((job for job in jobs if job.config.teacher is not None), jobs[0])
@@ -180,6 +185,16 @@ def _run(
         wait=wait,
         observer=observer,
     )
+
+
+def _last_batch(config: RunConfig, num_images: int) -> list[str]:
+    """The line about an image that each epoch leaves out, because batch norm can't learn from a batch of one."""
+    if config.drop_last or num_images == 1 or num_images % config.batch_size != 1:
+        return []
+    return [
+        f"each epoch leaves out one of the {num_images:,} training images, a different one each time: it would be "
+        f"alone in the last batch of {config.batch_size}"
+    ]
 
 
 def _origin_of(teacher: TrainedModel | None) -> dict[str, str | None]:
@@ -200,10 +215,13 @@ class EvaluationResult:
     """Share of the images on which it gives the same class as the teacher, in percent."""
     fidelity: float | None
     """Mean KL(teacher || this classifier), in nats."""
+    warnings: tuple[str, ...] = ()
+    """What makes the numbers doubtful, such as test images that the classifier was trained on."""
 
     def as_json(self) -> dict[str, Any]:
         """The JSON object that `--json` prints."""
         found = {"target": self.target, "dataset": self.dataset, "num_images": self.num_images}
+        found["warnings"] = list(self.warnings)
         compared = {} if self.agreement is None else {"agreement": self.agreement, "fidelity": self.fidelity}
         return {**found, **self.numbers.as_json(), **compared}
 
@@ -238,7 +256,7 @@ def evaluate(
     """
     place = resolve_device(device)
     seen = observer or SilentObserver()
-    named = None if dataset is None else data.describe(data.request(dataset, image_size=image_size))
+    named = None if dataset is None else data.describe(dataset_request(dataset, image_size=image_size))
     classifier, predict = ready(target, named, place, module=model, image_size=image_size)
     wanted = classifier.own_images(dataset, data_dir=data_dir, test_images=test_images)
     measured = [classifier]
@@ -254,7 +272,14 @@ def evaluate(
             )
     for each in measured:
         each.check_size(data.describe(wanted))
+    divided = classifier.how_divided(wanted)
+    if divided is not None:
+        seen.message(divided)
     held = data.load(wanted, on_images=decoding(seen))
+    warnings = doubts_about(held, measured)
+    changed = classifier.what_changed(held)
+    for text in (*(f"warning: {warning}" for warning in warnings), *([] if changed is None else [changed])):
+        seen.message(text)
     others = None
     if teacher is not None:
         seen.begin("teacher", held.test_images.shape[0])
@@ -271,6 +296,7 @@ def evaluate(
         numbers=evaluation.evaluate_logits(logits, held.test_labels),
         agreement=None if others is None else evaluation.agreement(logits, others),
         fidelity=None if others is None else evaluation.fidelity(logits, others),
+        warnings=warnings,
     )
 
 
@@ -305,10 +331,13 @@ def predict(
     if top < 1:
         raise UsageError(f"`top` is {top}, expected 1 or more", hint="e.g. `--top 5`")
     seen = observer or SilentObserver()
-    named = None if dataset is None else data.describe(data.request(dataset, image_size=image_size))
+    named = None if dataset is None else data.describe(dataset_request(dataset, image_size=image_size))
     classifier, logits_of = ready(target, named, resolve_device(device), module=model, image_size=image_size)
     class_names = classifier.class_names or (() if named is None else named.class_names)
-    paths = image_files([images] if isinstance(images, str | Path) else images)
+    left_out = LeftOut()
+    paths = image_files([images] if isinstance(images, str | Path) else images, left_out)
+    if left_out.may_be_images:  # of a folder of photos, nobody expects a class for each text file
+        seen.message(str(left_out.as_note()))
     seen.begin("classifying", len(paths))
     result = predict_files(
         logits_of,
@@ -358,49 +387,23 @@ def export(
             f"`{type(target).__name__}` is a module, expected what holds its weights",
             hint="name the run folder or the weights file, and pass the module as `model`",
         )
-    named = None if dataset is None else data.describe(data.request(dataset, image_size=image_size))
+    named = None if dataset is None else data.describe(dataset_request(dataset, image_size=image_size))
     found = weights_at(str(target), named, module=model, image_size=image_size)
     if out is None:
         beside = found.path.parent if not str(target).startswith("registry:") else Path.cwd()
         out = beside / "onnx"
-    images, labels = None, None
-    try:
-        held = data.load(info_of(found).own_images(dataset, data_dir=data_dir, test_images=None))
-        images, labels = held.test_images, held.test_labels
-    except (ArtifactError, UsageError):
-        pass  # verification then uses its own probe images, and the card states no accuracy
-    facts = _facts(found)
-    return export_onnx(
+    images, labels, unmeasured = test_images_of(info_of(found), dataset, data_dir)
+    made = export_onnx(
         found,
         Path(out),
         input_kind=input_kind,
         opset=opset,
         images=images,
         labels=labels,
-        facts=facts,
+        facts=facts_of(found),
         replace=replace,
     )
-
-
-def _facts(target: TrainedModel) -> dict[str, Any]:
-    """How a weights file was made, as far as its run folder says so, for the model card."""
-    row = data.row_of(target.dataset)
-    facts: dict[str, Any] = {} if row is None else {"data_source": row.source, "data_licence": row.licence}
-    if target.licence is not None:
-        facts |= {"weights_source": target.source, "weights_licence": target.licence}
-    folder = target.path.parent
-    hint = "point at the weights file itself"
-    if (folder / "config.json").is_file() and (folder / "metrics.json").is_file():
-        config = files.read_json(folder / "config.json", what="config", hint=hint)
-        metrics = files.read_json(folder / "metrics.json", what="metrics", hint=hint)
-        for name, value in (("config.json", config), ("metrics.json", metrics)):
-            if not isinstance(value, dict):
-                raise ArtifactError(f"`{folder / name}` holds no JSON object", hint=hint)
-        facts |= {key: config.get(key) for key in ("method", "teacher", "teacher_sha256", "scales", "settings", "seed")}
-        names = ("final_top1", "best_top1", "best_epoch", "variant", "teacher_source", "teacher_licence")
-        if metrics.get(HASH_KEY) in (None, target.sha256):  # otherwise they belong to other weights
-            facts |= {key: metrics[key] for key in names if metrics.get(key) is not None}
-    return facts
+    return dataclasses.replace(made, unmeasured=unmeasured)
 
 
 __all__ = [

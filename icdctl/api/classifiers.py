@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from icdctl import data, evaluation, files, teachers
+from icdctl.config.dataset_request import dataset_request
 from icdctl.config.lookup import Owner, names_owned_by
 from icdctl.config.run_config import RunConfig
-from icdctl.data import Dataset, DatasetInfo, DatasetName, Preprocessing, Request
+from icdctl.config.sources import from_validation
+from icdctl.data import Dataset, DatasetInfo, DatasetName, Preprocessing, Request, SplitRecord
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.exporting import OnnxClassifier
 from icdctl.registry import trained
 from icdctl.registry.trained import TrainedModel
+from icdctl.run_files import HASH_KEY
 
 Model = str | Path | nn.Module
 
@@ -34,9 +39,17 @@ class ClassifierInfo:
     """K names; None where they are not known."""
     run: RunConfig | None
     """The configuration of the run that trained it; None where no `config.json` is beside it."""
+    split: SplitRecord | None = None
+    """How the images were divided when it was trained; None where its file does not say it."""
+    data_sha256: str | None = None
+    """Hash of its run's pixels and labels; None where no `metrics.json` of its run is beside it."""
+    is_file: bool = True
+    """False for a module in memory, of which nothing can be known."""
 
     def own_images(self, dataset: str | None, *, data_dir: str | None, test_images: int | None) -> Request:
         """The test images of the data set that it was trained on, divided as in its run; or those of another data set.
+
+        Where no run is beside it, its file says how to divide a folder of images.
 
         Args:
             dataset: another data set, as typed; None for the one that it was trained on.
@@ -64,12 +77,44 @@ class ClassifierInfo:
             if name.is_image_folder and run_name == name:  # the cache of images that the run decoded is then used
                 held = run.images
                 settings |= {key: getattr(held, key) for key in ("val_split", "room_to_crop", "unlabeled")}
+        if name.is_image_folder and self.split is not None:  # what weights say holds, wherever they were copied to
+            settings |= {"val_split": self.split.val_split, "split_seed": self.split.split_seed}
+            if self.split.test_split is not None:
+                settings["test_split"] = self.split.test_split
         if test_images is not None:
             settings["test_images"] = test_images
         if name.is_image_folder:
             settings["image_size"] = self.preprocessing.size[0]
         folder = None if data_dir is None else files.user_path(data_dir)
-        return data.request(str(name), folder=folder, **settings)
+        return dataset_request(str(name), folder=folder, **settings)
+
+    def how_divided(self, wanted: Request) -> str | None:
+        """The line that says how test images are split off because weights without a run say so; None elsewhere."""
+        split = self.split
+        if self.run is not None or split is None or split.test_split is None or wanted.test_split is None:
+            return None
+        return f"images are divided as `{self.label}` says it was trained: `{split.flags}`"
+
+    def test_images_seen(self, dataset: Dataset) -> str | None:
+        """What to say about test images that it was trained on, or may have been; None where it was on none."""
+        if not self.is_file:
+            return None
+        if self.split is None and self.data_sha256 is not None and self.data_sha256 == dataset.sha256:
+            return None  # a run of an earlier version, and the very images
+        return dataset.seen_by(f"`{self.label}`", self.dataset, self.split)
+
+    def what_changed(self, dataset: Dataset) -> str | None:
+        """The line about other training images than it had, where the test images are the same; None elsewhere."""
+        then, now = (None if split is None else split.parts for split in (self.split, dataset.split))
+        if not then or not now or then.get("test") != now["test"] or then.get("train") == now["train"]:
+            return None
+        if self.dataset != dataset.name or (self.split and dataset.split and self.split.flags != dataset.split.flags):
+            return None
+        counts = [f"{part['train'].images:,}" for part in (then, now)]
+        return (
+            f"the images of `{dataset.name}` for training have changed since `{self.label}` was trained: {counts[0]} "
+            f"then, {counts[1]} now; the test images have not"
+        )
 
     def check_size(self, dataset: DatasetInfo) -> None:
         """Refuse images of another size than it was trained on.
@@ -111,10 +156,22 @@ class ClassifierInfo:
             )
 
 
+def doubts_about(dataset: Dataset, measured: Sequence[ClassifierInfo]) -> tuple[str, ...]:
+    """What makes the numbers of classifiers on a data set doubtful."""
+    found = [dataset.caveat, *dataset.warnings, *(each.test_images_seen(dataset) for each in measured)]
+    return tuple(dict.fromkeys(text for text in found if text is not None))
+
+
 def info_of(target: TrainedModel) -> ClassifierInfo:
-    """What is known of weights on disk."""
-    run = _run_beside(target.path.parent)
-    return ClassifierInfo(target.origin, target.dataset, target.preprocessing, target.class_names, run)
+    """What is known of weights on disk.
+
+    Raises:
+        ArtifactError: the configuration or the metrics of their run can't be read.
+    """
+    folder = target.path.parent
+    run = _run_beside(folder, is_own=files.user_path(target.origin) != target.path)
+    known = (target.origin, target.dataset, target.preprocessing, target.class_names)
+    return ClassifierInfo(*known, run, target.split, _data_beside(folder, run, target.sha256))
 
 
 def ready(
@@ -145,7 +202,8 @@ def ready(
             raise UsageError("the data set is not named", hint="pass `dataset`, e.g. `dataset='cifar100'`")
         _check_size_is_said(dataset, image_size)
         predict = evaluation.module_predictor(target.eval().to(device), dataset.preprocessing, device)
-        return ClassifierInfo(type(target).__name__, None, dataset.preprocessing, None, None), predict
+        label = type(target).__name__
+        return ClassifierInfo(label, None, dataset.preprocessing, None, None, is_file=False), predict
     label = str(target)
     if (files.user_path(label) / "model.onnx").is_file():  # an export folder
         label = str(files.user_path(label) / "model.onnx")
@@ -153,8 +211,10 @@ def ready(
         path = files.user_path(label)
         session = OnnxClassifier(path)
         said = session.description
-        run = _run_beside(path.parent) or _run_beside(path.parent.parent)
-        return ClassifierInfo(label, said.dataset, said.preprocessing, said.class_names, run), session.logits
+        folder = path.parent if (path.parent / "config.json").is_file() else path.parent.parent
+        run = _run_beside(folder, is_own=False)
+        known = (label, said.dataset, said.preprocessing, said.class_names, run, said.split)
+        return ClassifierInfo(*known, _data_beside(folder, run, said.weights_sha256)), session.logits
     found = weights_at(label, dataset, module=module, image_size=image_size)
     model = found.load().to(device).to(memory_format=torch.channels_last)
     return info_of(found), evaluation.module_predictor(model, found.preprocessing, device)
@@ -183,9 +243,44 @@ def named_weights(teacher: Model, wanted: Request) -> Model:
     return str(teachers.find(str(teacher), dataset=data.describe(wanted)).path)
 
 
-def _run_beside(folder: Path) -> RunConfig | None:
-    """The configuration in a run folder or a registered artifact; None where there is none that can be read."""
-    try:
-        return RunConfig.stated(files.parse_json(files.read_regular(folder / "config.json")))
-    except (OSError, ValueError):
+def _run_beside(folder: Path, *, is_own: bool) -> RunConfig | None:
+    """The configuration in a run folder or a registered artifact; None where there is none.
+
+    Args:
+        folder: the folder that the classifier's file is in.
+        is_own: whether the user named the folder, so that its `config.json` can't be another program's.
+
+    Raises:
+        ArtifactError: it can't be read; other images would be measured without it.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
         return None
+    hint = "restore it; or copy the weights into a folder without it, and name the data set with `--dataset`"
+    stated = files.read_json(path, what="config", hint=hint)
+    if not is_own and not (isinstance(stated, dict) and stated.keys() >= {"dataset", "method", "student"}):
+        return None  # of another program: many have a file with this name
+    if not isinstance(stated, dict):
+        raise ArtifactError(f"`{path}` does not hold a JSON object of settings", hint=hint)
+    try:
+        return RunConfig.stated(stated)
+    except ValidationError as error:
+        raise ArtifactError(f"`{path}`: {from_validation(error).message}", hint=hint) from error
+    except ValueError as error:
+        raise ArtifactError(f"`{path}`: {error}", hint=hint) from error
+
+
+def _data_beside(folder: Path, run: RunConfig | None, weights_sha256: str) -> str | None:
+    """The hash of pixels and labels in the metrics of a run; None where there are none of these weights.
+
+    Raises:
+        ArtifactError: they can't be read.
+    """
+    path = folder / "metrics.json"
+    if run is None or not path.is_file():
+        return None
+    stated = files.read_json(path, what="metrics", hint="restore it, or train the model again")
+    if not isinstance(stated, dict) or stated.get(HASH_KEY, weights_sha256) != weights_sha256:
+        return None
+    sha256 = stated.get("dataset_sha256")
+    return sha256 if isinstance(sha256, str) else None

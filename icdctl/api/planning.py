@@ -11,6 +11,7 @@ from torch import nn
 
 from icdctl import data, files, methods, models, teachers
 from icdctl.config import resolving, sources
+from icdctl.config.dataset_request import dataset_request
 from icdctl.config.declare import Command
 from icdctl.config.lookup import OPTIONS
 from icdctl.config.run_config import RunConfig
@@ -19,7 +20,7 @@ from icdctl.data import Dataset, DatasetInfo, Request
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.models import Classifier
 from icdctl.models.external import CUSTOM_MODEL, adapt
-from icdctl.registry.trained import TrainedModel
+from icdctl.registry.trained import TrainedModel, split_in
 
 FindTeacher = Callable[[str, DatasetInfo], TrainedModel]
 
@@ -183,6 +184,24 @@ class Job:
             found.append(f"warning: method `{config.method}` reads no teacher, `--teacher` is ignored")
         return found
 
+    def test_images_seen(self, dataset: Dataset) -> list[str]:
+        """What is known of test images that the teacher, or the model with the first weights, was trained on.
+
+        Raises:
+            ArtifactError: the first weights can't be read, or their metadata are malformed.
+        """
+        found: list[str | None] = []
+        if self.teacher_target is not None:
+            target = self.teacher_target
+            found.append(dataset.seen_by(f"teacher `{target.origin}`", target.dataset, target.split))
+        if self.config.init_weights is not None and dataset.parts:
+            path = Path(self.config.init_weights)
+            said = models.read_weights(path).metadata
+            if "dataset" in said:  # weights of other programs are mostly of other images
+                split = split_in(said, path=path)
+                found.append(dataset.seen_by(f"the model with the first weights `{path}`", str(said["dataset"]), split))
+        return [text for text in found if text is not None]
+
     def teacher(self, dataset: Dataset, needs_patches: bool) -> Classifier | None:
         """The teacher's weights, or a custom module; None where the method reads none."""
         if self.teacher_target is not None:
@@ -245,7 +264,9 @@ def _requested(options: Options) -> Request:
     dataset, data_dir = options.text("dataset"), options.text("data_dir")
     name = data.resolve(resolving.DEFAULT_DATASET if dataset is None else dataset)
     folder = None if data_dir is None else files.user_path(data_dir)
-    return data.request(name, folder=folder, **resolving.dataset_settings(name, options.text("student"), options))
+    return dataset_request(
+        name, folder=folder, **dict(resolving.dataset_settings(name, options.text("student"), options))
+    )
 
 
 def _needs_teacher(options: Options) -> bool:

@@ -15,15 +15,15 @@ from torch import Tensor
 from icdctl import files
 from icdctl.data import Preprocessing
 from icdctl.data.decode import (
-    SUFFIXES,
     BrokenImage,
     Pixels,
     broken_images_message,
     check_sizes,
     decode_in_order,
-    images_below,
     state_of,
 )
+from icdctl.data.folder_scan import LeftOut, images_below
+from icdctl.data.image_formats import SUFFIXES
 from icdctl.errors import ArtifactError, IcdctlError
 from icdctl.evaluation import Predict
 
@@ -74,8 +74,12 @@ class PredictionResult:
         }
 
 
-def image_files(given: Sequence[str | Path]) -> list[Path]:
+def image_files(given: Sequence[str | Path], left_out: LeftOut) -> list[Path]:
     """The given files, and all images at any depth below the given folders, sorted within each folder.
+
+    Args:
+        given: files and folders.
+        left_out: counts the other files in the folders.
 
     Raises:
         ArtifactError: a path is missing, or a folder holds no images.
@@ -87,10 +91,11 @@ def image_files(given: Sequence[str | Path]) -> list[Path]:
             state_of(path, "check its path")
             found.append(path)
             continue
-        below = sorted(images_below(path))
+        below = sorted(images_below(path, left_out))
         if not below:
             raise ArtifactError(
-                f"`{path}` holds no images", hint=f"name a folder of files that end in {' '.join(sorted(SUFFIXES))}"
+                f"`{path}` holds no images" + (f"; files that are not read: {left_out}" if left_out.count else ""),
+                hint=f"name a folder of files that end in {' '.join(sorted(SUFFIXES))}",
             )
         found += below
     if not found:
@@ -148,7 +153,7 @@ def predict_files(
                 continue
             if broken and not skip_broken:  # the rest are decoded only to name all broken ones
                 continue
-            batch.append((path, result))
+            batch.append((path, result.pixels))
             if len(batch) == _BATCH_SIZE:
                 classify()
     if broken and not skip_broken:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from icdctl import data, methods, models
 from icdctl.config import resolving
+from icdctl.config.dataset_request import dataset_request
 from icdctl.config.run_config import RunConfig
 from icdctl.config.sources import Options
 from icdctl.data import Dataset, Views
@@ -134,7 +135,7 @@ def random_dataset(num_train: int, num_test: int, *, seed: int) -> Dataset:
 
     train_images, train_labels = draw(num_train)
     test_images, test_labels = draw(num_test)
-    known = data.describe(data.request(DATASET))
+    known = data.describe(dataset_request(DATASET))
     return Dataset(
         name=DATASET,
         class_names=known.class_names,

@@ -46,7 +46,7 @@ def clean(
 
     States of runs are deleted only with `--kind finished` or `--kind resume`.
 
-    Runs whose state is deleted with `--kind resume` must be trained from the start.
+    Runs whose state is deleted with `--kind resume` can't be continued: `--resume` refuses them.
 
     Example: icdctl clean --older-than 30d
     """

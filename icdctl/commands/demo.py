@@ -18,7 +18,7 @@ def demo(
         typer.Option(metavar="DIR", help="Folder to write to; nothing else is written.", show_default="runs/demo"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the three training runs.")] = 0,
-    device: Annotated[str, typer.Option(help="Device to train on: `auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto",
+    device: str = "auto",
     restart: Annotated[
         bool, typer.Option("--restart", help="Delete an earlier demo in this folder and start again.")
     ] = False,

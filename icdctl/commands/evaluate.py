@@ -9,6 +9,8 @@ import typer
 from icdctl.commands import console, options
 from icdctl.commands.train_and_show import observed
 
+_NAMED_CLASSES = 5
+
 
 def evaluate(
     target: Annotated[
@@ -32,12 +34,14 @@ def evaluate(
             show_default="the one that it was trained on",
         ),
     ] = None,
-    data_dir: options.DataDir = None,
-    test_images: options.TestImages = None,
-    device: Annotated[str, typer.Option(help="Device to run on: `auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto",
+    data_dir: str | None = None,
+    test_images: int | None = None,
+    device: str = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Measure a classifier on the test images: top-1, top-5, loss, calibration; with a teacher, agreement too.
+
+    A run is measured on as many images of `digits100` as it was tested on, unless `--test-images` says otherwise.
 
     Example: icdctl eval runs/demo/distilled --teacher runs/demo/teacher
     """
@@ -57,13 +61,18 @@ def evaluate(
         console.show_json(result.as_json())
         return
     numbers = result.numbers
-    worst = min(range(len(numbers.per_class)), key=numbers.per_class.__getitem__)
     console.show_line(f"{'images':<11} {result.num_images:,} test images of {result.dataset}")
     console.show_line(f"{'top-1':<11} {numbers.top1:.2f}")
     console.show_line(f"{'top-5':<11} {numbers.top5:.2f}")
     console.show_line(f"{'loss':<11} {numbers.loss:.4f}")
     console.show_line(f"{'ece':<11} {numbers.ece:.2f} (calibration error in percent)")
+    worst = numbers.worst_class
     console.show_line(f"{'worst class':<11} {result.class_names[worst]} ({numbers.per_class[worst]:.1f})")
+    if numbers.untested:
+        names = [result.class_names[number] for number in numbers.untested]
+        shown = ", ".join(names[:_NAMED_CLASSES]) + (", ..." if len(names) > _NAMED_CLASSES else "")
+        count = f"{len(names)} of {len(numbers.per_class)} classes"
+        console.show_line(f"{'untested':<11} {count} have no test image: {shown}")
     if result.agreement is not None and result.fidelity is not None:
         console.show_line(f"{'agreement':<11} {result.agreement:.2f} (same class as `{teacher}`)")
         console.show_line(f"{'fidelity':<11} {result.fidelity:.4f} nats of KL divergence from it")

@@ -44,7 +44,7 @@ def export(
             show_default=False,
         ),
     ] = None,
-    data_dir: options.DataDir = None,
+    data_dir: str | None = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace an existing export in this folder.")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -70,7 +70,7 @@ def export(
         return
     report = result.report
     agreement = (
-        "not measured: the test images are not on this machine"
+        f"not measured: {result.unmeasured}"
         if report.agreement is None
         else f"{report.agreement:.2f} % of up to 1,000 test images get the same class as in PyTorch"
     )
@@ -81,6 +81,8 @@ def export(
         console.show_line(
             f"{'top-1':<11} {result.accuracy['top1']:.2f} with onnxruntime on {result.accuracy['images']:,} test images"
         )
+    elif report.agreement is not None:
+        console.show_line(f"{'top-1':<11} not measured: {result.unmeasured}")
     console.show_line(f"{'card':<11} {result.folder / 'README.md'}")
     console.talk(f"`icdctl predict {result.folder} IMAGE` classifies image files with this model")
 

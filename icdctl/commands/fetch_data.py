@@ -31,7 +31,7 @@ def fetch_data(
     from_file: options.FromFile = None,
     mirror: options.Mirror = None,
     offline: options.Offline = False,
-    data_dir: options.DataDir = None,
+    data_dir: str | None = None,
     as_json: options.Json = False,
 ) -> None:
     """Download data sets, check their sizes and hashes, and unpack them into the data folder.

@@ -41,7 +41,7 @@ def fetch_teachers(
         bool,
         typer.Option("--accept-accuracy", help="Accept a teacher whose measured top-1 differs from the published one."),
     ] = False,
-    data_dir: options.DataDir = None,
+    data_dir: str | None = None,
     as_json: options.Json = False,
 ) -> None:
     """Download published teachers, verify them by hash and by accuracy, and convert them to safetensors.

@@ -12,6 +12,7 @@ from icdctl import files
 from icdctl.commands import console, grid_training, options
 from icdctl.commands.grid_search import SearchDisplay
 from icdctl.commands.grid_search import report as report_search
+from icdctl.commands.setting_flags import WithSettings
 from icdctl.commands.train_and_show import observed
 from icdctl.errors import ArtifactError, UsageError
 
@@ -44,7 +45,7 @@ Sweep = Annotated[
 ]
 
 
-@app.command("plan")
+@app.command("plan", cls=WithSettings)
 def plan(
     cells: Cells = None,
     seeds: Seeds = None,
@@ -63,7 +64,7 @@ def plan(
     spread: Annotated[
         float, typer.Option("--sd", help="Expected standard deviation over seeds, in points of top-1.")
     ] = 0.25,
-    data_dir: options.DataDir = None,
+    data_dir: str | None = None,
     as_json: options.Json = False,
 ) -> None:
     """Show which runs are left, how long they may take, and how many seeds a comparison needs.
@@ -161,7 +162,7 @@ def expand(
         console.show_json({**needed, **changes})
 
 
-@app.command("run")
+@app.command("run", cls=WithSettings)
 def run(
     cells: Cells = None,
     seeds: Seeds = None,
@@ -169,8 +170,8 @@ def run(
     jobs: grid_training.Jobs = None,
     gpus: grid_training.Gpus = None,
     together: grid_training.Together = 8,
-    data_dir: options.DataDir = None,
-    device: options.Device = None,
+    data_dir: str | None = None,
+    device: str | None = None,
     time_limit: grid_training.TimeLimit = None,
     replace: grid_training.Replace = False,
     search: Annotated[
@@ -258,10 +259,10 @@ def teacher(
         console.show_line(str(make_teacher(files.project_root(), name, observer=observer)))
 
 
-@app.command("evaluate")
+@app.command("evaluate", cls=WithSettings)
 def evaluate(
     cell: Annotated[str, typer.Argument(metavar="CELL", help="Cell to measure, by its name in params.yaml.")],
-    data_dir: options.DataDir = None,
+    data_dir: str | None = None,
 ) -> None:
     """Measure the trained models of one cell on the test images; the stages of dvc.yaml call this.
 

@@ -95,11 +95,13 @@ def _models() -> list[dict[str, object]]:
 
 def _datasets() -> list[dict[str, object]]:
     from icdctl import data, files
+    from icdctl.config.lookup import SETTINGS
 
     folder = files.data_folder()
     rows: list[dict[str, object]] = []
     for name, row in data.DATASETS.items():
         known = row.description
+        defaults = {key: each.setting.datasets[name] for key, each in SETTINGS.items() if name in each.setting.datasets}
         if known is None:
             state = "your own"
         elif row.release is None:
@@ -110,9 +112,9 @@ def _datasets() -> list[dict[str, object]]:
             {
                 "name": name if known is not None else f"{name}:DIR",
                 "classes": None if known is None else known.num_classes,
-                "image size": row.settings["image_size"] if known is None else known.preprocessing.size[0],
-                "train": row.train_images or row.settings.get("train_images"),
-                "test": row.test_images or row.settings.get("test_images"),
+                "image size": defaults["image_size"] if known is None else known.preprocessing.size[0],
+                "train": row.train_images or defaults.get("train_images"),
+                "test": row.test_images or defaults.get("test_images"),
                 "state": state,
                 "hashes": "" if row.release is None else "published",
                 "licence": row.licence,

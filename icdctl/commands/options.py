@@ -13,14 +13,6 @@ from icdctl.errors import UsageError
 _TRAINING = "Training"
 _WHERE = "Where and how long"
 
-DataDir = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DIR",
-        help="Folder that holds the folders of the data sets.",
-        show_default="$ICDCTL_DATA or .icdctl/data",
-    ),
-]
 Seeds = Annotated[
     str | None,
     typer.Option(
@@ -29,13 +21,6 @@ Seeds = Annotated[
         show_default=False,
         rich_help_panel=_TRAINING,
     ),
-]
-TestImages = Annotated[
-    int | None,
-    typer.Option(help="Number of test images that `digits100` draws.", show_default="as in its run, else 2000"),
-]
-Device = Annotated[
-    str | None, typer.Option(help="Device to train on: `auto`, `cpu`, `cuda` or `cuda:N`.", show_default="auto")
 ]
 Resume = Annotated[
     bool,

@@ -30,12 +30,12 @@ def predict(
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Leave out images that can't be decoded. Otherwise the command fails.")
     ] = False,
-    device: Annotated[
-        str, typer.Option(help="Device to run on: `auto`, `cpu`, `cuda` or `cuda:N`; ONNX files always run on the CPU.")
-    ] = "auto",
+    device: str = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Classify image files of any size: print a line per image with its class and the probability.
+
+    An ONNX file runs on the CPU, whatever `--device` says.
 
     Example: icdctl predict runs/demo/distilled/onnx photos --top 3
     """

@@ -53,8 +53,8 @@ def report(
     latency: Annotated[
         bool, typer.Option("--latency/--no-latency", help="Measure how long one image takes in ONNX Runtime.")
     ] = True,
-    data_dir: options.DataDir = None,
-    device: Annotated[str, typer.Option(help="Device to measure on: `auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto",
+    data_dir: str | None = None,
+    device: str = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Write a report on finished runs, as one page of results, figures and lineage.

@@ -39,9 +39,13 @@ class WithSettings(TyperCommand):
 
     def _completed(self) -> list[Any]:
         declared = {parameter.name: parameter for parameter in _parameters("distill")}
-        return [
-            declared.get(parameter.name, parameter) if parameter.help is None else parameter for parameter in self._own
-        ]
+        has_panels = any(each.rich_help_panel for each in self._own)
+        for own in self._own:
+            if own.help is None and own.name in declared:
+                declared[own.name].default = own.default
+                if not has_panels:
+                    declared[own.name].rich_help_panel = None
+        return [declared.get(own.name, own) if own.help is None else own for own in self._own]
 
 
 class WithAllSettings(WithSettings):
@@ -122,6 +126,8 @@ def _annotation(declared: Declared, flag: str) -> Any:
     setting = declared.setting
     if setting.shown_default is not None:
         default: str | bool = setting.shown_default
+    elif setting.datasets:
+        default = ", ".join(str(value) for value in setting.datasets.values() if value is not False) or False
     elif declared.owner is Owner.RECIPE:
         default = "from the recipe"
     else:

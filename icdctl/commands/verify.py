@@ -36,10 +36,11 @@ def verify(
     Example: icdctl verify runs/demo/distilled/onnx --against runs/demo/distilled
     """
     from icdctl import data
+    from icdctl.config.dataset_request import dataset_request
     from icdctl.exporting import verify_file, verify_folder
     from icdctl.registry import trained
 
-    known = None if dataset is None else data.describe(data.request(dataset))
+    known = None if dataset is None else data.describe(dataset_request(dataset))
     model = None if against is None else trained.resolve(against, dataset=known)
     report = verify_folder(path, model) if path.is_dir() else verify_file(path, model)
     if as_json and report.passed:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
@@ -63,5 +64,7 @@ class Setting:
     """Whether there is a flag `--no-...` too."""
     panel: Panel = Panel.TRAINING
     metavar: str | None = None
+    datasets: Mapping[str, int | float | bool] = field(default_factory=dict)
+    """The data sets that have the setting, with their defaults; none where all have it."""
     shown_default: str | None = None
     """The default in the help, where it is not simply the value."""

@@ -8,11 +8,10 @@ from enum import Enum
 from functools import cached_property
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from icdctl.config.declare import Command, Given, Identity, Setting
-from icdctl.config.settings import DatasetSettings, ExecutionSettings, RecipeSettings, Settings, TaskSettings
+from icdctl.config.settings import RecipeSettings, Settings
 
 
 class Owner(Enum):
@@ -22,15 +21,7 @@ class Owner(Enum):
     """Its declaration, or `icdctl.config.resolving`."""
     RECIPE = "recipe"
     DATASET = "data set"
-    """One data set alone has the setting."""
-
-
-_OWNERS: dict[type[BaseModel], Owner] = {
-    TaskSettings: Owner.RUN,
-    RecipeSettings: Owner.RECIPE,
-    DatasetSettings: Owner.DATASET,
-    ExecutionSettings: Owner.RUN,
-}
+    """Only some data sets have the setting."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +32,13 @@ class Declared:
     """The field of a run's configuration, and the key in `config.json`."""
     setting: Setting
     field: FieldInfo
-    owner: Owner
+
+    @property
+    def owner(self) -> Owner:
+        """Where its default comes from."""
+        if self.setting.datasets:
+            return Owner.DATASET
+        return Owner.RECIPE if self.name in RecipeSettings.model_fields else Owner.RUN
 
     @property
     def option(self) -> str:
@@ -119,9 +116,8 @@ def _plain_type(annotation: Any) -> Any:
 def _declared() -> dict[str, Declared]:
     found = {}
     for name, field in Settings.model_fields.items():
-        owner = next(owner for group, owner in _OWNERS.items() if name in group.model_fields)
         (setting,) = (each for each in field.metadata if isinstance(each, Setting))
-        found[name] = Declared(name, setting, field, owner)
+        found[name] = Declared(name, setting, field)
     return found
 
 

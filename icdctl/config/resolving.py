@@ -6,16 +6,18 @@ import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from icdctl import data, files, methods, models
 from icdctl.config import recipes
+from icdctl.config.dataset_request import check_dataset_settings
 from icdctl.config.declare import Command, Given
 from icdctl.config.lookup import OPTIONS, SETTINGS, Declared, Owner, names_owned_by
 from icdctl.config.recipes import RECIPES, Recipe
 from icdctl.config.run_config import RunConfig, check_device, parse_duration
+from icdctl.config.settings import CUSTOM_IMAGE_SIZE, DatasetSettings
 from icdctl.config.sources import Options, from_validation
 from icdctl.errors import ArtifactError, IcdctlError, UsageError, combine, unknown_name
 from icdctl.methods import SCALES
@@ -25,8 +27,6 @@ G = TypeVar("G")
 T = TypeVar("T")
 
 DEFAULT_DATASET = "cifar100"
-_FOREIGN_IMAGE_SIZE = 224
-"""Image size of an `imagefolder` that a custom model most likely expects."""
 
 
 def make_config(
@@ -64,7 +64,7 @@ def make_config(
     values = {
         **recipe.numbers(student),
         **_stated(options),
-        **(_attempt(found, partial(dataset_settings, dataset, student), options) or {}),
+        **dict(_attempt(found, partial(dataset_settings, dataset, student), options) or {}),
         "command": command,
         "method": method,
         "dataset": dataset,
@@ -96,16 +96,15 @@ def _stated(options: Options) -> dict[str, object]:
     return {
         each.name: options.get(name)
         for name, each in OPTIONS.items()
-        if name == each.name and each.owner is not Owner.DATASET and options.get(name) is not None
+        if name == each.name and name not in DatasetSettings.model_fields and options.get(name) is not None
     }
 
 
-def dataset_settings(dataset: str, student: str | None, options: Options) -> dict[str, Any]:
-    """The settings that the data set alone has: as given, or its defaults; None for those of others."""
-    given = {key: options.get(key) for key in names_owned_by(Owner.DATASET)}
-    settings = data.check_settings(dataset, given)
-    if settings["image_size"] is not None and given["image_size"] is None and student == CUSTOM_MODEL:
-        settings["image_size"] = _FOREIGN_IMAGE_SIZE
+def dataset_settings(dataset: str, student: str | None, options: Options) -> DatasetSettings:
+    """The settings of the data set: as given, or its defaults."""
+    settings = check_dataset_settings(dataset, {key: options.get(key) for key in DatasetSettings.model_fields})
+    if settings.image_size is not None and options.get("image_size") is None and student == CUSTOM_MODEL:
+        return settings.model_copy(update={"image_size": CUSTOM_IMAGE_SIZE})
     return settings
 
 
@@ -195,12 +194,13 @@ def _default_folder(config: RunConfig) -> Path:
 def default_run_name(config: RunConfig) -> str:
     """`<teacher>-<student>-<method>-s<seed>`, then what differs from the recipe, e.g. `-gamma8`."""
     recipe = RECIPES[config.recipe]
+    kind = data.DatasetName.parse(config.dataset).kind
     parts = [config.teacher] if config.teacher else []
     parts += [config.student, config.method, f"s{config.seed}"]
     usual = {
         **recipe.numbers(config.student),
         **{each.name: each.default for each in _named_by_default()},
-        **data.check_settings(config.dataset, {}),
+        **{key: SETTINGS[key].setting.datasets.get(kind) for key in names_owned_by(Owner.DATASET)},
     }
     for key, value in usual.items():
         if getattr(config, key) != value:

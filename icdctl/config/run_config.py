@@ -18,8 +18,8 @@ from pydantic import JsonValue
 
 from icdctl import data, files, methods
 from icdctl.config.declare import Identity
-from icdctl.config.lookup import SETTINGS, Owner, names_in_identity, names_owned_by
-from icdctl.config.settings import Settings
+from icdctl.config.lookup import SETTINGS, names_in_identity
+from icdctl.config.settings import DatasetSettings, Settings, seconds_of
 from icdctl.data import Augmentation, Request
 from icdctl.errors import UsageError
 
@@ -59,32 +59,44 @@ class RunConfig(Settings):
     @property
     def images(self) -> Request:
         """Which images the run reads, and how they are divided."""
-        return data.request(
-            self.dataset,
-            folder=files.user_path(self.data_dir) if self.data_dir is not None else None,
-            val_split=self.val_split,
-            split_seed=self.split_seed,
+        return Request(
+            name=self.dataset,
+            folder=files.data_folder() if self.data_dir is None else files.user_path(self.data_dir),
             room_to_crop=self.crop_scale is not None,
             unlabeled=methods.METHODS[self.method].needs_teacher
             and data.DatasetName.parse(self.dataset).is_image_folder,
-            **{key: getattr(self, key) for key in names_owned_by(Owner.DATASET)},
+            **{key: getattr(self, key) for key in DatasetSettings.model_fields},
         )
 
     @property
-    def identity(self) -> dict[str, JsonValue]:
-        """All that changes the numbers, and the run folder.
-
-        The teacher's mode and precision are not part of it: `auto` is decided when the run begins, and the checkpoint
-        keeps the decision.
-        """
-        usual = {key for key in names_in_identity(Identity.WHEN_CHANGED) if getattr(self, key) == SETTINGS[key].default}
-        held = self.model_dump(mode="json", exclude=names_in_identity(Identity.NEVER) | usual)
-        return held | {"out": str(Path(self.out).resolve())}
+    def checkpoint_steps(self) -> int | None:
+        """Steps after which the state is saved within an epoch; None where it is saved by time."""
+        return int(self.checkpoint_every) if self.checkpoint_every.strip().isdecimal() else None
 
     @property
-    def fingerprint(self) -> str:
-        """Hash of `identity`: runs with equal ones may continue each other."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:20]
+    def checkpoint_seconds(self) -> float:
+        """Seconds after which the state is saved within an epoch, where it is not saved by steps."""
+        return seconds_of(self.checkpoint_every)
+
+    @property
+    def identity(self) -> dict[str, JsonValue]:
+        """All that changes the numbers: runs with equal ones, on the same images, may continue each other.
+
+        It holds no path, because folders are moved. The teacher's mode and precision are not part of it: `auto` is
+        decided when the run begins, and the checkpoint keeps the decision.
+        """
+        return self._numbers | {"dataset": data.public_name(self.dataset)}
+
+    @property
+    def legacy_fingerprint(self) -> str:
+        """The name of its checkpoint in earlier versions: a hash of what changes the numbers, and of the run folder."""
+        held = self._numbers | {"out": str(Path(self.out).resolve())}
+        return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:20]
+
+    @property
+    def _numbers(self) -> dict[str, JsonValue]:
+        usual = {key for key in names_in_identity(Identity.WHEN_CHANGED) if getattr(self, key) == SETTINGS[key].default}
+        return self.model_dump(mode="json", exclude=names_in_identity(Identity.NEVER) | usual)
 
 
 def check_device(name: str) -> str:
@@ -106,13 +118,7 @@ def parse_duration(given: object) -> float | None:
     """
     if given is None:
         return None
-    match = re.fullmatch(
-        r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,12}(?:\.[0-9]{1,20})?)s?)?", str(given).strip()
-    )
-    seconds = 0.0
-    if match:
-        hours, minutes, rest = (float(part or 0) for part in match.groups())
-        seconds = hours * 3600 + minutes * 60 + rest
+    seconds = seconds_of(str(given))
     if seconds <= 0:
         raise UsageError(
             f"time limit `{str(given)[:_LONGEST_SHOWN]}` is not a duration above 0",

@@ -10,14 +10,17 @@ documentation.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from icdctl.config.declare import Command, Given, Identity, Panel, Setting
 
 NONE = "none"
 """The word that switches off a setting of the recipe."""
+CUSTOM_IMAGE_SIZE = 224
+"""The default `image_size` for models that are not icdctl's: most are made for it, and some fail on small images."""
 
 
 def _listed(value: object) -> object:
@@ -36,6 +39,22 @@ def _paired(value: object) -> object:
 def _none_by_name(value: object) -> object:
     """`none` as None, for a setting of the recipe that can be switched off."""
     return None if value == NONE else value
+
+
+def seconds_of(text: str) -> float:
+    """`90m`, `2h`, `45s`, `1h30m` or a number of seconds, in seconds; 0 for anything else."""
+    match = re.fullmatch(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,12}(?:\.[0-9]{1,20})?)s?)?", text.strip())
+    if match is None:
+        return 0.0
+    hours, minutes, rest = (float(part or 0) for part in match.groups())
+    return hours * 3600 + minutes * 60 + rest
+
+
+def _interval(text: str) -> str:
+    """A time, or a number of steps."""
+    if not seconds_of(text):
+        raise ValueError("expected a time such as `30s` or `5m`, or a number of steps such as `500`")
+    return text
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -220,43 +239,46 @@ class RecipeSettings(_Frozen):
 
 
 class DatasetSettings(_Frozen):
-    """Choice of the images. Each setting belongs to one data set, which has its default and bounds; None for others."""
+    """Choice of the images. A setting that only some data sets have is None for the others."""
 
     train_images: Annotated[
-        int | None, Setting("Number of training images that `digits100` draws.", swept=True, shown_default="4000")
+        int | None,
+        Field(ge=1, le=1_000_000),
+        Setting("Number of training images that `digits100` draws.", swept=True, datasets={"digits100": 4000}),
     ] = None
     test_images: Annotated[
-        int | None, Setting("Number of test images that `digits100` draws.", shown_default="2000")
+        int | None,
+        Field(ge=1, le=1_000_000),
+        Setting("Number of test images that `digits100` draws.", datasets={"digits100": 2000}),
     ] = None
     image_size: Annotated[
         int | None,
+        Field(ge=8, le=1024),
         Setting(
             "Side of the square, in pixels, that images of an `imagefolder` are resized to.",
             swept=True,
             metavar="SIDE",
-            shown_default="32; 224 for a custom model",
+            datasets={"imagefolder": 32},
+            shown_default=f"32; {CUSTOM_IMAGE_SIZE} for a custom model",
         ),
     ] = None
     test_split: Annotated[
         float | None,
+        Field(gt=0, lt=1),
         Setting(
             "Share of each class of an `imagefolder` to hold out for testing where it has no `val/` or `test/`.",
             swept=True,
             metavar="SHARE",
-            shown_default="0.2",
+            datasets={"imagefolder": 0.2},
         ),
     ] = None
     skip_broken: Annotated[
         bool | None,
         Setting(
-            "Leave out images of an `imagefolder` that can't be decoded, and print how many. Otherwise the run fails."
+            "Leave out images of an `imagefolder` that can't be decoded, and print how many. Otherwise the run fails.",
+            datasets={"imagefolder": False},
         ),
     ] = None
-
-
-class ExecutionSettings(_Frozen):
-    """How the run is carried out: what it starts from, is evaluated on and stops at, where and how it computes."""
-
     val_split: Annotated[
         float,
         Field(ge=0, lt=1),
@@ -273,6 +295,11 @@ class ExecutionSettings(_Frozen):
         Seed,
         Setting("Seed that draws the held-out images; it does not depend on `--seed`.", in_run_name=True),
     ] = 0
+
+
+class ExecutionSettings(_Frozen):
+    """How the run is carried out: what it starts from and stops at, where and how it computes."""
+
     data_dir: Annotated[
         str | None,
         Setting(
@@ -375,10 +402,22 @@ class ExecutionSettings(_Frozen):
             metavar="90m",
         ),
     ] = None
+    checkpoint_every: Annotated[
+        str,
+        BeforeValidator(str),
+        AfterValidator(_interval),
+        Setting(
+            "Save the state after so much time (`30s`, `5m`) or so many steps (`500`), and after each epoch.",
+            identity=Identity.NEVER,
+            panel=Panel.WHERE,
+            metavar="45s",
+        ),
+    ] = "45s"
     out: Annotated[
         str,
         Setting(
             "Run folder to create; for several runs, the folder that will hold theirs.",
+            identity=Identity.NEVER,
             panel=Panel.WHERE,
             metavar="DIR",
             shown_default="runs/<dataset>/<what differs from the recipe>",

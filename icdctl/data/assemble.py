@@ -11,6 +11,7 @@ from torch import Tensor
 
 from icdctl.data.dataset import Dataset, DatasetInfo, Request
 from icdctl.data.split import stratified
+from icdctl.data.split_record import SplitRecord
 from icdctl.errors import ArtifactError
 
 
@@ -43,6 +44,7 @@ def of_halves(
         test_labels=test_labels,
         sha256=sha256,
         caveat=caveat,
+        split=SplitRecord(wanted.val_split, wanted.split_seed),
     )
     if not wanted.val_split:
         return dataset

@@ -142,9 +142,13 @@ def read_split(folder: Path, split: str) -> tuple[npt.NDArray[np.uint8], npt.NDA
         raise _not_cifar(folder / FOLDER / split, "it holds no `data` and `fine_labels`")
     if pixels.shape != (len(labels), 3 * SIDE * SIDE) or not labels:
         raise _not_cifar(folder / FOLDER / split, f"`data` is {list(pixels.shape)} for {len(labels)} labels")
+    for row, label in enumerate(labels):
+        if type(label) is not int:  # a number of another type may have lost its fraction, or be no number
+            cause = f"label {row} is of type {type(label).__name__}, expected a whole number from 0 to 99"
+            raise _not_cifar(folder / FOLDER / split, cause)
+        if not 0 <= label < 100:
+            raise _not_cifar(folder / FOLDER / split, "a label is not in 0 to 99")
     fine_labels = np.array(labels, dtype=np.int64)
-    if fine_labels.min() < 0 or fine_labels.max() >= 100:
-        raise _not_cifar(folder / FOLDER / split, "a label is not in 0 to 99")
     images = pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), fine_labels, published
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from icdctl.data.names import DatasetName
+from icdctl.data.part_files import PartFiles
+from icdctl.data.split_record import METADATA_KEY, SplitRecord, seen_test_images
 
 _LARGEST_SIDE = 4096
 
@@ -21,7 +25,7 @@ OnImages = Callable[[int, int | None], None]
 
 @dataclass(frozen=True)
 class Request:
-    """Which images are wanted and how they are divided; `icdctl.data.request` checks it all and makes one."""
+    """Which images are wanted and how they are divided; `icdctl.config.dataset_request` checks it all and makes one."""
 
     name: str
     """A name in `DATASETS`, or `imagefolder:` and an absolute path."""
@@ -161,8 +165,34 @@ class Dataset(DatasetInfo):
     """What readers of the results must know about these files; None where they are as published."""
     notes: tuple[str, ...] = ()
     """What users should know, at the start of a run, about how the images are used."""
+    warnings: tuple[str, ...] = ()
+    """What makes results doubtful, such as an image that is for training and for testing."""
     skipped_images: int = 0
     """Number of images left out because they can't be decoded."""
+    split: SplitRecord | None = None
+    """How the images are divided; None for data sets that were not loaded by `icdctl.data.load`."""
+    parts: tuple[PartFiles, ...] = field(default=(), repr=False)
+    """The image files of each part; empty for published data sets."""
+
+    def weights_metadata(self, model: str) -> dict[str, object]:
+        """See `DatasetInfo.weights_metadata`; with the record of the split, which says what it was trained on."""
+        split = {} if self.split is None else {METADATA_KEY: self.split.as_json()}
+        return {**super().weights_metadata(model), **split}
+
+    def seen_by(self, label: str, dataset: str | None, trained: SplitRecord | None) -> str | None:
+        """What to say about test images that a model was trained on, or may have been; None where there are none.
+
+        Test images of published data sets are nobody's training images.
+
+        Args:
+            label: the model in the message, e.g. "teacher `runs/t`".
+            dataset: the public name of the data set that it was trained on; None where that is not known.
+            trained: how the images were divided when it was trained; None where its weights do not say it.
+        """
+        same_kind = dataset is None or DatasetName.parse(dataset).kind == DatasetName.parse(self.name).kind
+        if not self.parts or self.split is None or not same_kind:
+            return None
+        return seen_test_images(label, trained, self.split, self.parts, dataset=self.name)
 
     @property
     def has_unlabeled(self) -> bool:

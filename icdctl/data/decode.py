@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -14,28 +15,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from icdctl import files
+from icdctl.data.image_formats import pointer, readable_formats, unknown_format
 from icdctl.errors import ArtifactError, UsageError
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
-"""Lower-case suffixes of the files that count as images."""
 
 Size = tuple[int, int]
 """Height and width in pixels."""
 Pixels = npt.NDArray[np.uint8]
 
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-"""The only formats that are tried. Pillow reads more, but some are unsafe: EPS runs a program."""
-_NO_IMAGE = "not a JPEG, PNG, BMP, GIF, WebP, TIFF or PPM image"
 _MOST_PIXELS = 178_956_970
 """Pillow's own limit for decompression bombs; checked here too, since another library may have lifted Pillow's."""
 _MANY_PIXELS = 1 << 25
 _LONGEST_REASON = 120
+_BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 258, 281
+"""Tags of a TIFF."""
 _NAMED_FILES = 3
 _MOST_THREADS = 16
 _ONE_LARGE_IMAGE = threading.Lock()
@@ -52,12 +51,29 @@ _UPRIGHT = {
 """EXIF orientation -> the transpose that undoes it."""
 
 
-class BrokenImageError(ArtifactError):
+class UnusableImageError(ArtifactError):
+    """An image that can't be used, whatever is done with its content; other images are not affected."""
+
+    def __init__(self, message: str, *, hint: str, reason: str) -> None:
+        super().__init__(message, hint=hint)
+        self.reason = reason
+        """Why, in a few words on one line."""
+
+
+class BrokenImageError(UnusableImageError):
     """The content of a file can't be decoded as an image."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"`{path}` can't be decoded: {reason}", hint="fix or delete it")
-        self.reason = reason
+        super().__init__(f"`{path}` can't be decoded: {reason}", hint="fix or delete it", reason=reason)
+
+
+class DecodedImage(NamedTuple):
+    """An image file that was decoded."""
+
+    pixels: Pixels
+    """[h, w, 3] uint8."""
+    sha256: str
+    """Hash of the file."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +89,8 @@ def decode_image(path: Path, *, resize: Size, crop: Size | None) -> Pixels:
     """Decode an image file to 8-bit RGB: turned upright, resized (bilinear, antialiased, aspect not kept) and cropped.
 
     The result equals, bit for bit, torchvision's Resize and CenterCrop of Pillow's `convert("RGB")`. Alpha is dropped.
-    An animation gives its first frame. 16-bit grey gives its higher byte, as Pillow does for 16-bit colour.
+    An animation gives its first frame. 16-bit grey gives its higher byte, as Pillow does for 16-bit colour; of fewer
+    bits, as a TIFF states them, the highest eight.
 
     Args:
         path: the file; its suffix does not matter.
@@ -90,37 +107,7 @@ def decode_image(path: Path, *, resize: Size, crop: Size | None) -> Pixels:
     """
     check_sizes(resize, crop)
     with _quiet_pillow():
-        return _decode(path, resize, crop)
-
-
-def images_below(base: Path) -> Iterator[Path]:
-    """The image files at any depth below a folder, found by suffix; links are followed, but never in circles.
-
-    A link upwards would bring in the images of other classes, so the folders above `base` count as visited.
-
-    Raises:
-        ArtifactError: a folder can't be read.
-    """
-    if not base.is_dir():
-        return
-    seen = {os.path.realpath(above) for above in (*base.parents, *base.resolve().parents)}
-    for place, folders, names in os.walk(base, followlinks=True, onerror=_refuse_unreadable):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                yield Path(place, name)
-
-
-def _refuse_unreadable(error: OSError) -> None:
-    """Stop at an unreadable folder: without it, the data set would silently have another size."""
-    raise ArtifactError(
-        f"image folder `{error.filename}` can't be read: {error.strerror or error}", hint="check its permissions"
-    ) from error
+        return _decode(path, resize, crop).pixels
 
 
 def check_sizes(resize: Size, crop: Size | None) -> None:
@@ -143,21 +130,25 @@ def _shown(size: Size) -> str:
     return f"{size[0]} x {size[1]} pixels"
 
 
-def _decode(path: Path, resize: Size, crop: Size | None) -> Pixels:
+def _decode(path: Path, resize: Size, crop: Size | None) -> DecodedImage:
     """`decode_image` without silencing warnings: all threads share the warning filters, so the caller does it once."""
     content = _read(path)
-    if not content:
-        raise BrokenImageError(path, "the file is empty")
+    stand_in = "the file is empty" if not content else pointer(content)
+    if stand_in is not None:
+        raise BrokenImageError(path, stand_in)
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=readable_formats()) as image:
             num_pixels = image.width * image.height
             if num_pixels > _MOST_PIXELS:
                 raise Image.DecompressionBombError
             with _ONE_LARGE_IMAGE if num_pixels > _MANY_PIXELS else nullcontext():
                 small = _upright_rgb(image).resize((resize[1], resize[0]), Image.Resampling.BILINEAR)
-        return np.array(small if crop is None else _centre(small, crop))
+        pixels = np.array(small if crop is None else _centre(small, crop))
+    except UnidentifiedImageError as error:
+        raise BrokenImageError(path, unknown_format(content)) from error
     except Exception as error:  # Pillow's readers can raise almost any exception on broken content
         raise BrokenImageError(path, _reason(error)) from error
+    return DecodedImage(pixels, files.sha256_bytes(content))
 
 
 def _read(path: Path) -> bytes:
@@ -177,16 +168,23 @@ def state_of(path: Path, remedy: str | None = None) -> os.stat_result:
         remedy: the hint where the file is missing; None gives a general one.
 
     Raises:
-        ArtifactError: the file is missing, not a regular file, larger than 2 GiB, or not accessible.
+        UnusableImageError: it is a link whose target is missing, not a regular file, or larger than 2 GiB.
+        ArtifactError: the file is missing or not accessible.
     """
     try:
         state = path.stat()
     except OSError as error:
+        if os.path.islink(path) and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            reason = "a link whose target does not exist"
+            hint = remedy or "restore the target (an unmounted disk, `git annex get`), or delete the link"
+            raise UnusableImageError(f"image `{path}` is {reason}", hint=hint, reason=reason) from error
         raise _unreadable(path, error, remedy) from error
     if not stat.S_ISREG(state.st_mode):  # a device or a pipe never ends
-        raise ArtifactError(f"image `{path}` is not a regular file", hint="leave it out")
+        reason = "not a regular file"
+        raise UnusableImageError(f"image `{path}` is {reason}", hint="leave it out", reason=reason)
     if state.st_size > files.LARGEST_FOREIGN_BYTES:
-        raise ArtifactError(f"image `{path}` is refused: it is larger than 2 GiB", hint="leave it out")
+        reason = "larger than 2 GiB"
+        raise UnusableImageError(f"image `{path}` is refused: it is {reason}", hint="leave it out", reason=reason)
     return state
 
 
@@ -209,8 +207,6 @@ def _unreadable(path: Path, error: OSError, remedy: str | None = None) -> Artifa
 
 def _reason(error: Exception) -> str:
     """Why an image can't be decoded, in a few words on one line."""
-    if isinstance(error, UnidentifiedImageError):
-        return _NO_IMAGE
     if isinstance(error, Image.DecompressionBombError):
         return f"too many pixels, more than {_MOST_PIXELS:,}"
     if isinstance(error, MemoryError):
@@ -226,7 +222,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose range is not known")
     upright = _orientation(image)
-    eight_bits = _higher_byte(image) if image.mode.startswith("I") else image
+    eight_bits = _highest_byte(image) if image.mode.startswith("I") else image
     rgb = eight_bits if eight_bits.mode == "RGB" else eight_bits.convert("RGB")
     return rgb if upright is None else rgb.transpose(upright)
 
@@ -242,12 +238,32 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _higher_byte(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey: the higher byte. `convert` would clip the values instead."""
+def _highest_byte(image: Image.Image) -> Image.Image:
+    """Grey of up to 16 bits as 8-bit grey: the highest eight bits. `convert` would clip the values instead."""
     values: npt.NDArray[np.integer] = np.asarray(image)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise ValueError(f"grey values {values.min()} to {values.max()}, expected 0 to 65535")
-    return Image.fromarray((values >> 8).astype(np.uint8))
+    return Image.fromarray((values >> (_significant_bits(image, int(values.max())) - 8)).astype(np.uint8))
+
+
+def _significant_bits(image: Image.Image, largest: int) -> int:
+    """Number of bits that grey values use, 9 to 16: a TIFF may state that it is less than 16, e.g. 12 of a camera.
+
+    Args:
+        image: the image.
+        largest: its largest value; a statement that it contradicts does not count.
+    """
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    packed, top = tags.get(_BITS_PER_SAMPLE), tags.get(_MAX_SAMPLE_VALUE)
+    stated = [
+        int(bits)
+        for bits in (
+            packed[0] if isinstance(packed, tuple) and packed else 16,
+            int(top[0]).bit_length() if isinstance(top, tuple) and top else 16,
+        )
+        if 8 < bits < 16 and largest < 1 << int(bits)
+    ]
+    return min(stated, default=16)
 
 
 def _centre(image: Image.Image, size: Size) -> Image.Image:
@@ -275,7 +291,7 @@ def _quiet_pillow() -> Iterator[None]:
 
 def decode_in_order(
     paths: Iterable[Path], *, resize: Size, crop: Size | None
-) -> Generator[Pixels | BrokenImage, None, None]:
+) -> Generator[DecodedImage | BrokenImage, None, None]:
     """Decode files and give the results in the order of `paths`, with a thread per core, 16 at most.
 
     Args:
@@ -287,15 +303,15 @@ def decode_in_order(
         ArtifactError: a file is missing or can't be read.
     """
 
-    def decode_one(path: Path) -> Pixels | BrokenImage:
+    def decode_one(path: Path) -> DecodedImage | BrokenImage:
         try:
             return _decode(path, resize, crop)
-        except BrokenImageError as error:
+        except UnusableImageError as error:
             return BrokenImage(path, error.reason)
 
     num_threads = min(os.cpu_count() or 1, _MOST_THREADS)
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
-    pending: deque[Future[Pixels | BrokenImage]] = deque()
+    pending: deque[Future[DecodedImage | BrokenImage]] = deque()
     with _quiet_pillow():
         try:
             for path in paths:

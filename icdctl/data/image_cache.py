@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import filelock
@@ -26,11 +26,23 @@ from torch import Tensor
 
 from icdctl import files
 from icdctl.data.dataset import OnImages
-from icdctl.data.decode import BrokenImage, Pixels, Size, broken_images_message, check_sizes, decode_in_order, state_of
+from icdctl.data.decode import (
+    BrokenImage,
+    DecodedImage,
+    Pixels,
+    Size,
+    UnusableImageError,
+    broken_images_message,
+    check_sizes,
+    decode_in_order,
+    state_of,
+)
 from icdctl.errors import ArtifactError
 
 _SCHEME = 1
 """Version of the pixels and of the file format, part of the name: raise it whenever either changes."""
+_HASH_DIGITS = 32
+"""Digits that are kept of the hash of each file."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,8 @@ class Decoded:
     """Files that could not be decoded, in the order of `names`."""
     sha256: str
     """Hash of the pixels in `images`."""
+    file_hashes: tuple[str, ...] | None
+    """M hashes of the files, hex, cut to 128 bits; None where an earlier version of icdctl filled the cache."""
 
 
 def decode_files(
@@ -82,7 +96,7 @@ def decode_files(
     if not names:
         raise ArtifactError(f"there is no image to decode in `{folder}`", hint="name a folder of images")
     height, width = crop or resize
-    content = content_key if content_key is not None else _states(folder, names, remedy)
+    content = content_key if content_key is not None else _states(folder, names, remedy, skip_broken=skip_broken)
     cache = _Cache(_stem(label, names, resize, crop, content), folder, names, (height, width))
     decoded = cache.read()
     if decoded is None:
@@ -91,26 +105,35 @@ def decode_files(
             if decoded is None:
                 _clear_remains(cache.home, cache.stem)
                 cache.delete()
-                _states(folder, names, remedy)  # reports a missing file now, not after minutes of decoding
+                # Reports a missing file now, not after minutes of decoding.
+                _states(folder, names, remedy, skip_broken=skip_broken)
                 with closing(decode_in_order((folder / name for name in names), resize=resize, crop=crop)) as results:
                     decoded = cache.fill(results, on_images)
                 if decoded.broken and content_key is not None:
                     cache.delete()  # the key would not change when the file is fixed
     if decoded.broken and not skip_broken:
         raise _broken_files(decoded.broken, folder, len(names), remedy)
-    return decoded
+    return cache.with_file_hashes(decoded) if decoded.file_hashes is None and content_key is None else decoded
 
 
-def _states(folder: Path, names: Sequence[str], remedy: str | None) -> list[object]:
+def _states(folder: Path, names: Sequence[str], remedy: str | None, *, skip_broken: bool) -> list[object]:
     """Identifies the content of files without reading them: the folder, and each file's size and modification time.
 
     Raises:
-        ArtifactError: a file is missing or not a regular file.
+        ArtifactError: a file is missing or not a regular file; with `skip_broken`, only if it can't be left out.
     """
     facts: list[object] = [str(folder.resolve())]
+    unusable: list[BrokenImage] = []
     for name in names:
-        state = state_of(folder / name, remedy)
-        facts.append([state.st_size, state.st_mtime_ns])
+        try:
+            state = state_of(folder / name, remedy)
+        except UnusableImageError as error:
+            unusable.append(BrokenImage(folder / name, error.reason))
+            facts.append(None)
+        else:
+            facts.append([state.st_size, state.st_mtime_ns])
+    if unusable and not skip_broken:
+        raise _broken_files(unusable, folder, len(names), remedy)
     return facts
 
 
@@ -140,9 +163,10 @@ class _Cache:
         try:
             facts = files.read_json(self._facts, what="cache", hint="")
             reasons = {int(row): str(reason) for row, reason in facts["broken"]}
-            if facts["check"] != _check(reasons, facts["sha256"]):
+            hashes = facts.get("files")  # absent where an earlier version filled the cache
+            if facts["check"] != _check(reasons, facts["sha256"], hashes):
                 return None
-            decoded = self._map(reasons, facts["sha256"])
+            decoded = self._map(reasons, facts["sha256"], hashes)
         except (ArtifactError, OSError, ValueError, TypeError, LookupError, OverflowError):
             return None
         whole = hashlib.sha256(decoded.images.numpy().data).hexdigest() == decoded.sha256
@@ -158,7 +182,7 @@ class _Cache:
         except OSError as error:
             raise files.not_writable(self._array, error) from error
 
-    def fill(self, results: Iterator[Pixels | BrokenImage], on_images: OnImages) -> Decoded:
+    def fill(self, results: Iterator[DecodedImage | BrokenImage], on_images: OnImages) -> Decoded:
         """Write the decoded images, in their order, and map the array.
 
         Raises:
@@ -166,6 +190,7 @@ class _Cache:
         """
         broken: dict[int, BrokenImage] = {}
         digest = hashlib.sha256()
+        hashes: list[str] = []
         total = len(self._names)
         try:
             with self._opened() as file:
@@ -173,14 +198,15 @@ class _Cache:
                     if isinstance(result, BrokenImage):
                         broken[row] = result
                     else:
-                        digest.update(result.data)
-                        self._write(file, result)
+                        digest.update(result.pixels.data)
+                        hashes.append(result.sha256[:_HASH_DIGITS])
+                        self._write(file, result.pixels)
                     on_images(row + 1, total)
                 if len(broken) == total:
                     raise _broken_files(tuple(broken.values()), self._folder, total)
                 self._finish(file, total - len(broken))
             reasons = {row: image.reason for row, image in broken.items()}
-            return self._publish(reasons, digest.hexdigest())
+            return self._publish(reasons, digest.hexdigest(), hashes)
         finally:
             self._partial.unlink(missing_ok=True)
 
@@ -211,25 +237,43 @@ class _Cache:
             file.write(_npy_header((num_images, *self._size, 3)))
             os.fsync(file.fileno())
 
-    def _publish(self, reasons: dict[int, str], sha256: str) -> Decoded:
+    def _publish(self, reasons: dict[int, str], sha256: str, hashes: list[str]) -> Decoded:
         """Give the file its final name. The facts are written last: pixels without facts are decoded again."""
         with self._reporting():
             self._partial.replace(self._array)
         try:
-            facts = {
-                "of": str(self._folder),
-                "sha256": sha256,
-                "broken": sorted(reasons.items()),
-                "check": _check(reasons, sha256),
-            }
-            files.write_json(self._facts, facts)
+            self._write_facts(reasons, sha256, hashes)
             with self._reporting():
-                return self._map(reasons, sha256)
+                return self._map(reasons, sha256, hashes)
         except BaseException:
             self._array.unlink(missing_ok=True)
             raise
 
-    def _map(self, reasons: dict[int, str], sha256: str) -> Decoded:
+    def _write_facts(self, reasons: dict[int, str], sha256: str, hashes: list[str]) -> None:
+        facts = {
+            "of": str(self._folder),
+            "sha256": sha256,
+            "broken": sorted(reasons.items()),
+            "files": hashes,
+            "check": _check(reasons, sha256, hashes),
+        }
+        files.write_json(self._facts, facts)
+
+    def with_file_hashes(self, decoded: Decoded) -> Decoded:
+        """The same images with the hashes of their files, which an earlier version did not record.
+
+        Raises:
+            ArtifactError: a file can't be read, or the cache can't be written.
+        """
+        hashes = [_hash_of(self._folder / self._names[row]) for row in decoded.rows.tolist()]
+        reasons = dict(zip(self._broken_rows(decoded), (image.reason for image in decoded.broken), strict=True))
+        self._write_facts(reasons, decoded.sha256, hashes)
+        return replace(decoded, file_hashes=tuple(hashes))
+
+    def _broken_rows(self, decoded: Decoded) -> list[int]:
+        return sorted(set(range(len(self._names))) - set(decoded.rows.tolist()))
+
+    def _map(self, reasons: dict[int, str], sha256: str, hashes: list[str] | None) -> Decoded:
         """Map the array on disk.
 
         Raises:
@@ -249,6 +293,7 @@ class _Cache:
             rows=torch.tensor(rows, dtype=torch.int64),
             broken=tuple(BrokenImage(self._folder / self._names[row], reasons[row]) for row in sorted(reasons)),
             sha256=sha256,
+            file_hashes=None if hashes is None else tuple(hashes),
         )
 
     @contextmanager
@@ -260,9 +305,20 @@ class _Cache:
             raise files.not_writable(self._array, error) from error
 
 
-def _check(reasons: dict[int, str], sha256: str) -> str:
+def _check(reasons: dict[int, str], sha256: str, hashes: Sequence[str] | None) -> str:
     """A hash of the facts themselves: a row number that changed on disk would give images wrong labels."""
-    return files.sha256_bytes(json.dumps([sha256, sorted(reasons.items())]).encode("ascii"))
+    facts = [sha256, sorted(reasons.items()), *([] if hashes is None else [list(hashes)])]
+    return files.sha256_bytes(json.dumps(facts).encode("ascii"))
+
+
+def _hash_of(path: Path) -> str:
+    """The hash of an image file, as `Decoded.file_hashes` holds it."""
+    try:
+        return files.sha256_file(path)[:_HASH_DIGITS]
+    except OSError as error:
+        raise ArtifactError(
+            f"image `{path}` can't be read: {error.strerror or error}", hint="check its permissions and the disk"
+        ) from error
 
 
 def _npy_header(shape: tuple[int, ...]) -> bytes:

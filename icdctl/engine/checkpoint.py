@@ -1,18 +1,21 @@
-"""The state of a run at the end of an epoch: one safetensors file, replaced atomically.
+"""The state of a run between two steps: one safetensors file, replaced atomically, with a hash of all that it holds.
 
-It lives outside the run folder, under the run's fingerprint, and is kept after success: when the outputs of a finished
-run are deleted, they are written again at once, without training.
+The state before it stays beside it until the run is done: a damaged one costs one interval of work, not the run.
+`icdctl.engine.run_state` says where states lie, and which run may take one up.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
 from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -26,25 +29,33 @@ from icdctl.errors import ArtifactError
 _MODEL, _AVERAGE, _OPTIMIZER = "model.", "average.", "optimizer."
 _OBJECTIVE, _OBJECTIVE_AVERAGE = "objective.", "objective_average."
 _NUM_AVERAGED = "num_averaged"
-_METADATA, _CONFIG = "icdctl", "config"
+_LOG, _NUM_RIGHT = "epoch.log", "epoch.num_right"
+"""What an epoch that is not over has added up so far."""
+_METADATA, _CONFIG, _HASH = "icdctl", "config", "sha256"
 STATE_FILE = "state.safetensors"
+PREVIOUS_FILE = "previous.safetensors"
+"""The state before the last one."""
 REPLAY_FILE = "nonfinite.safetensors"
-"""A batch that was not finite, beside the state before it."""
+"""A batch that was not finite, beside a state from before it."""
 
 
 class Progress(BaseModel):
-    """The progress of a run: epochs and steps done, history, and what was decided when it began."""
+    """The progress of a run: epochs and steps done, history, what it is made of, and what was decided at its start."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epoch: int = Field(ge=0)
     """Epochs done."""
     steps: int = Field(ge=0)
-    """Steps done."""
+    """Steps of these epochs."""
+    step_in_epoch: int = Field(default=0, ge=0)
+    """Steps done of the next epoch."""
+    epoch_seconds: float = Field(default=0.0, ge=0)
+    """Training time of these."""
     history: list[dict[str, float]]
     """One row per epoch, with the columns of history.csv."""
     seconds: float = Field(ge=0)
-    """Training time of all attempts together."""
+    """Training time of the epochs, in all attempts together."""
     done: bool
     """Nothing is left to train."""
     dataset_sha256: str
@@ -55,6 +66,12 @@ class Progress(BaseModel):
     """Decided when the run began."""
     teacher_precision: str = "auto"
     """Decided when the run began."""
+    run: str = ""
+    """Name of this run, drawn when it began; empty for a run that began before runs had one."""
+    student_sha256: str = ""
+    """Hash of a custom module as it was when the run began; empty for a model of icdctl, which the seed gives."""
+    attempts: list[dict[str, JsonValue]] = []
+    """The environments that it was trained in, in order."""
 
     @model_validator(mode="after")
     def _has_a_row_an_epoch(self) -> Self:
@@ -62,15 +79,15 @@ class Progress(BaseModel):
             raise ValueError(f"{len(self.history)} rows of history for {self.epoch} epochs")
         return self
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether any step is done."""
+        return bool(self.epoch or self.step_in_epoch)
 
-def checkpoints_folder() -> Path:
-    """Where states are kept, a folder for each fingerprint."""
-    return files.state_folder() / "checkpoints"
-
-
-def checkpoint_path(fingerprint: str) -> Path:
-    """Where the state of a run is kept."""
-    return checkpoints_folder() / fingerprint / STATE_FILE
+    def shown(self, config: RunConfig) -> str:
+        """How far the run is: `epoch 3 of 10, step 120`."""
+        inside = f", step {self.step_in_epoch} of the next" if self.step_in_epoch else ""
+        return f"epoch {self.epoch} of {config.epochs}{inside}"
 
 
 class CheckpointWriter:
@@ -98,7 +115,7 @@ class CheckpointWriter:
         if config is not None:
             absolute = config.model_copy(update={"out": str(Path(config.out).resolve())})
             said[_CONFIG] = absolute.model_dump_json()
-        tensors = {key: tensor.detach() for key, tensor in _tensors(step).items()}
+        tensors = {key: tensor.detach() for key, tensor in _tensors(step, progress).items()}
         if not self._in_background:
             _write(path, {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}, said)
             return
@@ -150,10 +167,37 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 
 def _write(path: Path, held: dict[str, Tensor], said: dict[str, str]) -> None:
-    files.write_bytes(path, save(held, metadata=said))
+    """Write a state; the one before it gets the name `PREVIOUS_FILE`, and neither is ever absent."""
+    content = save(held, metadata={**said, _HASH: _hash_of(held, said)})
+    if path.is_file():
+        spare = path.with_name(f".{PREVIOUS_FILE}")
+        try:
+            spare.unlink(missing_ok=True)
+            os.link(path, spare)
+            spare.replace(path.with_name(PREVIOUS_FILE))
+        except OSError:  # a file system without links: the new state alone is kept
+            spare.unlink(missing_ok=True)
+    files.write_bytes(path, content)
 
 
-def _tensors(step: TrainingStep) -> dict[str, Tensor]:
+def _hash_of(tensors: Mapping[str, Tensor], said: Mapping[str, str]) -> str:
+    """sha256 of everything in a state: tensors on the CPU, and texts."""
+    digest = hashlib.sha256()
+    for key in sorted(said.keys() - {_HASH}):
+        digest.update(f"{key}\0{said[key]}\0".encode())
+    update_hash(digest, tensors)
+    return digest.hexdigest()
+
+
+def update_hash(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
+    """Add the names, types, shapes and bytes of tensors on the CPU to a hash."""
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(f"{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _tensors(step: TrainingStep, progress: Progress) -> dict[str, Tensor]:
     """All tensors of a state, under their names in the file."""
     tensors = {
         prefix + key: tensor for prefix, module in _modules(step).items() for key, tensor in module.state_dict().items()
@@ -162,6 +206,8 @@ def _tensors(step: TrainingStep) -> dict[str, Tensor]:
         tensors[_NUM_AVERAGED] = step.num_averaged
     for index, state in step.optimizer.state_dict()["state"].items():
         tensors |= {f"{_OPTIMIZER}{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+    if progress.step_in_epoch:
+        tensors |= {_LOG: step.log[: progress.step_in_epoch], _NUM_RIGHT: step.num_right}
     return tensors
 
 
@@ -176,48 +222,95 @@ def _modules(step: TrainingStep) -> dict[str, nn.Module]:
     return {prefix: module for prefix, module in found.items() if module is not None}
 
 
-def load_checkpoint(path: Path, step: TrainingStep) -> Progress | None:
+def load_checkpoint(folder: Path, step: TrainingStep, message: Callable[[str], None]) -> Progress | None:
     """Put weights and optimiser back as they were, or return None where nothing was saved.
 
+    Args:
+        folder: holds the state, and the one before it, which is taken where the state is damaged.
+        step: what the state is loaded into.
+        message: called where the one before is taken.
+
     Raises:
-        ArtifactError: the file is broken.
+        ArtifactError: both are damaged.
     """
-    if not path.is_file():
-        return None
+    paths = [path for path in (folder / STATE_FILE, folder / PREVIOUS_FILE) if path.is_file()]
+    for path in paths:
+        try:
+            progress = _loaded(path, step)
+        except ArtifactError as error:
+            if path == paths[-1]:
+                raise
+            message(f"warning: {error.message}; the state before it is taken")
+        else:
+            return progress
+    return None
+
+
+def _loaded(path: Path, step: TrainingStep) -> Progress:
+    """Load one file.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
     try:
         with safe_open(path, framework="pt") as stored:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (it is not a dictionary)
-            progress = Progress.model_validate_json(stored.metadata()[_METADATA], strict=True)
+            said = stored.metadata() or {}
+        if _hash_of(tensors, said) != said.get(_HASH, _hash_of(tensors, said)):
+            raise ValueError("it was changed after it was written: its sha256 is another one")
+        progress = Progress.model_validate_json(said[_METADATA], strict=True)
         for prefix, module in _modules(step).items():
             module.load_state_dict(_below(prefix, tensors))
         if step.average is not None:
             step.num_averaged.copy_(tensors[_NUM_AVERAGED])
+        if progress.step_in_epoch:
+            step.log[: progress.step_in_epoch] = tensors[_LOG]
+            step.num_right.copy_(tensors[_NUM_RIGHT])
         _load_optimizer(step.optimizer, tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(
-            f"checkpoint `{path}` can't be read: {str(error).splitlines()[0]}",
+            f"checkpoint `{path}` is broken: {str(error).splitlines()[0]}",
             hint="delete it and the run folder, and start the run again",
         ) from error
     return progress
 
 
-def read_state(path: Path) -> tuple[Progress, RunConfig | None]:
-    """The progress of the run that a state belongs to, and which run that is; no weight is read.
+def read_state(folder: Path) -> tuple[Progress, RunConfig | None] | None:
+    """The progress of the run that a folder has the state of, and its configuration; no weight is read.
+
+    Returns:
+        None where there is no state; no configuration where the state is of an earlier version.
 
     Raises:
-        ArtifactError: the file is broken.
+        ArtifactError: no state in the folder can be read.
     """
+    paths = [path for path in (folder / STATE_FILE, folder / PREVIOUS_FILE) if path.is_file()]
+    for path in paths:
+        try:
+            files.check_regular(path)
+            with safe_open(path, framework="pt") as stored:
+                said = stored.metadata() or {}
+            progress = Progress.model_validate_json(said[_METADATA], strict=True)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            if path == paths[-1]:
+                raise ArtifactError(f"checkpoint `{path}` is broken: {error}", hint="delete it") from error
+            continue
+        try:
+            return progress, RunConfig.model_validate_json(said[_CONFIG])
+        except (KeyError, ValueError):  # of an earlier version
+            return progress, None
+    return None
+
+
+def read_student(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the student in a state; empty where they can't be read."""
     try:
-        files.check_regular(path)
-        with safe_open(path, framework="pt") as stored:
-            said = stored.metadata() or {}
-        progress = Progress.model_validate_json(said[_METADATA], strict=True)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ArtifactError(f"checkpoint `{path}` can't be read: {error}", hint="delete it") from error
-    try:
-        return progress, RunConfig.model_validate_json(said[_CONFIG])
-    except (KeyError, ValueError):  # of an earlier version
-        return progress, None
+        files.check_regular(folder / STATE_FILE)
+        with safe_open(folder / STATE_FILE, framework="pt") as stored:
+            keys = [key for key in stored.keys() if key.startswith(_MODEL)]  # noqa: SIM118 (it is not a dictionary)
+            return {key.removeprefix(_MODEL): stored.get_tensor(key) for key in keys}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

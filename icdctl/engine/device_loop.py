@@ -63,9 +63,9 @@ class DeviceLoop:
         """Whether steps become graphs: False once a capture has failed."""
         return self._can_capture
 
-    def start_epoch(self, drawn: Views) -> None:
-        """Go to the first step of an epoch whose views were drawn on the CPU, without seeds of random augmentation."""
-        self._feed.load(drawn)
+    def start_epoch(self, drawn: Views, *, first_step: int = 0) -> None:
+        """Go to the first step of an epoch; arguments as for `Feed.load`."""
+        self._feed.load(drawn, first_step=first_step)
 
     def step(self, index: int, students: Sequence[TrainingStep], size: int) -> None:
         """Run the step that is due for all these students.

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,17 @@ def describe_environment(device: torch.device, precision: str) -> dict[str, Any]
         "git": git_state(Path.cwd()),
         "command_line": arguments_without_secrets(sys.argv),
     }
+
+
+def differing_environment(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of an environment may change digits, where it differs: `torch 2.13.0 (now 2.15.0)`."""
+    pairs: dict[str, tuple[object, object]] = {
+        key: (earlier.get(key), now.get(key)) for key in ("platform", "precision")
+    }
+    for key in ("versions", "device"):
+        old, new = earlier.get(key) or {}, now.get(key) or {}
+        pairs |= {name: (old.get(name), new.get(name)) for name in {**old, **new}}
+    return [f"{name} {old} (now {new})" for name, (old, new) in pairs.items() if old != new]
 
 
 def _git(folder: Path, *arguments: str) -> str:

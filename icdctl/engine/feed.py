@@ -31,16 +31,18 @@ class Feed:
         """Number of the due step in its epoch, from 0."""
         self._offsets = torch.arange(batch_size, device=device)
 
-    def load(self, drawn: Views) -> None:
-        """Load an epoch, drawn on the CPU, in place of the last one, and go to its first step.
+    def load(self, drawn: Views, *, first_step: int = 0) -> None:
+        """Load an epoch in place of the last one, and go to its first step.
 
-        The views of all epochs have as many images, and none has a seed of random augmentation.
+        Args:
+            drawn: its views on the CPU: as many images as in all epochs, and no seed of random augmentation.
+            first_step: number of the step to go to, where an epoch is continued.
         """
         self.drawn = drawn
         if not hasattr(self, "views"):
             self.views = drawn[torch.arange(len(drawn))].to(self.device)
         self.views.copy_(drawn)
-        self.position.zero_()
+        self.position.fill_(first_step)
 
     def rows(self, size: int, *, cycle: int | None = None) -> Tensor:
         """Positions of the due batch's images in the epoch: [B] int64.

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from icdctl.config.run_config import RunConfig
-from icdctl.data import Dataset
+from icdctl.data import Dataset, Views
 from icdctl.engine.compiled import Compiler
 from icdctl.engine.device import backend_settings, resolve_device, resolve_precision
 from icdctl.engine.observer import Observer, SilentObserver
 from icdctl.engine.run_folder import claimed
 from icdctl.engine.run_output import RunResult
+from icdctl.engine.run_state import RunInputs, RunState
 from icdctl.engine.shared_data import SharedData, make_shared_data
 from icdctl.engine.stepping import Stepping
 from icdctl.engine.student_run import NotFiniteError, StudentRun
@@ -24,7 +25,16 @@ from icdctl.errors import IcdctlError, UsageError
 from icdctl.methods import METHODS
 from icdctl.models import Classifier
 
-_SHARED = ("command", "batch_size", "drop_last", "device", "precision", "deterministic", "time_limit_seconds")
+_SHARED = (
+    "command",
+    "batch_size",
+    "drop_last",
+    "device",
+    "precision",
+    "deterministic",
+    "time_limit_seconds",
+    "checkpoint_every",
+)
 _SHARED_TEACHER = ("teacher", "teacher_sha256", "teacher_mode", "teacher_precision")
 
 
@@ -77,14 +87,18 @@ def run_together(
     device = resolve_device(configs[0].device)
     precision = resolve_precision(configs[0].precision, device)
     observer = observer or SilentObserver()
+    modules = students or [None] * len(configs)
+    states: dict[str, RunState] = {}
     with ExitStack() as stack:
         # In the same order in every process: two that wait could otherwise wait for each other.
-        for config in sorted(configs, key=lambda config: config.out):
+        for config, module in sorted(zip(configs, modules, strict=True), key=lambda pair: pair[0].out):
             waiting = observer.message if wait else None
-            stack.enter_context(claimed(config, resume=resume, waiting=waiting))
+            inputs = RunInputs(dataset.sha256, module)
+            claim = claimed(config, inputs, resume=resume, waiting=waiting, message=observer.message)
+            states[config.out] = stack.enter_context(claim)
         stack.enter_context(backend_settings(device, precision, deterministic=configs[0].deterministic))
         shared = make_shared_data(configs[0], dataset, device, precision)
-        session = _Session(configs, shared, teacher, students or [None] * len(configs), observer)
+        session = _Session(configs, shared, teacher, modules, [states[config.out] for config in configs], observer)
         return session.train(teacher_origin or {})
 
 
@@ -141,16 +155,18 @@ class _Session:
         shared: SharedData,
         teacher: Classifier | None,
         students: Sequence[Classifier | None],
+        states: Sequence[RunState],
         observer: Observer,
     ) -> None:
         self.shared, self.observer = shared, observer
         self.teacher_model = teacher
         compiler = Compiler(observer.message)
         self.runs = [
-            StudentRun(config, shared, student, teacher, compiler)
-            for config, student in zip(configs, students, strict=True)
+            StudentRun(config, shared, student, teacher, compiler, state=state, message=observer.message)
+            for config, student, state in zip(configs, students, states, strict=True)
         ]
         self.failures: dict[int, Failure] = {}
+        self._checkpoints = _CheckpointTimer(configs[0])
 
     def train(self, teacher_origin: Mapping[str, str | None]) -> list[RunResult | Failure]:
         """Train all epochs that are left, then return the results."""
@@ -164,7 +180,7 @@ class _Session:
                 self.observer.begin("training", sum(run.images_left for run in waiting))
             is_in_time = self._train_all(teacher)
         except KeyboardInterrupt as interrupt:
-            run = min(self.runs, key=lambda run: run.progress.epoch)
+            run = min(self.runs, key=lambda run: (run.progress.epoch, run.progress.step_in_epoch))
             raise _interrupted(interrupt, run, num_runs=len(self.runs)) from interrupt
         finally:
             for run in self.runs:
@@ -194,9 +210,9 @@ class _Session:
     def _say_where_it_goes_on(self) -> None:
         for run in self.runs:
             progress, config = run.progress, run.config
-            if progress.epoch and not progress.done:
+            if progress.has_begun and not progress.done:
                 name = "" if len(self.runs) == 1 else f"`{run.out.name}`: "
-                self.observer.message(f"{name}continuing after epoch {progress.epoch} of {config.epochs}")
+                self.observer.message(f"{name}continuing after {progress.shown(config)}")
 
     def _train_all(self, teacher: Teacher | None) -> bool:
         """Train epoch after epoch, students that lag behind first; return False if the time is up before the end."""
@@ -225,19 +241,25 @@ class _Session:
         for run in runs:
             run.start_epoch()
         running = list(runs)
-        drawn = stepping.start_epoch(seed=seed, epoch=epoch)
-        for index in range(max(run.steps_of_epoch for run in runs)):
+        first_step = min(run.first_step for run in runs)
+        drawn = stepping.start_epoch(seed=seed, epoch=epoch, first_step=first_step)
+
+        def seconds() -> float:
+            return (time.perf_counter() - started) / len(runs)
+
+        for index in range(first_step, max(run.steps_of_epoch for run in runs)):
             self.observer.advance(stepping.step(index, running, lambda run: self._given_up(run, running)))
+            if self._checkpoints.is_due(index + 1):
+                for run in list(running):
+                    with self._given_up(run, running), _replay_kept(run, stepping, drawn):
+                        run.save_within_epoch(index + 1, drawn.index, seconds())
+                self._checkpoints.saved()
         stepping.finish_epoch()
-        seconds = (time.perf_counter() - started) / len(runs)
+        taken = seconds()
         for run in list(running):
-            with self._given_up(run, running):
-                try:
-                    row = run.end_epoch(drawn.index, seconds)
-                except NotFiniteError as error:
-                    run.keep_replay(error.index, *stepping.batch_again(error.index, drawn))
-                    raise
-                self.observer.epoch(row, run.config.epochs)
+            with self._given_up(run, running), _replay_kept(run, stepping, drawn):
+                self.observer.epoch(run.end_epoch(drawn.index, taken), run.config.epochs)
+        self._checkpoints.saved()
         for run in runs:
             if run.progress.done or run not in running:
                 stepping.forget(run)
@@ -253,16 +275,21 @@ class _Session:
                 running.remove(run)
 
     def _teacher(self) -> Teacher | None:
-        """The teacher in the mode and the precision that were decided, now or when the runs began."""
-        waiting = [run for run in self._waiting() if METHODS[run.config.method].needs_teacher]
+        """The teacher in the mode and the precision that were decided, now or when the runs began.
+
+        What `auto` decides depends on all runs of the command, not on those that are left: an interruption changes
+        nothing.
+        """
+        learning = [run for run in self.runs if METHODS[run.config.method].needs_teacher]
+        waiting = [run for run in self._waiting() if run in learning]
         if self.teacher_model is None or not waiting:
             return None
         wanted = {key: _decided(key, waiting) for key in ("teacher_precision", "teacher_mode")}
         teacher, decided = choose_teacher(
             self.teacher_model,
-            [run.config for run in waiting],
+            [run.config for run in learning],
             self.shared,
-            num_images=max(run.images_left for run in waiting),
+            num_images=max(self.shared.images_of(run.limit_steps) for run in learning),
             wanted_mode=wanted["teacher_mode"],
             wanted_precision=wanted["teacher_precision"],
             observer=self.observer,
@@ -270,6 +297,34 @@ class _Session:
         for run in waiting:
             run.config = run.config.model_copy(update=decided)
         return teacher
+
+
+class _CheckpointTimer:
+    """Says when the states of all students are to be saved within an epoch."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._steps, self._seconds = config.checkpoint_steps, config.checkpoint_seconds
+        self._last = time.perf_counter()
+
+    def is_due(self, num_steps: int) -> bool:
+        """Whether to save after so many steps of the epoch."""
+        if self._steps is not None:
+            return num_steps % self._steps == 0
+        return time.perf_counter() - self._last >= self._seconds
+
+    def saved(self) -> None:
+        """Called after a save."""
+        self._last = time.perf_counter()
+
+
+@contextmanager
+def _replay_kept(run: StudentRun, stepping: Stepping, drawn: Views) -> Iterator[None]:
+    """Keep the batch of a step that turns out not to have been finite."""
+    try:
+        yield
+    except NotFiniteError as error:
+        run.keep_replay(error.index, *stepping.batch_again(error.index, drawn))
+        raise
 
 
 def _stream_of(run: StudentRun) -> tuple[int, int]:
@@ -284,7 +339,7 @@ def _decided(key: str, runs: Sequence[StudentRun]) -> str:
         UsageError: the value is not the one that a run began with.
     """
     wanted = str(getattr(runs[0].config, key))
-    begun = [run for run in runs if run.progress.epoch and not run.progress.done]
+    begun = [run for run in runs if run.progress.has_begun or wanted == "auto"]
     held = {str(getattr(run.progress, key)) for run in begun} - {"auto"}
     if not held:
         return wanted
@@ -299,8 +354,8 @@ def _decided(key: str, runs: Sequence[StudentRun]) -> str:
 
 def _interrupted(interrupt: KeyboardInterrupt, run: StudentRun, *, num_runs: int) -> Interrupted:
     """The error when runs are stopped from outside; it names the run with the fewest epochs done."""
-    epoch, config = run.progress.epoch, run.config
-    state = f"the state after epoch {epoch} of {config.epochs} is saved" if epoch else "no epoch was finished"
+    progress, config = run.progress, run.config
+    state = f"the state after {progress.shown(config)} is saved" if progress.has_begun else "no epoch was finished"
     again = f"`--resume --out {config.out}`" if num_runs == 1 else "`--resume`"
     error = Interrupted(f"interrupted; {state}", hint=f"continue with the same command and {again}")
     error.exit_code = 143 if interrupt.args else 130

@@ -8,29 +8,39 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from icdctl import files, run_files
 from icdctl.config.run_config import RunConfig
-from icdctl.engine.checkpoint import checkpoint_path
+from icdctl.engine.run_state import ENVIRONMENT_FILE, RunInputs, RunState, claim_state, differences
 from icdctl.errors import ArtifactError, UsageError
 
-_WRITTEN = {"environment.json", "history.csv", "metrics.json", run_files.WEIGHTS_FILE}
+_WRITTEN = {ENVIRONMENT_FILE, "history.csv", "metrics.json", run_files.WEIGHTS_FILE}
 """Files that a run writes besides its config.json."""
+_LENGTH = {"epochs", "max_steps"}
+"""Settings that say how long a run is."""
 
 
 @contextmanager
-def claimed(config: RunConfig, *, resume: bool, waiting: Callable[[str], None] | None = None) -> Iterator[Path]:
+def claimed(
+    config: RunConfig,
+    inputs: RunInputs,
+    *,
+    resume: bool,
+    waiting: Callable[[str], None] | None = None,
+    message: Callable[[str], None] = lambda text: None,
+) -> Iterator[RunState]:
     """Lock the run folder for one process; a run that dies before its first checkpoint leaves nothing behind.
 
     Args:
         config: the configuration of the run.
-        resume: whether a folder that already holds this run is accepted.
+        inputs: what else it is made of.
+        resume: whether a folder that already holds this run is accepted, and its state taken up.
         waiting: called with a message when another process is at work in it, which is then waited for; None to fail at
             once.
+        message: called with what is taken up or discarded.
 
     Yields:
-        The folder.
+        The state that the run takes up, or a new one.
 
     Raises:
         UsageError, ArtifactError: it is in use, or holds something else.
@@ -40,13 +50,18 @@ def claimed(config: RunConfig, *, resume: bool, waiting: Callable[[str], None] |
         existed = out.exists()
         if existed:
             _check_folder(out, config, resume=resume)
+        state = claim_state(config, inputs, resume=resume, message=message)
         files.make_folder(out)
-        try:
-            yield out
-        finally:
-            # A finished run whose state was deleted keeps the files that describe it.
-            if not checkpoint_path(config.fingerprint).is_file() and not (out / "metrics.json").is_file():
-                _remove_new(out, existed)
+        # A run folder may have been copied: then two folders name one state.
+        lock = state.folder.with_name(f".{state.folder.name}.lock")
+        busy = f"the state of `{out}`, `{state.folder}`, is in use by another process"
+        with files.locked(lock, busy=busy, hint="wait for it", waiting=waiting):
+            try:
+                yield state
+            finally:
+                # A finished run whose state was deleted keeps the files that describe it.
+                if not state.exists and not (out / "metrics.json").is_file():
+                    _remove_new(out, existed)
 
 
 @contextmanager
@@ -99,7 +114,7 @@ def _check_folder(out: Path, config: RunConfig, *, resume: bool) -> None:
     """Refuse a folder that holds something else, an existing run without `resume`, or another run with it."""
     if not out.is_dir():
         raise ArtifactError(f"`{out}` is a file, not a run folder", hint="choose another folder with `--out`")
-    inside = sorted(path.name for path in out.iterdir())
+    inside = sorted(path.name for path in out.iterdir() if not _is_remains(path.name))
     stated = out / "config.json"
     if not inside:
         return
@@ -116,10 +131,16 @@ def _check_folder(out: Path, config: RunConfig, *, resume: bool) -> None:
         )
     changed = differences(read_config(out, now_at=config.out), config)
     if changed:
-        raise UsageError(
-            f"run folder `{out}` holds a run with other settings: {', '.join(changed)}",
-            hint="resume with the same settings, or choose another folder with `--out`",
-        )
+        hint = "resume with the same settings, or choose another folder with `--out`"
+        weights = out / run_files.WEIGHTS_FILE
+        if weights.is_file() and {text.split()[0] for text in changed} <= _LENGTH:
+            hint = f"train on from its weights in another folder: `--init-weights {weights} --out {out}-more`"
+        raise UsageError(f"run folder `{out}` holds a run with other settings: {', '.join(changed)}", hint=hint)
+
+
+def _is_remains(name: str) -> bool:
+    """Whether a file is a temporary one of a run that was killed while it wrote there."""
+    return any(name.startswith(f".{written}.") for written in ("config.json", *_WRITTEN))
 
 
 def read_config(out: Path, *, now_at: str) -> RunConfig:
@@ -140,23 +161,11 @@ def read_config(out: Path, *, now_at: str) -> RunConfig:
         raise ArtifactError(f"`{path}` is not a configuration of this version", hint=hint) from error
 
 
-def differences(earlier: RunConfig, config: RunConfig) -> list[str]:
-    """What makes two runs different, e.g. `gamma 4.0 -> 8.0`; empty where one may continue the other."""
-    new, old = config.identity, earlier.identity
-    return [_change(key, old[key], new[key]) for key in new if new[key] != old[key]]
-
-
-def _change(key: str, old: Any, new: Any) -> str:
-    """The change of one key: for settings, each that changed; for hashes, their first digits."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        inner = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-        return ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in inner)
-    return f"{key} {str(old)[:12]} -> {str(new)[:12]}"
-
-
 def _remove_new(out: Path, existed: bool) -> None:
     """Remove what this attempt put into a folder, and the folder itself if this attempt made it."""
-    for name in ("config.json", "environment.json"):
+    for name in ("config.json", ENVIRONMENT_FILE):
         (out / name).unlink(missing_ok=True)
+    for path in [path for path in out.iterdir() if _is_remains(path.name)]:
+        path.unlink(missing_ok=True)
     if not existed and out.is_dir() and not any(out.iterdir()):
         shutil.rmtree(out, ignore_errors=True)

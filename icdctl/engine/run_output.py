@@ -12,9 +12,9 @@ from safetensors.torch import save
 from icdctl import files, models
 from icdctl.config.run_config import RunConfig
 from icdctl.data import UNLABELED, Views
-from icdctl.engine.checkpoint import REPLAY_FILE, CheckpointWriter, Progress, checkpoint_path
-from icdctl.engine.environment import describe_environment
+from icdctl.engine.checkpoint import PREVIOUS_FILE, REPLAY_FILE, STATE_FILE, CheckpointWriter, Progress
 from icdctl.engine.run_folder import write_history
+from icdctl.engine.run_state import ENVIRONMENT_FILE, RunState
 from icdctl.engine.shared_data import SharedData
 from icdctl.engine.step import TrainingStep
 from icdctl.engine.teacher import Answer
@@ -52,34 +52,36 @@ class RunResult:
 class RunOutput:
     """The files of one student run."""
 
-    def __init__(self, config: RunConfig, shared: SharedData) -> None:
+    def __init__(self, config: RunConfig, shared: SharedData, state: RunState) -> None:
         self.out = Path(config.out)
         """The run folder."""
-        self.state_path = checkpoint_path(config.fingerprint)
-        """The checkpoint."""
+        self.state = state
+        """Where the checkpoint is."""
         self._shared = shared
         self.writer = CheckpointWriter(shared.device, in_background=shared.device_driven)
 
     @property
     def replay_path(self) -> Path:
         """The file for a batch that was not finite."""
-        return self.state_path.with_name(REPLAY_FILE)
+        return self.state.folder / REPLAY_FILE
 
-    def write_start(self, config: RunConfig) -> None:
-        """Write what is known before the first step: config.json and environment.json."""
+    def write_start(self, config: RunConfig, progress: Progress) -> None:
+        """Write what is known before the first step: config.json, environment.json, and where the checkpoint is."""
         files.write_json(self.out / "config.json", config.model_dump(mode="json"))
-        environment = describe_environment(self._shared.device, self._shared.precision)
-        files.write_json(self.out / "environment.json", environment)
+        *earlier, last = progress.attempts
+        environment = {**last, **({"earlier": earlier} if earlier else {}), **self.state.pointer(self.out)}
+        files.write_json(self.out / ENVIRONMENT_FILE, environment)
 
-    def write_epoch(self, step: TrainingStep, progress: Progress, config: RunConfig) -> None:
+    def write_state(self, step: TrainingStep, progress: Progress, config: RunConfig) -> None:
         """Write the checkpoint, then history.csv.
 
         Raises:
             ArtifactError: a file can't be written, or the run folder was removed.
         """
-        self.writer.save(self.state_path, step, progress, config)
-        self._check_folder(progress)
-        write_history(self.out / "history.csv", progress.history)
+        self.writer.save(self.state.folder / STATE_FILE, step, progress, config)
+        self._check_folder(progress, config)
+        if progress.history:
+            write_history(self.out / "history.csv", progress.history)
 
     def write_result(self, config: RunConfig, progress: Progress, model: Classifier, metrics: dict[str, Any]) -> None:
         """Write history, weights and metrics of a run whose last epoch is done; the weights' hash joins `metrics`.
@@ -90,18 +92,19 @@ class RunOutput:
             model: the model to keep.
             metrics: without the hash of the weights.
         """
-        self._check_folder(progress)
+        self._check_folder(progress, config)
         write_history(self.out / "history.csv", progress.history)
         metadata = self._shared.dataset.weights_metadata(config.student)
         # These describe an earlier training in this folder, whose weights are replaced now.
         (self.out / "metrics.json").unlink(missing_ok=True)
         metrics[HASH_KEY] = models.save_weights(self.out / WEIGHTS_FILE, without_adapter(model), metadata)
         files.write_json(self.out / "metrics.json", metrics)
+        (self.state.folder / PREVIOUS_FILE).unlink(missing_ok=True)
 
     def keep_replay(self, config: RunConfig, *, epoch: int, index: int, views: Views, answer: Answer | None) -> None:
         """Keep what a step that was not finite saw: pixels, labels and the teacher's answer.
 
-        The weights before its epoch are the checkpoint beside it, or those that the seed gives.
+        The weights of an earlier step are the checkpoint beside it, or those that the seed gives.
 
         Args:
             config: the configuration of the run.
@@ -121,14 +124,15 @@ class RunOutput:
         tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in held.items()}
         files.write_bytes(self.replay_path, save(tensors, metadata=metadata))
 
-    def _check_folder(self, progress: Progress) -> None:
+    def _check_folder(self, progress: Progress, config: RunConfig) -> None:
         """Stop if the run folder was removed: another run may be about to be trained there.
 
         A pipeline that is started again deletes the outputs of a stage, and its first trainer may have outlived it.
         """
         if not (self.out / "config.json").is_file():
             raise ArtifactError(
-                f"run folder `{self.out}` was removed during the run; the state after epoch {progress.epoch} is saved",
+                f"run folder `{self.out}` was removed during the run; the state after {progress.shown(config)} is "
+                "saved",
                 hint="continue from there with the same command and `--resume`",
             )
 

@@ -106,11 +106,17 @@ class TrainingStep:
             device=other._device,
         )
 
-    def start_epoch(self, epoch: int) -> None:
-        """Set the epoch, counted from 1, which the distillation warm-up reads, and clear the log."""
+    def start_epoch(self, epoch: int, *, first_step: int = 0) -> None:
+        """Set the epoch, which the distillation warm-up reads, and clear the log.
+
+        Args:
+            epoch: counted from 1.
+            first_step: number of the step that is due; the log of those before it stays, where an epoch is continued.
+        """
         self._epoch.fill_(epoch)
-        self.log.zero_()
-        self.num_right.zero_()
+        self.log[first_step:].zero_()
+        if first_step == 0:
+            self.num_right.zero_()
 
     @property
     def state(self) -> list[Tensor]:

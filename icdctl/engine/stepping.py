@@ -47,12 +47,13 @@ class Stepping:
         """Whether a step is one CUDA graph."""
         return self._loop is not None and self._loop.captures
 
-    def start_epoch(self, *, seed: int, epoch: int) -> Views:
+    def start_epoch(self, *, seed: int, epoch: int, first_step: int = 0) -> Views:
         """Go to the first step of an epoch.
 
         Args:
             seed: the seed of the runs.
             epoch: counted from 1.
+            first_step: number of the step to go to, where an epoch is continued.
 
         Returns:
             The views of the epoch, on the CPU.
@@ -65,7 +66,7 @@ class Stepping:
         if shared.device_driven and drawn.key is None:
             if self._loop is None:
                 self._loop = DeviceLoop(shared.store, shared.labels, self._batch_size, self._teacher, self._message)
-            self._loop.start_epoch(drawn)
+            self._loop.start_epoch(drawn, first_step=first_step)
             return drawn
         self._views = drawn.to(shared.device)
         self._answers = None if self._teacher is None else self._teacher.epoch(self._views, self._batch_size)
@@ -82,7 +83,7 @@ class Stepping:
         Returns:
             Number of images that they saw together.
         """
-        learning = [student for student in students if index < student.steps_of_epoch]
+        learning = [student for student in students if student.first_step <= index < student.steps_of_epoch]
         if not learning:
             return 0
         if self._loop is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from icdctl.config.run_config import RunConfig
 from icdctl.data import UNLABELED, Views
 from icdctl.engine.checkpoint import Progress, load_checkpoint
 from icdctl.engine.compiled import Compiler
+from icdctl.engine.environment import describe_environment, differing_environment
 from icdctl.engine.optimizers import make_optimizer
 from icdctl.engine.run_output import RunOutput, RunResult, run_metrics
+from icdctl.engine.run_state import RunState, state_folder_of
 from icdctl.engine.schedule import learning_rate
 from icdctl.engine.shared_data import SharedData, balanced_class_weights
 from icdctl.engine.step import StepRule, TrainingStep, trained_parameters
@@ -26,6 +28,7 @@ from icdctl.evaluation import Evaluation, batch_size_on, evaluate_logits, module
 from icdctl.methods import METHODS, ModelProbe, Objective, Supervision
 from icdctl.models import Classifier
 from icdctl.models.external import Adapted, without_adapter
+from icdctl.run_files import WEIGHTS_FILE
 
 _OBJECTIVE_SEED = 2**31
 """Added to the run's seed for what a method draws: a connector's weights are not those of the student's first layer."""
@@ -50,6 +53,9 @@ class StudentRun:
         student: Classifier | None,
         teacher: Classifier | None,
         compiler: Compiler | None = None,
+        *,
+        state: RunState | None = None,
+        message: Callable[[str], None] = lambda text: None,
     ) -> None:
         """
         Args:
@@ -58,10 +64,12 @@ class StudentRun:
             student: a custom module in place of the model that the configuration names.
             teacher: the frozen model, for a method that reads one; only its shapes are read.
             compiler: for a run that is to be compiled.
+            state: the state that it takes up, or begins; None to begin without looking for one.
+            message: called with what the user should read.
 
         Raises:
             UsageError: the method can't be used for these models.
-            ArtifactError: its checkpoint or its first weights can't be read, or are of other images.
+            ArtifactError: its checkpoint or its first weights can't be read.
         """
         self.config, self.shared = config, shared
         self.student = student if student is not None else _new_student(config, shared)
@@ -92,15 +100,28 @@ class StudentRun:
         self.limit_steps = config.epochs * shared.num_steps
         if config.max_steps is not None:
             self.limit_steps = min(self.limit_steps, config.max_steps)
-        self.output = RunOutput(config, shared)
-        self.progress = load_checkpoint(self.output.state_path, self.step) or Progress(
-            epoch=0, steps=0, history=[], seconds=0.0, done=False, dataset_sha256=shared.dataset.sha256
-        )
-        if self.progress.dataset_sha256 != shared.dataset.sha256:
-            raise ArtifactError(
-                f"the images of `{config.dataset}` have changed since this run began",
-                hint=f"bring them back, or delete `{self.out}` and `{self.output.state_path.parent}` and start again",
-            )
+        self._message = message
+        self.output = RunOutput(config, shared, state or RunState(state_folder_of(Path(config.out)), ""))
+        self.progress = self._progress(state)
+        self._seconds_before = 0.0
+        """Training time of the current epoch in earlier attempts."""
+
+    def _progress(self, state: RunState | None) -> Progress:
+        """How far the run is; weights and optimiser are put back as they were."""
+        if state is not None and state.metrics is not None:
+            models.load_weights(without_adapter(self.result_model), self.out / WEIGHTS_FILE)
+            return self._new_progress(done=True)
+        if state is None:
+            return self._new_progress()
+        found = load_checkpoint(state.folder, self.step, self._message)
+        if found is not None:
+            return found.model_copy(update={"run": state.run})
+        begun = {"run": state.run, "student_sha256": state.student_sha256, **state.decided}
+        return self._new_progress().model_copy(update=begun)
+
+    def _new_progress(self, *, done: bool = False) -> Progress:
+        sha256 = self.shared.dataset.sha256
+        return Progress(epoch=0, steps=0, history=[], seconds=0.0, done=done, dataset_sha256=sha256)
 
     @property
     def out(self) -> Path:
@@ -120,7 +141,13 @@ class StudentRun:
     @property
     def images_left(self) -> int:
         """Number of images that it will still see."""
-        return self.shared.images_of(self.limit_steps) - self.shared.images_of(self.progress.steps)
+        done = self.progress.steps + self.progress.step_in_epoch
+        return self.shared.images_of(self.limit_steps) - self.shared.images_of(done)
+
+    @property
+    def first_step(self) -> int:
+        """Number of the first step of the next epoch that is not done."""
+        return self.progress.step_in_epoch
 
     @property
     def steps_of_epoch(self) -> int:
@@ -132,12 +159,47 @@ class StudentRun:
         if self.progress.done:  # everything was decided when the run began, and is stated again
             decided = {key: getattr(self.progress, key) for key in ("teacher_mode", "teacher_precision")}
             self.config = self.config.model_copy(update=decided)
-        self.output.write_start(self.config)
+        else:
+            self._add_attempt()
+        if self.output.state.metrics is None:
+            self.output.write_start(self.config, self.progress)
+
+    def _add_attempt(self) -> None:
+        """Record where the run is trained from now on, and say what differs from where it was trained up to now."""
+        progress = self.progress
+        now = describe_environment(self.shared.device, self.shared.precision)
+        attempts = [each for each in progress.attempts if progress.has_begun]
+        changed = differing_environment(attempts[-1], now) if attempts else ()
+        if changed:
+            self._message(f"note: `{self.out}` began with {', '.join(changed)}: the last digits may differ")
+        if attempts and not changed:
+            attempts.pop()
+        self.progress = progress.model_copy(update={"attempts": [*attempts, now]})
 
     def start_epoch(self) -> None:
-        """Prepare for the next epoch."""
+        """Prepare for the next epoch, or for what is left of it."""
         self.student.train()
-        self.step.start_epoch(self.progress.epoch + 1)
+        self.step.start_epoch(self.progress.epoch + 1, first_step=self.first_step)
+        self._seconds_before = self.progress.epoch_seconds
+
+    def save_within_epoch(self, index: int, order: Tensor, seconds: float) -> None:
+        """Save the state between two steps.
+
+        Args:
+            index: number of the next step of the epoch.
+            order: [V * N] images of the epoch's views, on the CPU.
+            seconds: this student's share of the time that the epoch has taken in this attempt.
+
+        Raises:
+            NotFiniteError: a step was not finite; nothing is saved then.
+        """
+        if not self.first_step < index < self.steps_of_epoch:
+            return
+        self._check_finite(self.step.log[:index].cpu(), order, first_index=0)
+        decided = {key: getattr(self.config, key) for key in ("teacher_mode", "teacher_precision")}
+        within = {"step_in_epoch": index, "epoch_seconds": self._seconds_before + seconds}
+        self.progress = self.progress.model_copy(update={**within, **decided})
+        self.output.write_state(self.step, self.progress, self.config)
 
     def train(self, index: int, views: Views, images: Tensor, labels: Tensor, answer: Answer | None) -> None:
         """One step, driven by the host.
@@ -192,20 +254,23 @@ class StudentRun:
         self._check_finite(log, order, first_index=0)
         seen = shared.dataset.train_labels[order[: num_steps * shared.batch_size * self.num_views]]
         row = self._row(log, num_labelled=int((seen != UNLABELED).sum()))
-        row["seconds"] = seconds + time.perf_counter() - started
+        row["seconds"] = self._seconds_before + seconds + time.perf_counter() - started
         steps = progress.steps + num_steps
-        self.progress = Progress(
-            epoch=progress.epoch + 1,
-            steps=steps,
-            history=[*progress.history, row],
-            seconds=progress.seconds + row["seconds"],
-            done=steps >= self.limit_steps,
-            dataset_sha256=progress.dataset_sha256,
-            nonfinite_steps=progress.nonfinite_steps + int((~torch.isfinite(log).all(dim=1)).sum()),
-            teacher_mode=self.config.teacher_mode,
-            teacher_precision=self.config.teacher_precision,
+        self.progress = progress.model_copy(
+            update={
+                "epoch": progress.epoch + 1,
+                "steps": steps,
+                "step_in_epoch": 0,
+                "epoch_seconds": 0.0,
+                "history": [*progress.history, row],
+                "seconds": progress.seconds + row["seconds"],
+                "done": steps >= self.limit_steps,
+                "nonfinite_steps": progress.nonfinite_steps + int((~torch.isfinite(log).all(dim=1)).sum()),
+                "teacher_mode": self.config.teacher_mode,
+                "teacher_precision": self.config.teacher_precision,
+            }
         )
-        self.output.write_epoch(self.step, self.progress, self.config)
+        self.output.write_state(self.step, self.progress, self.config)
         return row
 
     def _row(self, log: Tensor, *, num_labelled: int) -> dict[str, float]:
@@ -279,6 +344,9 @@ class StudentRun:
             num_students: number of students that were trained at once.
         """
         model = self.result_model
+        kept = self.output.state.metrics
+        if kept is not None:
+            return RunResult(self.out, self.config, kept, True, model.eval())
         metrics = run_metrics(
             self.shared,
             self.config,

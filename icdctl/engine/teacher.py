@@ -86,14 +86,18 @@ class _Buffered:
         self._feed, self._of_views, self._from_cpu = feed, of_views, from_cpu
         self._stream = side_stream(feed.device)
         self._held: Answer | None = None
+        self._chunk = -1
+        """Number of the chunk that is being read."""
 
     def prepare(self, index: int) -> None:
         """See `DeviceDrivenAnswers`."""
         number, step = divmod(index, _STEPS_AHEAD)
-        if step:
+        if step and number == self._chunk:
             return
-        if number == 0:
-            self._fill(0)
+        is_filled = step == 0 and 0 < number == self._chunk + 1
+        if not is_filled:  # at the start of an epoch, or where one is continued
+            self._fill(number)
+        self._chunk = number
         join(self._stream)
         self._fill(number + 1)
 

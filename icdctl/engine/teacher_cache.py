@@ -155,7 +155,8 @@ def cache_pays(table: CachePlan, demand: Demand, device: torch.device) -> bool:
     """Whether filling the table once is less work than to answer every batch."""
     # A look-up is not free, and on CUDA the teacher runs beside the students.
     share = 0.4 if device.type == "cuda" else 0.8
-    return table.is_kept or table.num_views <= share * demand.num_images
+    # Whether it was filled before must not matter: the answers round differently, and a command would give other bytes.
+    return table.num_views <= share * demand.num_images
 
 
 def make_teacher(
@@ -190,11 +191,14 @@ def make_teacher(
         begin("asking the teacher", table.num_views)
         return _filled(inline, store, table, advance, _in_memory)
     with files.waited_lock(table.folder.with_name(f".{table.folder.name}.lock")):
-        kept = _opened(table, store, inline.reads)
-        if kept is not None and _agrees(kept, inline, store, table):
-            return kept
-        if kept is not None:
-            message("warning: the teacher cache differs from what the teacher computes now: it is filled again")
+        if table.is_kept:
+            try:
+                kept = _opened(table, store, inline.reads)
+                _check_agrees(kept, inline, store, table)
+            except (OSError, EOFError, ValueError) as error:
+                message(f"warning: the teacher cache `{table.folder}` can't be used, it is filled again: {error}")
+            else:
+                return kept
         begin("filling the teacher cache", table.num_views)
         return _kept(inline, store, table, advance)
 
@@ -246,33 +250,39 @@ def _kept(inline: InlineTeacher, store: ImageStore, table: CachePlan, advance: C
 
     try:
         _filled(inline, store, table, advance, mapped)
-        facts = {"num_views": table.num_views, "dtype": str(table.dtype), "of": dict(table.about)}
+        hashes = {path.name: files.sha256_file(path) for path in sorted(building.iterdir())}
+        facts = {"num_views": table.num_views, "dtype": str(table.dtype), "of": dict(table.about), "sha256": hashes}
         files.write_json(building / "facts.json", facts)
         building.rename(table.folder)
     except OSError as error:
         raise files.not_writable(table.folder, error) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    opened = _opened(table, store, inline.reads)
-    if opened is None:
-        raise ArtifactError(
-            f"`{table.folder}` can't be read back", hint="check the disk, or use `--teacher-mode inline`"
-        )
-    return opened
-
-
-def _opened(table: CachePlan, store: ImageStore, reads: Collection[str]) -> CachedTeacher | None:
-    """The table on disk, mapped; None where it is absent or damaged."""
-    assert table.folder is not None
-    if not table.is_kept:
-        return None
     try:
-        tables = {name: torch.from_numpy(_mapped(table.folder / _file_of(name))) for name in sorted(reads)}
-    except (OSError, EOFError, ValueError):
-        return None
-    whole = all(part.shape[0] == table.num_views and part.dtype == table.dtype for part in tables.values())
-    if not whole:
-        return None
+        return _opened(table, store, inline.reads)
+    except (OSError, EOFError, ValueError) as error:
+        raise ArtifactError(
+            f"`{table.folder}` can't be read back: {error}", hint="check the disk, or use `--teacher-mode inline`"
+        ) from error
+
+
+def _opened(table: CachePlan, store: ImageStore, reads: Collection[str]) -> CachedTeacher:
+    """The table on disk, mapped.
+
+    Raises:
+        OSError, EOFError, ValueError: it is damaged, or not the one that was written.
+    """
+    assert table.folder is not None
+    stated = files.parse_json(files.read_regular(table.folder / "facts.json"))
+    hashes = stated.get("sha256", {}) if isinstance(stated, dict) else None
+    if not isinstance(hashes, dict):
+        raise ValueError("its facts are broken")
+    for name, sha256 in hashes.items():  # tables of earlier versions have none
+        if files.sha256_file(table.folder / name) != sha256:
+            raise ValueError(f"`{name}` was changed after it was written")
+    tables = {name: torch.from_numpy(_mapped(table.folder / _file_of(name))) for name in sorted(reads)}
+    if not all(part.shape[0] == table.num_views and part.dtype == table.dtype for part in tables.values()):
+        raise ValueError("it has another size")
     files.mark_used(table.folder / "facts.json")
     return _placed(store, tables)
 
@@ -296,13 +306,20 @@ def _mapped(path: Path) -> NDArray[Any]:
         return np.memmap(file, dtype=dtype, mode="c", offset=file.tell(), shape=shape)
 
 
-def _agrees(kept: CachedTeacher, inline: InlineTeacher, store: ImageStore, table: CachePlan) -> bool:
-    """Whether some of the views, drawn at random, have the answers that the teacher gives now."""
-    numbers = torch.randint(table.num_views, (_CHECKED_VIEWS,), generator=torch.Generator().manual_seed(0))
+def _check_agrees(kept: CachedTeacher, inline: InlineTeacher, store: ImageStore, table: CachePlan) -> None:
+    """Check that some of the views, others each time, have the answers that the teacher gives now.
+
+    Raises:
+        ValueError: they have others.
+    """
+    generator = torch.Generator()
+    generator.seed()
+    numbers = torch.randint(table.num_views, (_CHECKED_VIEWS,), generator=generator)
     views = store.numbered(numbers).to(store.device)
     now, then = inline.of_views(store, views), kept.of_views(views)
     allowed = _ALLOWED[str(table.dtype).removeprefix("torch.")]
-    return all(bool((now[name] - then[name]).abs().max() <= allowed * now[name].abs().max()) for name in now)
+    if not all(bool((now[name] - then[name]).abs().max() <= allowed * now[name].abs().max()) for name in now):
+        raise ValueError("the teacher computes other answers now")
 
 
 def _numpy_type(dtype: torch.dtype) -> type[np.generic]:

@@ -7,11 +7,12 @@ weights give equal bytes.
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from icdctl.data import Preprocessing
+from icdctl.data import Preprocessing, SplitRecord
 from icdctl.files import parse_json
 
 InputKind = Literal["uint8", "float"]
@@ -37,6 +38,8 @@ class ModelDescription:
     precision: str = "fp32"
     variant: object = None
     """How the run differs from its recipe, a JSON value; None if the caller did not say."""
+    split: SplitRecord | None = None
+    """How its data set was divided, and the hashes of its images; None where the weights do not say it."""
 
     @property
     def num_classes(self) -> int:
@@ -65,6 +68,8 @@ class ModelDescription:
         }
         if self.variant is not None:
             values["icdctl.variant"] = _json(self.variant)
+        if self.split is not None:
+            values["icdctl.split"] = _json(self.split.as_json())
         return values
 
     @staticmethod
@@ -79,7 +84,7 @@ class ModelDescription:
         names = parse_json(values["names"])
         if not isinstance(names, dict):
             raise TypeError("`names` is not a JSON object")
-        class_names = tuple(str(names[str(number)]) for number in range(len(names)))
+        class_names = tuple(unicodedata.normalize("NFC", str(names[str(number)])) for number in range(len(names)))
         if int(values["icdctl.num_classes"]) != len(class_names):
             raise ValueError(f"{len(class_names)} names for {values['icdctl.num_classes']} classes")
         preprocess = parse_json(values["icdctl.preprocess"])
@@ -97,6 +102,7 @@ class ModelDescription:
             weights_sha256=values["icdctl.weights_sha256"],
             precision=values["icdctl.precision"],
             variant=parse_json(values.get("icdctl.variant", "null")),
+            split=SplitRecord.from_json(parse_json(values["icdctl.split"])) if "icdctl.split" in values else None,
         )
 
 

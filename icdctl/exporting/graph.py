@@ -107,6 +107,8 @@ def graph_bytes(model: nn.Module, description: ModelDescription, *, opset: int =
     _strip(proto)
     _name_batch(proto.graph)
     proto.producer_name, proto.producer_version = "icdctl", ""
+    # The exporter writes the newest, which older runtimes refuse, though they know the opset.
+    proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
     proto.graph.name = description.model
     for key, value in sorted(description.metadata().items()):
         entry = proto.metadata_props.add()

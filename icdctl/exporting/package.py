@@ -52,6 +52,8 @@ class Export:
     """Size of the graph's file."""
     accuracy: Accuracy | None = None
     """Accuracy measured with the graph; None if no labels were given."""
+    unmeasured: str | None = None
+    """Why no accuracy was measured, as the caller said it; None where it was."""
 
     @property
     def model_file(self) -> Path:
@@ -69,6 +71,7 @@ class Export:
             "dataset": self.description.dataset,
             "input": self.description.input_kind,
             "accuracy": self.accuracy,
+            "unmeasured": self.unmeasured,
             "verification": self.report.as_json(),
         }
 
@@ -141,6 +144,7 @@ def _description(trained_model: TrainedModel, input_kind: InputKind, *, variant:
         input_kind,
         trained_model.sha256,
         variant=variant,
+        split=trained_model.split,
     )
 
 
@@ -190,7 +194,8 @@ def _write_facts(
     folder: Path, description: ModelDescription, *, opset: int, accuracy: Accuracy | None, facts: Mapping[str, object]
 ) -> None:
     own: dict[str, object] = dict(description.metadata())
-    own |= {key: files.parse_json(str(own[key])) for key in ("names", "icdctl.preprocess")}
+    of_json = [key for key in ("names", "icdctl.preprocess", "icdctl.split") if key in own]
+    own |= {key: files.parse_json(str(own[key])) for key in of_json}
     value = {
         **{key.removeprefix("icdctl."): entry for key, entry in own.items() if key != "icdctl.variant"},
         "num_classes": description.num_classes,

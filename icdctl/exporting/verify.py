@@ -192,11 +192,15 @@ def _origin_problems(description: ModelDescription, trained_model: TrainedModel)
         "preprocessing": (description.preprocessing, trained_model.preprocessing),
         "weights": (description.weights_sha256[:12], trained_model.sha256[:12]),
     }
-    return [
+    problems = [
         f"made for other {what}" if what == "classes" else f"{what} {declared}, expected {actual}"
         for what, (declared, actual) in pairs.items()
         if declared != actual
     ]
+    splits = (description.split, trained_model.split)
+    if None not in splits and splits[0] != splits[1]:  # exports of an earlier version say nothing
+        problems.append("images divided in another way than those that the weights were trained on")
+    return problems
 
 
 def _comparable(description: ModelDescription, trained_model: TrainedModel) -> bool:

@@ -10,7 +10,8 @@ from typing import Literal
 
 from icdctl import files, teachers
 from icdctl.api import planning
-from icdctl.engine.run_folder import differences, held, read_config
+from icdctl.engine.run_folder import held, read_config
+from icdctl.engine.run_state import differences
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.grid.cells import GridRun
 

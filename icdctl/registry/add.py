@@ -110,6 +110,8 @@ class _Run:
     metrics: _Metrics
     all_metrics: dict[str, JsonValue]
     environment: _Environment
+    split: dict[str, JsonValue] | None
+    """How its images were divided, as the metadata of its weights say it."""
 
 
 @dataclass(frozen=True)
@@ -171,9 +173,9 @@ def _read_run(run_folder: Path) -> _Run:
     config, _ = _read(config_path, _Config, hint)
     metrics, all_metrics = _read(run_folder / "metrics.json", _Metrics, hint)
     environment, _ = _read(run_folder / "environment.json", _Environment, hint)
-    _check_weights(run_folder / WEIGHTS_FILE, hint)
+    split = _split_in(run_folder / WEIGHTS_FILE, hint)
     check_as_written(run_folder, files.sha256_file(run_folder / WEIGHTS_FILE), hint=hint)
-    return _Run(config, metrics, all_metrics, environment)
+    return _Run(config, metrics, all_metrics, environment, split)
 
 
 def _read_export(export_folder: Path, run_folder: Path) -> _Export:
@@ -207,14 +209,19 @@ def _read(path: Path, kind: type[Document], hint: str) -> tuple[Document, dict[s
         raise ArtifactError(f"`{path}` is broken: {first_problem(error)}", hint=hint) from error
 
 
-def _check_weights(path: Path, hint: str) -> None:
-    """Open the file: safetensors states its own length, so a truncated file is detected without reading it all."""
+def _split_in(path: Path, hint: str) -> dict[str, JsonValue] | None:
+    """How the images were divided, as the metadata of weights say it; None if an earlier version wrote them.
+
+    Safetensors states its own length, so a truncated file is detected here without reading it all.
+    """
     try:
         files.check_regular(path)
-        with safe_open(path, framework="numpy"):
-            pass
-    except (OSError, SafetensorError) as error:
+        with safe_open(path, framework="numpy") as file:
+            metadata = files.parse_json((file.metadata() or {}).get("icdctl", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
         raise ArtifactError(f"weights `{path}` are broken: {error}", hint=hint) from error
+    split = metadata.get("split") if isinstance(metadata, dict) else None
+    return split if isinstance(split, dict) else None
 
 
 def _name_of(config: _Config, given: str | None) -> str:
@@ -288,6 +295,7 @@ def _manifest(folder: Path, name: str, run: _Run, records: dict[str, FileRecord]
                 sha256=run.metrics.dataset_sha256,
                 source=row.source if row else None,
                 licence=row.licence if row else None,
+                split=run.split,
             ),
             model=config.student,
             method=config.method,

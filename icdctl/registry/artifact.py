@@ -54,6 +54,8 @@ class DatasetRecord(_Record):
     """Where the images come from; null if icdctl does not know."""
     licence: str | None
     """Terms of use that the images' publisher states; null if icdctl does not know."""
+    split: dict[str, JsonValue] | None = None
+    """How the images were divided, and hashes of the files of each part; null if the weights do not say it."""
 
 
 class TeacherRecord(_Record):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from icdctl import files, models, registry, run_files
-from icdctl.data import DatasetInfo, Preprocessing
+from icdctl.data import DatasetInfo, Preprocessing, SplitRecord
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.models import Classifier, Weights
 from icdctl.models.external import CUSTOM_MODEL, adapt, without_adapter
@@ -38,6 +39,8 @@ class TrainedModel:
     weights: Weights
     module: nn.Module | None = None
     """The custom module that the weights belong to, which is never changed; None for a model of `MODELS`."""
+    split: SplitRecord | None = None
+    """How its data set was divided, and the hashes of its images; None where the weights do not say it."""
 
     @property
     def num_classes(self) -> int:
@@ -162,7 +165,7 @@ def _from_metadata(
             "teacher or student, load the weights into the module and pass the module",
         )
     try:
-        class_names = tuple(str(name) for name in said["class_names"])
+        class_names = tuple(unicodedata.normalize("NFC", str(name)) for name in said["class_names"])
         preprocessing = Preprocessing.from_json(said["preprocessing"])
         model = models.resolve(str(said["model"])) if module is None else type(module).__name__
         dataset = str(said["dataset"])
@@ -173,7 +176,27 @@ def _from_metadata(
             f"the metadata of `{path}` do not have icdctl's format: {error}",
             hint="another program or version wrote this file; train or convert the model again",
         ) from error
-    return TrainedModel(path, weights.sha256, model, dataset, class_names, preprocessing, origin, weights, module)
+    known = (dataset, class_names, preprocessing)
+    return TrainedModel(path, weights.sha256, model, *known, origin, weights, module, split_in(said, path=path))
+
+
+def split_in(metadata: Mapping[str, Any], *, path: Path) -> SplitRecord | None:
+    """The record of the split in the metadata of weights; None where they have none.
+
+    Args:
+        metadata: the metadata.
+        path: the file that they are from, for the message.
+
+    Raises:
+        ArtifactError: the record is malformed.
+    """
+    try:
+        return SplitRecord.from_metadata(metadata)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"the metadata of `{path}` do not say how its images were divided in icdctl's format: {error}",
+            hint="another program or version wrote this file; train the model again",
+        ) from error
 
 
 def identify(path: Path, tensors: dict[str, Tensor], *, dataset: DatasetInfo) -> tuple[str, int]:

@@ -157,8 +157,8 @@ def reliability(name: str, bins: Mapping[str, Sequence[Bin]], ece: Mapping[str, 
         for label, colour, marker in styled(list(bins)):
             held = [each for each in bins[label] if each.images > _FEWEST_SHARE * total[label]]
             axes.plot(
-                [each.confidence for each in held],
-                [each.accuracy for each in held],
+                [each.confidence for each in held if each.confidence is not None],
+                [each.accuracy for each in held if each.accuracy is not None],
                 color=colour,
                 marker=marker,
                 markersize=4,

@@ -9,14 +9,16 @@ import torch
 
 from icdctl import data
 from icdctl.config.run_config import RunConfig
-from icdctl.data import Request
+from icdctl.data import Dataset, Request
 from icdctl.engine.environment import cpu_name
 from icdctl.engine.observer import Observer
-from icdctl.errors import IcdctlError
+from icdctl.errors import ArtifactError, IcdctlError
 from icdctl.registry.trained import TrainedModel
 from icdctl.reporting import measure
 from icdctl.reporting.measure import Measurement, ModelMeasurer
 from icdctl.reporting.run_groups import ReportCell, RunGroup
+
+_NAMED_CLASSES = 5
 
 
 @dataclass
@@ -77,6 +79,7 @@ class GroupMeasurer:
             for run in cell.runs:
                 try:
                     trained_model = measure.student_of(run)
+                    self._check_unseen(trained_model, f"`{run.folder}`", measurer)
                     found.measured[run.folder] = measurer.measure(trained_model, teacher=found.teacher)
                 except IcdctlError as error:
                     self._notes.append(f"{run.folder} was not measured: {error.message}")
@@ -93,17 +96,45 @@ class GroupMeasurer:
         wanted = config.images
         if self._held is None or self._held[0] != wanted:
             self._held = None  # frees the images of the previous data set
-            self._held = (wanted, ModelMeasurer(data.load(wanted), self._device, self._observer))
+            dataset = data.load(wanted)
+            self._note_untested(dataset)
+            self._held = (wanted, ModelMeasurer(dataset, self._device, self._observer))
         return self._held[1]
+
+    def _note_untested(self, dataset: Dataset) -> None:
+        """Note which classes have no numbers."""
+        tested = set(dataset.test_labels.tolist())
+        untested = [name for number, name in enumerate(dataset.class_names) if number not in tested]
+        if untested:
+            names = ", ".join(untested[:_NAMED_CLASSES]) + (", ..." if len(untested) > _NAMED_CLASSES else "")
+            count = f"{len(untested)} of {dataset.num_classes} classes of `{dataset.name}`"
+            self._notes.append(f"{count} have no test image, so nothing is measured for them: {names}")
 
     def _measure_teacher(self, found: GroupMeasurements, measurer: ModelMeasurer) -> None:
         try:
             teacher = measure.teacher_of(found.group, measurer.dataset)
             if teacher is not None:
+                self._check_unseen(teacher, f"teacher {teacher.model}", measurer)
                 found.teacher_numbers = measurer.measure(teacher, teacher=None)
                 found.teacher = teacher
         except IcdctlError as error:
             self._notes.append(f"{found.group.title}: the students are not compared with the teacher: {error.message}")
+
+    def _check_unseen(self, trained_model: TrainedModel, label: str, measurer: ModelMeasurer) -> None:
+        """Refuse to measure a model on images that it was trained on, or may have been.
+
+        Weights of earlier versions do not say which those were, which is noted.
+
+        Raises:
+            ArtifactError: it was trained on some of the test images, or on images that have changed since.
+        """
+        seen = measurer.dataset.seen_by(label, trained_model.dataset, trained_model.split)
+        if seen is None:
+            return
+        if trained_model.split is None:
+            self._notes.append(seen)
+            return
+        raise ArtifactError(seen, hint="bring the images back, or train the model again")
 
     def _time(self, found: GroupMeasurements) -> None:
         for trained_model in [*([found.teacher] if found.teacher else []), *found.trained_models.values()]:

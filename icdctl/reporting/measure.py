@@ -77,6 +77,8 @@ FEWEST_MAPPED = 5
 """The fewest images that a map of features is drawn for."""
 _MAPPED_CLASSES, _MAPPED_IMAGES = 10, 30
 _SEED = 0
+_SCHEME = 2
+"""Version of the numbers that are kept: the first had 0 where a class or a bin has no images."""
 
 
 def choose_images(labels: Tensor, *, num_shown: int, shown: Sequence[int] | None = None) -> ChosenImages:
@@ -172,6 +174,7 @@ class ModelMeasurer:
             "data": self._data,
             "device": self._device.type,
             "versions": versions.versions(("icdctl", "torch")),
+            "scheme": _SCHEME,
         }
         path = _cache_path("evaluated", facts)
         held = _held(path)

@@ -152,9 +152,10 @@ def _class_gains(
     seeds = sorted(sides[0].keys() & sides[1].keys())
     if not seeds:
         return None
-    gains = [np.array(sides[0][seed].numbers.per_class) - np.array(sides[1][seed].numbers.per_class) for seed in seeds]
     tested = sorted(set(dataset.test_labels.tolist()))
-    return [float(value) for value in np.mean(gains, axis=0)[tested]]
+    shares = [[np.array(side[seed].numbers.per_class, dtype=float)[tested] for seed in seeds] for side in sides]
+    gains = np.array(shares[0]) - np.array(shares[1])
+    return [float(value) for value in gains.mean(axis=0)]
 
 
 def _together(several: Sequence[evaluation.Evaluation]) -> tuple[evaluation.Bin, ...]:
@@ -162,11 +163,15 @@ def _together(several: Sequence[evaluation.Evaluation]) -> tuple[evaluation.Bin,
     found = []
     for same in zip(*(each.reliability for each in several), strict=True):
         images = sum(each.images for each in same)
-        share = max(images, 1)
-        confidence = sum(each.images * each.confidence for each in same) / share
-        accuracy = sum(each.images * each.accuracy for each in same) / share
-        found.append(evaluation.Bin(images, confidence, accuracy))
+        means = [_mean([(each.images, each[place]) for each in same]) for place in (1, 2)]
+        found.append(evaluation.Bin(images, *means))
     return tuple(found)
+
+
+def _mean(weighted: Sequence[tuple[int, float | None]]) -> float | None:
+    """The mean of values, each weighted by a number of images; None without images."""
+    images = sum(weight for weight, _ in weighted)
+    return sum(weight * (value or 0.0) for weight, value in weighted) / images if images else None
 
 
 def pareto(groups: Sequence[GroupMeasurements]) -> list[Picture]:

@@ -231,13 +231,14 @@ def _place(config: RunConfig, num_methods: Mapping[str, int]) -> tuple[int, int,
 
 def _settings(config: RunConfig) -> dict[str, object]:
     """Everything that decides the numbers of a run, except the seed, as one flat mapping."""
-    held = {key: value for key, value in config.identity.items() if key not in ("seed", "out", "settings")}
-    return {**held, **config.settings}
+    held = {key: value for key, value in config.identity.items() if key not in ("seed", "settings")}
+    return {**held, "dataset": config.dataset, **config.settings}
 
 
 def _training(config: RunConfig) -> dict[str, object]:
     """Everything that decides the numbers of a run, except seed, method and teacher."""
-    return {key: value for key, value in config.identity.items() if key not in (*_OF_METHOD, "seed", "out")}
+    held = {key: value for key, value in config.identity.items() if key not in (*_OF_METHOD, "seed")}
+    return {**held, "dataset": config.dataset}
 
 
 def _as_text(settings: Mapping[str, object]) -> str:

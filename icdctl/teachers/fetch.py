@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from icdctl import data, evaluation, files, models
-from icdctl.data import DatasetInfo, download
+from icdctl.data import DatasetInfo, Request, download
 from icdctl.data.download import USUAL_PATIENCE, OnBytes, Patience
 from icdctl.errors import ArtifactError
 from icdctl.models import Classifier
@@ -210,7 +210,7 @@ def _is_right(place: Path, entry: LockEntry) -> bool:
 
 
 def _trained_on(teacher: PublishedTeacher) -> DatasetInfo:
-    return data.describe(data.request(teacher.dataset))
+    return data.describe(Request(teacher.dataset, files.data_folder()))
 
 
 def _original(
@@ -316,7 +316,7 @@ def _measured(
     folder = options.data_folder or files.data_folder()
     if entry.measured_top1 is not None or not data.is_there(teacher.dataset, folder):
         return entry, None
-    held = data.load(data.request(teacher.dataset, folder=folder), on_images=progress.on_decoded)
+    held = data.load(Request(teacher.dataset, folder), on_images=progress.on_decoded)
     device = torch.device(options.device)
     predict = evaluation.module_predictor(model.eval().to(device), held.preprocessing, device)
     total, here = held.test_images.shape[0], 0
