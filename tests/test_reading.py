@@ -291,6 +291,7 @@ OWN_READERS = {
     "science/package_file.py": "files of the package itself",
     "teachers/published_teachers.py": "a file of the package itself",
     "engine/environment.py": "/proc/cpuinfo",
+    "files/lock_holder.py": "/proc",
     "engine/teacher_cache.py": "/proc/meminfo",
     "models/weights.py": "weights, from the bytes that `read_foreign` gave",
     "models/pickles.py": "pickles, from the bytes that `read_foreign` gave",
