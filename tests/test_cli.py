@@ -200,7 +200,7 @@ def test_validate_tells_sound_from_broken(icdctl: CommandLine, run_folder: Path)
     code, stdout, err = icdctl("validate", run_folder, "--json")
     assert code == 1
     assert json.loads(stdout)["error"]["code"] == 1
-    assert "has epochs [2]" in err
+    assert "has epochs 2, expected 1 to 1" in err
 
 
 def test_weights_that_changed_since_their_run_are_refused(icdctl: CommandLine, run_folder: Path) -> None:

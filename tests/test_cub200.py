@@ -767,6 +767,7 @@ def test_whose_the_teachers_weights_are_goes_with_the_student(
     manifest_path = artifact.folder / "manifest.json"
     stated = json.loads(manifest_path.read_text())
     del stated["teacher"]["source"], stated["teacher"]["licence"]
+    del stated["serial"], stated["card_sha256"], stated["sha256"]  # such a manifest had no hashes either
     manifest_path.write_text(json.dumps(stated))
     old = read_manifest(manifest_path).teacher
     assert old is not None

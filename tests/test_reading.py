@@ -283,7 +283,6 @@ def test_a_yaml_file_has_a_largest_size(tmp_path: Path) -> None:
 
 OWN_READERS = {
     "files/reading.py": "the readers",
-    "files/yaml_reading.py": "the reader of YAML",
     "benchmark/reference.py": "runs in the reference's process without icdctl, and reads the requests of its parent",
     "benchmark/child.py": "the log that its own child wrote, and the pipe to it",
     "data/archive.py": "tar archives, opened with `open_regular` and limited while they are unpacked",
@@ -292,6 +291,7 @@ OWN_READERS = {
     "science/package_file.py": "files of the package itself",
     "teachers/published_teachers.py": "a file of the package itself",
     "engine/environment.py": "/proc/cpuinfo",
+    "files/lock_holder.py": "/proc",
     "engine/teacher_cache.py": "/proc/meminfo",
     "models/weights.py": "weights, from the bytes that `read_foreign` gave",
     "models/pickles.py": "pickles, from the bytes that `read_foreign` gave",
@@ -324,7 +324,7 @@ def test_no_other_module_reads_files_in_its_own_way() -> None:
         for path in PACKAGE.rglob("*.py")
         if (calls := _calls(path) & PARSING)
     }
-    assert own.keys() <= OWN_READERS.keys(), own
+    assert own.keys() == OWN_READERS.keys(), own
 
 
 # --- values that are percentages -------------------------------------------------------------------------------------

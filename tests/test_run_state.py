@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from test_together import planned, together
 from torch import nn
 
 import icdctl as library
+from icdctl import files
 from icdctl.config.run_config import RunConfig
 from icdctl.engine import device_loop
 from icdctl.engine import run as engine
@@ -335,3 +338,22 @@ def test_an_interval_that_is_none_is_wrong_usage(given: str) -> None:
     with pytest.raises(UsageError, match="`checkpoint_every` is"):
         trained("run", checkpoint_every=given)
     assert not os.path.exists("run")
+
+
+_TAKE = """
+import pathlib, sys
+from icdctl import files
+with files.locked(pathlib.Path(sys.argv[1]), busy="in use", hint="wait"):
+    pass
+"""
+
+
+def test_the_second_process_is_told_who_holds_a_run(tmp_path: Path) -> None:
+    with files.locked(tmp_path / "lock", busy="in use", hint="wait"):
+        done = subprocess.run(
+            [sys.executable, "-c", _TAKE, str(tmp_path / "lock")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert f"in use: process {os.getpid()}, `" in done.stderr

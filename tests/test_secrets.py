@@ -129,6 +129,8 @@ def test_an_unfinished_download_does_not_keep_the_password(
     # The same URL continues the download, another one does not.
     assert partial.validator(f"{url}/x.bin") == '"one"'
     assert partial.validator(f"http://{address}/m/x.bin") is None
+    partial.note.write_text(json.dumps({"url": f"{url}/x.bin", "validator": '"one"'}))  # of an earlier version
+    assert partial.validator(f"{url}/x.bin") == '"one"'
 
 
 @pytest.mark.parametrize("address", [_LongNumber], indirect=True)

@@ -283,6 +283,8 @@ def _run_beside(folder: Path, *, is_own: bool) -> RunConfig | None:
     stated = files.read_json(path, what="config", hint=hint)
     if not is_own and not (isinstance(stated, dict) and stated.keys() >= {"dataset", "method", "student"}):
         return None  # of another program: many have a file with this name
+    if not isinstance(stated, dict):
+        raise ArtifactError(f"`{path}` does not hold a JSON object of settings", hint=hint)
     try:
         return RunConfig.stated(stated)
     except ValidationError as error:

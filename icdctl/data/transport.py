@@ -87,7 +87,9 @@ class Partial:
         """The ETag or date with which `url` can continue these bytes; None where they come from elsewhere."""
         try:
             note = files.parse_json(files.read_regular(self.note))
-            return str(note["validator"]) if note["source"] == _source(url) and note["validator"] else None
+            # Notes of earlier versions hold the URL itself.
+            source = note["source"] if "source" in note else _source(str(note["url"]))
+            return str(note["validator"]) if source == _source(url) and note["validator"] else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

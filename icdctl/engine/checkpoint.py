@@ -306,6 +306,7 @@ def read_state(folder: Path) -> tuple[Progress, RunConfig | None] | None:
 def read_student(folder: Path) -> dict[str, Tensor]:
     """The tensors of the student in a state; empty where they can't be read."""
     try:
+        files.check_regular(folder / STATE_FILE)
         with safe_open(folder / STATE_FILE, framework="pt") as stored:
             keys = [key for key in stored.keys() if key.startswith(_MODEL)]  # noqa: SIM118 (it is not a dictionary)
             return {key.removeprefix(_MODEL): stored.get_tensor(key) for key in keys}

@@ -274,7 +274,9 @@ def _opened(table: CachePlan, store: ImageStore, reads: Collection[str]) -> Cach
     """
     assert table.folder is not None
     stated = files.parse_json(files.read_regular(table.folder / "facts.json"))
-    hashes = stated.get("sha256", {}) if isinstance(stated, dict) else {}  # tables of earlier versions have none
+    hashes = stated.get("sha256", {}) if isinstance(stated, dict) else None  # tables of earlier versions have none
+    if not isinstance(hashes, dict):
+        raise ValueError("its facts are broken")
     for name in map(_file_of, sorted(reads)):
         if hashes and hashes.get(name) != files.sha256_file(table.folder / name):
             raise ValueError(f"`{name}` was changed after it was written")

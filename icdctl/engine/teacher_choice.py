@@ -64,8 +64,14 @@ def choose_teacher(
         teacher=config.teacher or "",
     )
     mode = choose_mode(wanted_mode, plan, demand, shared.device)
-    if wanted_mode == "auto" and plan is not None and plan.left_out and cache_pays(plan, demand, shared.device):
-        observer.message(f"the teacher runs in every epoch: {plan.left_out}")
+    # What depends on the machine's state is said, because the same command may decide otherwise another time.
+    if wanted_mode == "auto" and mode != "cache" and plan is not None and cache_pays(plan, demand, shared.device):
+        why = plan.left_out or f"its cache needs {plan.num_bytes / 1e9:.1f} GB, and there is not so much room"
+        observer.message(f"the teacher runs in every epoch: {why}")
+    if wanted_precision == "auto" and precision != "fp32":
+        observer.message(
+            f"the teacher runs in {precision}, which was faster in a measurement; `--teacher-precision` fixes it"
+        )
     inline = InlineTeacher(model, reads=reads, device=shared.device, precision=precision)
     teacher = make_teacher(
         mode,

@@ -21,6 +21,7 @@ from typing import IO, Any
 import filelock
 
 from icdctl.errors import ArtifactError
+from icdctl.files.lock_holder import holder_of
 from icdctl.files.reading import LARGEST_FOREIGN_BYTES as LARGEST_FOREIGN_BYTES
 from icdctl.files.reading import LARGEST_TEXT_BYTES as LARGEST_TEXT_BYTES
 from icdctl.files.reading import check_regular as check_regular
@@ -209,6 +210,8 @@ def locked(path: Path, *, busy: str, hint: str, waiting: Callable[[str], None] |
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
+        holder = holder_of(path)
+        busy = busy if holder is None else f"{busy}: {holder}"
         if waiting is not None:
             waiting(f"waiting: {busy}")
         # Try once more in any case, because a process that only checks the lock holds it for a moment.

@@ -34,14 +34,7 @@ from icdctl.registry.artifact import (
     first_problem,
 )
 from icdctl.registry.artifact_card import card
-from icdctl.registry.find import (
-    check_name,
-    list_artifacts,
-    newest,
-    next_serial,
-    taken_numbers,
-    versions_of,
-)
+from icdctl.registry.find import check_name, list_artifacts, newest, next_serial, taken_numbers, versions_of
 from icdctl.registry.tracking import complete
 from icdctl.registry.tracking import track as _track
 from icdctl.run_files import WEIGHTS_FILE, check_as_written, check_numbers
