@@ -17,7 +17,6 @@ from .originals import CACHED, CIFAR_NAME, DISTILL, SHORT, Originals
 
 Rehash = Callable[[Path], None]
 _STOPPED = ("train", "--model", "res8", *SHORT, "--out", "stopped", "--checkpoint-every", "1", "--resume")
-_MANY = ("--dataset", "digits100", "--train-images", "250", "--test-images", "20", "--device", "cpu")
 _REGISTERED = "registry/digits100/small/v1"
 
 
@@ -34,6 +33,8 @@ class Kind:
     """One of `mutations.STRUCTURES`; empty where only bytes are changed."""
     rehash: Rehash | None = None
     """Makes the hashes of a project right after a change, so that the change is not refused for its hash alone."""
+    mapped: bool = False
+    """It is mapped into memory: a process that reads it can't survive that it is cut short meanwhile."""
     weight: int = 4
     """How often it is drawn, compared with other kinds; 1 where its commands take long."""
 
@@ -46,7 +47,23 @@ def _rehash_export(project: Path) -> None:
         if path.is_file():
             content = path.read_bytes()
             row.update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+    stated.pop("sha256", None)
     manifest.write_text(json.dumps(stated), encoding="utf-8")
+
+
+def _without_hashes(*names: str) -> Rehash:
+    """Take the hashes out of JSON files: a missing hash is not checked."""
+
+    def take_out(project: Path) -> None:
+        for name in names:
+            try:
+                stated = json.loads((project / name).read_bytes())
+                kept = {key: value for key, value in stated.items() if not key.endswith("sha256")}
+                (project / name).write_bytes(json.dumps(kept).encode("utf-8", "surrogatepass"))
+            except (OSError, ValueError, RecursionError, AttributeError):
+                continue  # it is damaged so that it holds no hash
+
+    return take_out
 
 
 def kinds(originals: Originals) -> dict[str, Kind]:
@@ -78,7 +95,7 @@ def kinds(originals: Originals) -> dict[str, Kind]:
     state = originals.state_of("stopped")
     cached = _first(originals.project, ".icdctl/cache/answers/[!.]*")
     answer_readers: tuple[tuple[str, ...], ...] = (
-        (*DISTILL, "--method", "kd", *_MANY, *CACHED, "--epochs", "1", "--out", "new", "--max-steps", "1"),
+        (*DISTILL, "--method", "kd", *SHORT, *CACHED, "--out", "new", "--max-steps", "1"),
         ("clean", "--list"),
     )
     cifar: tuple[tuple[str, ...], ...] = (
@@ -106,19 +123,24 @@ def kinds(originals: Originals) -> dict[str, Kind]:
         ("grid", "expand", "--check"),
         ("train", "--model", "res8", "--dry-run"),
     )
+    run_hashes = _without_hashes("student/metrics.json")
+    artifact_hashes = _without_hashes(f"{_REGISTERED}/manifest.json")
     found = {
         "run config": Kind(
             "student/config.json",
             (*student_readers, repeat, ("recipes", "import", "student/config.json"), ("eval", "student")),
             (*run, "params.yaml"),
             "json",
+            run_hashes,
         ),
-        "run metrics": Kind("student/metrics.json", student_readers, run, "json"),
-        "run history": Kind("student/history.csv", student_readers, run, "csv"),
-        "run metrics in a report": Kind("student/metrics.json", report, (*run, numbers), "json", weight=1),
-        "run history in a report": Kind("student/history.csv", report, (*run, numbers), "csv", weight=1),
-        "numbers of a report": Kind(numbers, (*report, ("clean", "--list")), run, "json", weight=1),
-        "run environment": Kind("student/environment.json", student_readers, run, "json"),
+        "run metrics": Kind("student/metrics.json", student_readers, run, "json", run_hashes),
+        "run history": Kind("student/history.csv", student_readers, run, "csv", run_hashes),
+        "run metrics in a report": Kind("student/metrics.json", report, (*run, numbers), "json", run_hashes, weight=1),
+        "run history in a report": Kind("student/history.csv", report, (*run, numbers), "csv", run_hashes, weight=1),
+        "numbers of a report": Kind(
+            numbers, (*report, ("clean", "--list")), run, "json", _without_hashes(numbers), weight=1
+        ),
+        "run environment": Kind("student/environment.json", student_readers, run, "json", run_hashes),
         "environment of a stopped run": Kind("stopped/environment.json", (_STOPPED,), ("stopped", state), "json"),
         "weights": Kind(
             "student/student.safetensors",
@@ -131,9 +153,14 @@ def kinds(originals: Originals) -> dict[str, Kind]:
             ),
             (*run, "photos"),
             "safetensors",
+            mapped=True,
         ),
         "checkpoint": Kind(
-            f"{state}/state.safetensors", (_STOPPED, ("clean", "--list")), ("stopped", state), "safetensors"
+            f"{state}/state.safetensors",
+            (_STOPPED, ("clean", "--list")),
+            ("stopped", state),
+            "safetensors",
+            mapped=True,
         ),
         "foreign checkpoint": Kind("foreign.pth", foreign, (), "zip", weight=8),
         "graph": Kind("exported/model.onnx", graph_readers, ("exported", "photos"), "onnx", weight=8),
@@ -158,8 +185,12 @@ def kinds(originals: Originals) -> dict[str, Kind]:
             (".dvc", "data/cifar-100-python"),
             "yaml",
         ),
-        "manifest of an artifact": Kind(f"{_REGISTERED}/manifest.json", registry_readers, (registered,), "json"),
-        "card of an artifact": Kind(f"{_REGISTERED}/card.md", registry_readers[:3], (registered,)),
+        "manifest of an artifact": Kind(
+            f"{_REGISTERED}/manifest.json", registry_readers, (registered,), "json", artifact_hashes
+        ),
+        "card of an artifact": Kind(
+            f"{_REGISTERED}/card.md", registry_readers[:3], (registered,), rehash=artifact_hashes
+        ),
         "teachers.lock": Kind(
             "registry/teachers.lock", (("fetch-teachers", "--list"), ("list", "teachers")), (), "json"
         ),
@@ -171,15 +202,15 @@ def kinds(originals: Originals) -> dict[str, Kind]:
         "labels of CUB-200-2011": Kind(
             "data/CUB_200_2011/image_class_labels.txt", birds, ("data/CUB_200_2011",), weight=1
         ),
-        "decoded images": Kind(f"{decoded}.npy", photos[1:], ("photos", f"{decoded}.json")),
+        "decoded images": Kind(f"{decoded}.npy", photos[1:], ("photos", f"{decoded}.json"), mapped=True),
         "facts of decoded images": Kind(
             f"{decoded}.json", (*photos[1:], ("clean", "--list")), ("photos", f"{decoded}.npy"), "json"
         ),
-        "generated digits": Kind(digits, (_STOPPED,), ("stopped", state), "safetensors"),
+        "generated digits": Kind(digits, (_STOPPED,), ("stopped", state), "safetensors", mapped=True),
         "PNG": Kind(image, (*photos, ("predict", "exported", image)), ("photos", "exported")),
         "JPEG": Kind("photos/train/cat/2.jpg", photos, ("photos",)),
-        "teacher cache": Kind(f"{cached}/logits.npy", answer_readers, ("teacher", cached), weight=1),
-        "facts of a teacher cache": Kind(f"{cached}/facts.json", answer_readers, ("teacher", cached), "json", weight=1),
+        "teacher cache": Kind(f"{cached}/logits.npy", answer_readers, ("teacher", cached), mapped=True, weight=2),
+        "facts of a teacher cache": Kind(f"{cached}/facts.json", answer_readers, ("teacher", cached), "json", weight=2),
     }
     for name, kind in found.items():
         assert (originals.project / kind.file).is_file(), f"{name}: no `{kind.file}`"
@@ -248,7 +279,7 @@ class Fuzzer:
             way = mutations.STRUCTURES[kind.structure] if case.way == "structure" else mutations.mutate_bytes
             mutated = way(content, rng)
             if case.way == "changed while it is read":
-                during = mutations.changing(path, (content, mutated))
+                during = mutations.changing(path, (content, mutated), cut=not kind.mapped)
             else:
                 path.write_bytes(mutated)
             if kind.rehash is not None and rng.random() < 0.7:

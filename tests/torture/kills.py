@@ -35,8 +35,11 @@ _TIMES = {
     "first_use",
     "command_line",
     "checkpoint",
+    "history_sha256",
+    "metrics_sha256",
+    "card_sha256",
 }
-"""Keys of JSON files that say when and how fast, or what was written beside them."""
+"""Keys of JSON files that say when and how fast, or hash files that say so."""
 _TIMED_FILES = {"history.csv", "metrics.json", "environment.json"}
 """Files that hold such keys: their hashes differ, too."""
 _TEMPORARY = re.compile(r"\.(.+\.[a-z0-9_]{8}|.+\.part|trash-.+)")
@@ -56,10 +59,13 @@ class Job:
     resume: bool = False
     """The repeated command has `--resume`."""
     weight: int = 4
+    check: tuple[str, ...] = ()
+    """A command that finds all in order in the end."""
     program: tuple[str, ...] = ()
     """Another program than icdctl, in a process that is not forked."""
 
 
+_SOUND = ("validate", "run")
 RUN = ("config.json", "metrics.json", "history.csv", "student.safetensors")
 
 
@@ -70,19 +76,26 @@ def _in(*folders: str) -> tuple[str, ...]:
 def jobs(mirror: str) -> dict[str, Job]:
     """Name -> job; `mirror` serves the archive of CIFAR-100's stand-in."""
     kd, fitnet = (*DISTILL, "--method", "kd"), (*DISTILL, "--method", "fitnet")
-    many = ("--dataset", "digits100", "--train-images", "250", "--test-images", "20", "--device", "cpu")
     return {
-        "train": Job(("train", "--model", "res8", *SHORT, "--out", "run"), _in("run"), resume=True),
-        "train, a state a step": Job(("train", "--model", "res8", *_STEPS, "--out", "run"), _in("run"), resume=True),
+        "train": Job(("train", "--model", "res8", *SHORT, "--out", "run"), _in("run"), resume=True, check=_SOUND),
+        "train, a state a step": Job(
+            ("train", "--model", "res8", *_STEPS, "--out", "run"), _in("run"), resume=True, check=_SOUND
+        ),
         "distill": Job(
-            (*DISTILL, "--method", "cd_sdd_dkd", *_STEPS, "--out", "run"), _in("run"), ("teacher",), resume=True
+            (*DISTILL, "--method", "cd_sdd_dkd", *_STEPS, "--out", "run"),
+            _in("run"),
+            ("teacher",),
+            resume=True,
+            check=_SOUND,
         ),
         "distill, two seeds": Job(
             (*kd, *_STEPS, "--seeds", "0-1", "--out", "runs"), _in("runs/*"), ("teacher",), resume=True
         ),
-        "distill, connectors": Job((*fitnet, *_STEPS, "--out", "run"), _in("run"), ("teacher",), resume=True),
+        "distill, connectors": Job(
+            (*fitnet, *_STEPS, "--out", "run"), _in("run"), ("teacher",), resume=True, check=_SOUND
+        ),
         "distill, teacher cache": Job(
-            (*kd, *many, *CACHED, "--epochs", "1", "--out", "run"),
+            (*kd, *SHORT, *CACHED, "--out", "run"),
             (*_in("run"), ".icdctl/cache/answers/*/logits.npy"),
             ("teacher",),
             resume=True,
@@ -93,13 +106,26 @@ def jobs(mirror: str) -> dict[str, Job]:
             (*_in("run"), ".icdctl/cache/images/*.npy"),
             ("photos",),
             resume=True,
+            check=_SOUND,
         ),
-        "export": Job(("export", "student", "--out", "exported"), ("exported/*",), ("student", "teacher"), weight=2),
-        "registry add": Job(("registry", "add", "student", "--name", "small"), ("registry/**/*",), ("student",)),
+        "export": Job(
+            ("export", "student", "--out", "exported"),
+            ("exported/*",),
+            ("student", "teacher"),
+            weight=2,
+            check=("verify", "exported"),
+        ),
+        "registry add": Job(
+            ("registry", "add", "student", "--name", "small"),
+            ("registry/**/*",),
+            ("student",),
+            check=("registry", "verify"),
+        ),
         "train --as-teacher": Job(
             ("train", "--model", "res8", *DIGITS, "--epochs", "1", "--out", "run", "--as-teacher"),
             (*_in("run"), "registry/**/*"),
             resume=True,
+            check=("registry", "verify"),
         ),
         "grid run": Job(("grid", "run"), _in("runs/*/*"), ("params.yaml", "cells.yaml", "teacher"), weight=3),
         "fetch-data": Job(
@@ -173,7 +199,8 @@ class Killer:
             elif ended.code == 0 or attempt > 0:
                 break
         assert ended is not None
-        faults = [*_differences(expected, ended, digests(place.project, job)), *self._remains(place)]
+        faults = [*_differences(expected, ended, digests(place.project, job)), *self._unsound(job, place)]
+        faults += self._remains(place)
         if faults:
             place.root.rename(self._folder / f"kill-{seed}")
         else:
@@ -195,6 +222,10 @@ class Killer:
     def _place(self, job: Job) -> Place:
         """A new place, always under the same path: results hold paths."""
         return Place(self._folder / "killed").make(self._originals.sources(job.needs))
+
+    def _unsound(self, job: Job, place: Place) -> list[str]:
+        checked = children.run(job.check, place) if job.check else None
+        return [f"`icdctl {' '.join(job.check)}`: {checked.err}"] if checked is not None and checked.code else []
 
     def _remains(self, place: Place) -> list[str]:
         """Files that are not complete and that `icdctl clean` does not delete, two days later."""
@@ -226,7 +257,9 @@ def _without_times(path: Path) -> bytes:
         rows = csv.DictReader(io.StringIO(content.decode("utf-8")))
         return repr([{key: row[key] for key in row if key != "seconds"} for row in rows]).encode()
     if path.suffix == ".json":
-        return json.dumps(_timeless(json.loads(content)), sort_keys=True).encode()
+        value = _timeless(json.loads(content))
+        value.pop("sha256", None)  # of the file itself, with the times in it
+        return json.dumps(value, sort_keys=True).encode()
     if path.name in ("environment.json", "card.md", "README.md", "dvc.lock"):
         return b""  # it says when something was made, or holds hashes of files that do
     return content

@@ -378,15 +378,24 @@ def put_in_place(path: Path, thing: str) -> None:
 
 
 @contextlib.contextmanager
-def changing(path: Path, contents: tuple[bytes, bytes]) -> Iterator[None]:
-    """While the block runs, a process of its own writes one content and then the other into a file, in place."""
+def changing(path: Path, contents: tuple[bytes, bytes], *, cut: bool) -> Iterator[None]:
+    """While the block runs, a process of its own writes one content and then the other into a file, in place.
+
+    Args:
+        path: the file.
+        contents: what is written.
+        cut: the file becomes shorter before it is written; otherwise it keeps its length.
+    """
+    if not cut:
+        contents = (contents[0], (contents[1] + contents[0])[: len(contents[0])])
     pid = os.fork()
     if pid == 0:
         try:
             while True:
                 for content in contents:
                     with path.open("r+b") as file:
-                        file.truncate(len(content) // 2)
+                        if cut:
+                            file.truncate(len(content) // 2)
                         file.write(content)
                     time.sleep(0.001)
         finally:

@@ -27,6 +27,7 @@ from PIL import Image
 
 from icdctl import data, models
 from icdctl.data import cub200
+from icdctl.engine import teacher_cache
 
 from . import children
 from .children import Place
@@ -77,8 +78,8 @@ CIFAR = cifar_members(train=120, test=40)
 CIFAR_ARCHIVE = tar_of(CIFAR)
 CIFAR_NAME = "cifar-100-python.tar.gz"
 _CUB = cub_members()
-CACHED = ("--set", "crop_padding=4", "--teacher-mode", "cache", "--teacher-precision", "fp32")
-"""81 views of each image: a teacher cache that is large enough to be kept."""
+CACHED = ("--set", "crop_padding=1", "--teacher-mode", "cache", "--teacher-precision", "fp32")
+"""Nine views of each image: a teacher cache that `stand_in` lets be kept."""
 _LOCK = {
     "cifar100/res32x4": {
         "sha256": "0" * 64,
@@ -92,7 +93,8 @@ _LOCK = {
 
 
 def stand_in() -> None:
-    """Put small generated archives in the place of CIFAR-100 and CUB-200-2011, described as exactly."""
+    """Put small generated archives in the place of CIFAR-100 and CUB-200-2011, and keep small teacher caches."""
+    teacher_cache._CHECKED_VIEWS, teacher_cache._KEPT_FROM_VIEWS = 20, 400
     described = release_of(CIFAR, CIFAR_ARCHIVE)
     data.DATASETS["cifar100"] = dataclasses.replace(data.DATASETS["cifar100"], release=described)
     birds = cub_release_of(_CUB, cub_archive(_CUB))
@@ -146,9 +148,8 @@ class Originals:
         (self.project / "stopped" / "environment.json").write_text(json.dumps(stated, indent=2), encoding="utf-8")
 
     def _cache(self) -> None:
-        """A run whose teacher cache is large enough to be kept."""
-        many = ("--dataset", "digits100", "--train-images", "250", "--test-images", "20", "--device", "cpu")
-        self._do(*DISTILL, "--method", "kd", *many, *CACHED, "--epochs", "1", "--out", "cached")
+        """A run whose teacher cache is kept."""
+        self._do(*DISTILL, "--method", "kd", *SHORT, *CACHED, "--out", "cached")
 
     def _foreign_files(self) -> None:
         torch.manual_seed(0)
