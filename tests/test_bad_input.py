@@ -642,7 +642,7 @@ def test_a_corrupt_checkpoint_is_reported_and_kept(
     state.write_bytes(broken)
     before = contents(out)
     failure = fails(icdctl(*job, "--resume"), 1)
-    assert failure.error.startswith(f"checkpoint `{state}` can't be read: ")
+    assert failure.error.startswith(f"checkpoint `{state}` is broken: ")
     assert (state.read_bytes(), contents(out)) == (broken, before)
     state.write_bytes(whole)
     assert icdctl(*job, "--resume")[0] == 0

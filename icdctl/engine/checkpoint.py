@@ -269,11 +269,15 @@ def _loaded(path: Path, step: TrainingStep) -> Progress:
             step.num_right.copy_(tensors[_NUM_RIGHT])
         _load_optimizer(step.optimizer, tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ArtifactError(
-            f"checkpoint `{path}` is broken: {str(error).splitlines()[0]}",
-            hint="delete it and the run folder, and start the run again",
-        ) from error
+        raise _broken(path, error) from error
     return progress
+
+
+def _broken(path: Path, error: Exception) -> ArtifactError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ArtifactError(
+        f"checkpoint `{path}` is broken: {reason}", hint="delete it and the run folder, and start the run again"
+    )
 
 
 def read_state(folder: Path) -> tuple[Progress, RunConfig | None] | None:
@@ -294,7 +298,7 @@ def read_state(folder: Path) -> tuple[Progress, RunConfig | None] | None:
             progress = Progress.model_validate_json(said[_METADATA], strict=True)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             if path == paths[-1]:
-                raise ArtifactError(f"checkpoint `{path}` is broken: {error}", hint="delete it") from error
+                raise _broken(path, error) from error
             continue
         try:
             return progress, RunConfig.model_validate_json(said[_CONFIG])
