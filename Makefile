@@ -5,7 +5,9 @@ VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint test-slow test-methods sbom audit install format clean
+ICDCTL_TORTURE_MINUTES ?= 30
+
+.PHONY: demo test lint torture test-slow test-methods sbom audit install format clean
 
 install: $(INSTALLED)
 
@@ -24,6 +26,9 @@ lint: $(INSTALLED)
 
 test: lint  ## Style, types, tests: what CI runs; two processes of one thread each.
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+torture: $(INSTALLED)  ## Kills, mutated files and adverse places for 30 minutes; writes the figures of docs/reliability.md.
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(RUN)/python -m torture --minutes $(ICDCTL_TORTURE_MINUTES) --page docs/reliability.md
 
 test-methods: $(INSTALLED)  ## The methods against each other, trained on the embedded digits (4 minutes).
 	$(RUN)/python -m pytest -m slow tests/test_methods_trained.py
