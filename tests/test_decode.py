@@ -463,10 +463,10 @@ def test_where_every_image_is_broken_or_there_is_none_nothing_can_be_skipped(tmp
 def test_a_file_that_may_not_be_read_is_not_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = write_photos(tmp_path, 3)
 
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, **limits: int) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(files, "read_regular", refuse)
     with pytest.raises(ArtifactError, match=r"0/000.jpg` can't be read: Permission denied"):
         decoded_of(tmp_path, names, skip_broken=True)
     assert cache_files() == []

@@ -221,8 +221,8 @@ class Poisoned(models.Classifier):
 
     def features(self, images: Tensor) -> Any:
         features = self.inner.features(images)
-        self.calls += 1
-        poison = torch.nan if self.calls == 3 else 1.0
+        self.calls += self.training
+        poison = torch.nan if self.training and self.calls == 3 else 1.0
         return features._replace(feature_map=features.feature_map * poison)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from icdctl import models
 from icdctl.config.run_config import RunConfig
 from icdctl.data import UNLABELED, Views
+from icdctl.engine.building import load_first_weights, new_objective, new_student
 from icdctl.engine.checkpoint import Progress, load_checkpoint
 from icdctl.engine.compiled import Compiler
 from icdctl.engine.environment import describe_environment, differing_environment
@@ -21,18 +21,15 @@ from icdctl.engine.optimizers import make_optimizer
 from icdctl.engine.run_output import RunOutput, RunResult, run_metrics
 from icdctl.engine.run_state import RunState, state_folder_of
 from icdctl.engine.schedule import learning_rate
-from icdctl.engine.shared_data import SharedData, balanced_class_weights
+from icdctl.engine.shared_data import SharedData
 from icdctl.engine.step import StepRule, TrainingStep, trained_parameters
 from icdctl.engine.teacher import Answer
-from icdctl.errors import ArtifactError, IcdctlError, UsageError
+from icdctl.errors import IcdctlError
 from icdctl.evaluation import Evaluation, batch_size_on, evaluate_logits, module_predictor, predict_all
-from icdctl.methods import METHODS, ModelProbe, Objective, Supervision
-from icdctl.models import Classifier, Weights
+from icdctl.methods import METHODS
+from icdctl.models import Classifier
 from icdctl.models.external import Adapted, without_adapter
 from icdctl.run_files import WEIGHTS_FILE
-
-_OBJECTIVE_SEED = 2**31
-"""Added to the run's seed for what a method draws: a connector's weights are not those of the student's first layer."""
 
 
 class NotFiniteError(IcdctlError):
@@ -73,10 +70,10 @@ class StudentRun:
             ArtifactError: its checkpoint or its first weights can't be read.
         """
         self.config, self.shared = config, shared
-        self.student = student if student is not None else _new_student(config, shared)
-        self.first_weights = None if config.init_weights is None else _load_first_weights(self.student, config)
+        self.student = student if student is not None else new_student(config, shared)
+        self.first_weights = None if config.init_weights is None else load_first_weights(self.student, config)
         """What was read of the weights that it starts from."""
-        objective = _new_objective(config, shared, self.student, teacher)
+        objective = new_objective(config, shared, self.student, teacher)
         for module in (self.student, objective):
             module.to(shared.device).to(memory_format=torch.channels_last)
         self._rate = config.lr
@@ -382,55 +379,3 @@ class StudentRun:
             **{f"final_val_{key}": last[f"val_{key}"] for key in ("top1", "top5", "loss")},
             "best_val_top1": best["val_top1"],
         }
-
-
-def _new_student(config: RunConfig, shared: SharedData) -> Classifier:
-    """The model that the configuration names, with the weights that its seed gives."""
-    size = shared.dataset.preprocessing.size
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        student = models.create(config.student, shared.dataset.num_classes, image_size=size)
-    if min(size) < student.smallest_image:
-        raise UsageError(
-            f"images of {size[0]} x {size[1]} are too small for `{config.student}`, which needs "
-            f"{student.smallest_image} x {student.smallest_image}",
-            hint=f"`--image-size {student.smallest_image}` or more, or another model",
-        )
-    return student
-
-
-def _new_objective(config: RunConfig, shared: SharedData, student: Classifier, teacher: Classifier | None) -> Objective:
-    """The objective of the method for these models, with the connectors that the seed gives."""
-    balanced = config.class_weights == "balanced"
-    supervision = Supervision(
-        label_smoothing=config.label_smoothing,
-        class_weights=balanced_class_weights(shared.dataset).to(shared.device) if balanced else None,
-        has_unlabeled=shared.dataset.has_unlabeled,
-    )
-    size = shared.dataset.preprocessing.size
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_OBJECTIVE_SEED + config.seed)
-        return METHODS[config.method].build(
-            ModelProbe(student, size),
-            None if teacher is None else ModelProbe(teacher, size),
-            config.settings,
-            scales=config.scales,
-            supervision=supervision,
-        )
-
-
-def _load_first_weights(student: Classifier, config: RunConfig) -> Weights:
-    """Load the first weights from a file; of one with another number of classes, all but the head.
-
-    Returns:
-        The file's content, without its tensors.
-    """
-    path = Path(str(config.init_weights))
-    loaded = models.load_weights(without_adapter(student), path, head=student.head)
-    if loaded.sha256 != (config.init_sha256 or loaded.sha256):
-        raise ArtifactError(
-            f"first weights `{config.init_weights}` have sha256 {loaded.sha256[:12]}..., the configuration states "
-            f"{str(config.init_sha256)[:12]}...",
-            hint="name the file with `--init-weights` to use it as it is now",
-        )
-    return replace(loaded, tensors={})
