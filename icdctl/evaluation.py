@@ -21,6 +21,8 @@ from icdctl.errors import IcdctlError
 BATCH_SIZE = 500
 _LARGE_BATCH_SIZE, _SMALL_SIDE = 2000, 64
 _CALIBRATION_BINS = 15
+_LARGEST = 1e300
+"""Largest number that is read from a file; whole numbers beyond it can't be floats."""
 
 Predict = Callable[[Tensor], Tensor]
 """A classifier: images [B, H, W, 3] uint8 -> logits [B, K]."""
@@ -76,9 +78,14 @@ class Evaluation:
         Raises:
             KeyError, TypeError, ValueError: `value` is not what `as_json` gives.
         """
-        top1, top5, loss, ece = (float(value[key]) for key in ("top1", "top5", "loss", "ece"))
-        bins = tuple(Bin(int(row[0]), *(_number(share) for share in row[1:])) for row in value["reliability"])
-        return Evaluation(top1, top5, loss, ece, tuple(_number(share) for share in value["per_class"]), bins)
+        top1, top5, loss, ece = (_number(value[key]) for key in ("top1", "top5", "loss", "ece"))
+        rows = value["reliability"]
+        if len(rows) != _CALIBRATION_BINS:
+            raise ValueError(f"{len(rows)} bins, expected {_CALIBRATION_BINS}")
+        bins = tuple(
+            Bin(int(_number(images)), _share(confidence), _share(accuracy)) for images, confidence, accuracy in rows
+        )
+        return Evaluation(top1, top5, loss, ece, tuple(_share(share) for share in value["per_class"]), bins)
 
     @property
     def worst_class(self) -> int:
@@ -92,8 +99,15 @@ class Evaluation:
         return tuple(number for number, share in enumerate(self.per_class) if share is None)
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+def _number(value: Any) -> float:
+    """A number of a JSON file, and nothing that merely converts to one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+        raise ValueError(f"`{value}` is not a number")
+    return float(value)
+
+
+def _share(value: Any) -> float | None:
+    return None if value is None else _number(value)
 
 
 def module_predictor(model: nn.Module, preprocessing: Preprocessing, device: torch.device) -> Predict:

@@ -34,6 +34,28 @@ def test_a_class_without_images_has_no_accuracy() -> None:
     assert Evaluation.from_json(json.loads(json.dumps(found.as_json()))) == found
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"top1": True},
+        {"loss": "nan"},
+        {"ece": None},
+        {"ece": 10**400},
+        {"per_class": ["x"]},
+        {"per_class": 3},
+        {"reliability": []},
+        {"reliability": [[1, 50.0, 50.0]] * 14 + [""]},
+        {"reliability": [[1, 50.0, 50.0]] * 14 + [[1, 50.0]]},
+        {"reliability": [[1, 50.0, 50.0]] * 14 + [[None, 50.0, 50.0]]},
+        {"reliability": [[1, 50.0, 50.0]] * 14 + [3]},
+    ],
+)
+def test_what_is_no_evaluation_is_refused(change: dict[str, Any]) -> None:
+    found = evaluation.evaluate_logits(logits_of((0.7, 0.3)), torch.tensor([0]))
+    with pytest.raises((TypeError, ValueError, KeyError)):
+        Evaluation.from_json({**found.as_json(), **change})
+
+
 def test_a_bin_without_images_has_neither_confidence_nor_accuracy() -> None:
     found = evaluation.evaluate_logits(logits_of((0.7, 0.3), (0.71, 0.29)), torch.tensor([0, 1]))
     held = [each for each in found.reliability if each.images]

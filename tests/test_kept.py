@@ -388,6 +388,12 @@ def test_a_kept_number_that_has_changed_is_measured_again(run: Path) -> None:
         assert (said.pop(), "77.77" in path.read_text()) == (line, False)
     assert (read(evaluated)["numbers"], said) == (numbers, [])
 
+    for damaged in ({**numbers, "per_class": [1.0]}, {**numbers, "reliability": [""] * 15}):
+        unchecked = {key: value for key, value in read(evaluated).items() if key != "sha256"}  # absent: not checked
+        files.write_json(evaluated, {**unchecked, "numbers": damaged})
+        assert measured(run, [])[0] == first[0]
+        assert read(evaluated)["numbers"] == numbers
+
     files.write_json(latency, {"ms": 12.25, "of": read(latency)["of"]})  # as an earlier version kept it
     assert measured(run, said)[1] == 12.25
     assert ["kept numbers without hashes, which were not checked" in line for line in said] == [True]

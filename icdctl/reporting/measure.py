@@ -183,7 +183,9 @@ class ModelMeasurer:
         held = _held(path, facts, self._message)
         try:
             alike = [None if teacher is None else float(held[key]) for key in ("agreement", "fidelity")]
-            return Measurement(Evaluation.from_json(held["numbers"]), *alike)
+            numbers = Evaluation.from_json(held["numbers"])
+            if len(numbers.per_class) == self.dataset.num_classes:
+                return Measurement(numbers, *alike)
         except (KeyError, TypeError, ValueError):
             pass  # not measured before, or the file is broken
         logits = self._all_logits(trained_model)

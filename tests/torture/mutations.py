@@ -270,7 +270,7 @@ def mutate_zip(content: bytes, rng: Random) -> bytes:
             if name == chosen and way == "change":
                 member = mutate_bytes(member, rng)
             if name == chosen and way == "rename":
-                name = rng.choice(("../outside", "/outside", "archive/data.pkl/x", name + "2", "é" * 100))
+                name = rng.choice(("../outside", "/outside", "archive/data.pkl/x", name + ".2", "é" * 100))
             packing = zipfile.ZIP_DEFLATED if name == chosen and way == "deflate" else zipfile.ZIP_STORED
             after.writestr(name, member, packing)
     return made.getvalue()
