@@ -10,7 +10,7 @@ from icdctl import data, files
 from icdctl.api.classifiers import ClassifierInfo
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.registry.trained import TrainedModel
-from icdctl.run_files import HASH_KEY
+from icdctl.run_files import HASH_KEY, check_numbers
 
 
 def test_images_of(
@@ -46,5 +46,6 @@ def facts_of(target: TrainedModel) -> dict[str, Any]:
         facts |= {key: config.get(key) for key in ("method", "teacher", "teacher_sha256", "scales", "settings", "seed")}
         names = ("final_top1", "best_top1", "best_epoch", "variant", "teacher_source", "teacher_licence")
         if metrics.get(HASH_KEY) in (None, target.sha256):  # otherwise they belong to other weights
+            check_numbers(folder, metrics)
             facts |= {key: metrics[key] for key in names if metrics.get(key) is not None}
     return facts
