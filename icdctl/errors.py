@@ -109,6 +109,8 @@ _NO_MEMORY = (
     "bad_alloc",
     "failed to map segment",
     "can't start new thread",
+    "could not create a primitive",  # oneDNN's, and that is all it says
+    "could not create a memory",
 )
 """What exceptions say when memory is short: the system's, torch's and ONNX Runtime's have no class in common."""
 

@@ -21,6 +21,7 @@ ERRORS: list[Exception] = [
     RuntimeError("[enforce fail at alloc_cpu.cpp:118] data. DefaultCPUAllocator: can't allocate memory: you tried to"),
     RuntimeError("std::bad_alloc"),
     RuntimeError("can't start new thread"),
+    RuntimeError("could not create a primitive"),
     Exception("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer of size 9"),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
     ImportError("libtorch_cpu.so: failed to map segment from shared object"),

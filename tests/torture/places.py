@@ -45,6 +45,7 @@ _PLACES: dict[str, Adverse] = {
     "a disk full after 4 KiB": Adverse(limits=Limits(file_bytes=4096), works=False),
     "a disk full after 200 KiB": Adverse(limits=Limits(file_bytes=200_000), works=False),
     "200 MiB of address space": Adverse(limits=Limits(address_bytes=200 << 20), works=False),
+    "20 MiB of address space": Adverse(limits=Limits(address_bytes=20 << 20), works=False),
     "a read-only project": Adverse(read_only=True, works=False),
 }
 _COMMANDS: tuple[tuple[str, ...], ...] = (
