@@ -34,7 +34,7 @@ _PLACES: dict[str, Adverse] = {
     "1 column": Adverse({"COLUMNS": "1"}),
     "TERM=dumb": Adverse({"TERM": "dumb", "NO_COLOR": None}),
     "no PATH": Adverse({"PATH": None}),
-    "a clock of 1970": Adverse({"SOURCE_DATE_EPOCH": "0", "TZ": "Nowhere/Town"}),
+    "an unknown time zone, and times of 1970 for builds": Adverse({"SOURCE_DATE_EPOCH": "0", "TZ": "Nowhere/Town"}),
     "a path with spaces": Adverse(project_name=" a project  of mine"),
     "a path with umlauts": Adverse(project_name="Übung größe é"),
     "a path with umlauts, LANG=C": Adverse({"LANG": "C"}, project_name="Übung"),
