@@ -105,7 +105,7 @@ def test_one_of_many_that_fails_is_named_and_the_others_are_there(icdctl: Comman
         "--method",
         "kd",
         "--set",
-        "kd_weight=1,1e38",
+        "kd_weight=1,1e6",
         "--student",
         "res8",
         "--set",
@@ -114,8 +114,8 @@ def test_one_of_many_that_fails_is_named_and_the_others_are_there(icdctl: Comman
     given += ("--teacher", str(tmp_path / "teacher"), *TINY, "--out", str(tmp_path / "runs"), "--lr", "1")
     code, out, err = icdctl(*given)
     assert code == 1
-    assert "kdweight1e_38" in err
-    assert "no longer finite" in err
+    assert "kdweight1e_06" in err
+    assert "the weights have diverged" in err
     assert out.count(str(tmp_path / "runs")) == 1
     code, out, _ = icdctl(*given, "--resume", "--json")
     assert (code, "error" in json.loads(out)) == (1, True)

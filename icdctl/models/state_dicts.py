@@ -121,8 +121,9 @@ def differences(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[
         missing = [f"`{key}` is missing" for key in own if key not in found and not may_be_missing(key)]
         return missing + [f"{quoted(key)} is not part of the model" for key in found if key not in own]
     problems = []
-    for key, tensor in found.items():
-        expected = own[key]
+    # In the order of the model: a file of safetensors has its tensors in any order.
+    for key, expected in own.items():
+        tensor = found.get(key, expected)
         if tensor.shape != expected.shape:
             problems.append(f"`{key}` is {list(tensor.shape)}, expected {list(expected.shape)}")
         elif tensor.is_floating_point() != expected.is_floating_point() or tensor.is_complex():

@@ -146,7 +146,7 @@ def _problems(artifact: Artifact, ok: Collection[str]) -> Iterator[str]:
     problem = card_problem(artifact)
     if problem is not None:
         yield problem
-    elif manifest.created not in (artifact.folder / CARD_FILE).read_text(encoding="utf-8", errors="replace"):
+    elif manifest.created not in _card_text(artifact.folder / CARD_FILE):
         yield f"the manifest says that it was registered at {manifest.created}, `{CARD_FILE}` says another time"
     for name in ok:
         size = (artifact.folder / FILES_FOLDER / name).stat().st_size
@@ -162,6 +162,10 @@ def _problems(artifact: Artifact, ok: Collection[str]) -> Iterator[str]:
                 yield f"the manifest contradicts the registered files: {', '.join(f'`{key}`' for key in differing)}"
 
 
+def _card_text(path: Path) -> str:
+    return files.read_regular(path).decode("utf-8", errors="replace")
+
+
 def _notes(folder: Path, artifact: Artifact) -> Iterator[str]:
     """Remarks about something that is not damage."""
     teacher = artifact.manifest.teacher
@@ -170,7 +174,7 @@ def _notes(folder: Path, artifact: Artifact) -> Iterator[str]:
     if artifact.manifest.sha256 is None:
         yield "an earlier version of icdctl registered it, without hashes of manifest and card"
         path = artifact.folder / CARD_FILE
-        if path.is_file() and path.read_text(encoding="utf-8", errors="replace") != card(artifact):
+        if path.is_file() and _card_text(path) != card(artifact):
             yield f"`{CARD_FILE}` is not what this version of icdctl writes for its manifest"
     if is_untracked(folder, artifact.folder):
         yield f"DVC does not track its files; `dvc add {artifact.folder / FILES_FOLDER}` or the next `add` completes it"

@@ -47,7 +47,7 @@ def track(folder: Path, place: Path) -> None:
     target = PurePath("registry") / place.relative_to(folder) / FILES_FOLDER
     # Without `-q`, because with it dvc fails without a message.
     result = subprocess.run(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", "add", str(target)],
+        [sys.executable, "-P", "-m", "dvc", "--wait-for-lock", "add", str(target)],
         cwd=root,
         env={**os.environ, "DVC_NO_ANALYTICS": "1"},
         stdin=subprocess.DEVNULL,

@@ -312,7 +312,7 @@ def _held(path: Path, facts: Mapping[str, object], message: Callable[[str], None
     if not isinstance(value, dict):
         return {}
     stated = value.get(_HASH)
-    of = json.loads(json.dumps(facts))
+    of = files.parse_json(json.dumps(facts))
     if value.get("of") != of or stated not in (None, files.content_sha256(value, without=(_HASH,))):
         message(f"`{path}` has changed since a report kept it there: its numbers were measured again")
         return {}
