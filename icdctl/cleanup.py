@@ -196,7 +196,10 @@ def _alone(entry: Entry) -> Iterator[bool]:
         except (filelock.Timeout, ArtifactError):
             yield False
             return
-        is_free = all([stack.enter_context(files.unless_locked(path)) for path in entry.mapped if path.exists()])
+        is_free = True
+        for path in entry.mapped:
+            with suppress(FileNotFoundError):  # its process has deleted it since it was listed
+                is_free = stack.enter_context(files.unless_locked(path)) and is_free
         if is_free and entry.kind in ("finished", "resume"):  # the run may have changed since it was listed
             now = _state(entry.paths[0])
             is_free = now is not None and (now.kind, now.locks) == (entry.kind, entry.locks)

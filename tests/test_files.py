@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -188,3 +189,60 @@ def test_a_file_that_was_deleted_before_it_was_marked_is_made_again(monkeypatch:
     files.write_bytes(Path("runs/metrics.json"), b"whole")
     assert len(opened) == 1
     assert [path.name for path in Path("runs").iterdir()] == ["metrics.json"]
+
+
+def test_a_folder_that_was_just_made_is_not_taken_for_abandoned(tmp_path: Path) -> None:
+    # Several `registry add` at once: each removes what killed ones left, while others are just making theirs.
+    add = importlib.import_module("icdctl.registry.add")
+    stop, num_made = time.monotonic() + 1.5, [0]
+    lost: list[str] = []
+
+    def make() -> None:
+        while time.monotonic() < stop:
+            try:
+                with files.temporary_beside(tmp_path / "new", is_folder=True) as building:
+                    for number in range(5):
+                        (building / str(number)).write_text("whole")
+                    if len(list(building.iterdir())) != 5:
+                        lost.append("files are gone")
+                num_made[0] += 1
+            except OSError as error:
+                lost.append(str(error))
+
+    def remove() -> None:
+        while time.monotonic() < stop:
+            add._remove_left(tmp_path)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=target) for target in (make, make, remove, remove)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert (lost, num_made[0] > 10) == ([], True)
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_what_is_abandoned_is_deleted_under_its_mark(tmp_path: Path, is_folder: bool) -> None:
+    path = tmp_path / ".new.tmp.0123abcd"
+    if is_folder:
+        path.mkdir()
+    else:
+        path.touch()
+    marked: list[bool] = []
+
+    def seen(event: str, arguments: tuple[object, ...]) -> None:
+        if event in ("os.remove", "shutil.rmtree") and arguments[0] in (path, str(path)) and not marked:
+            marked.append(files.is_locked(path))
+
+    sys.addaudithook(seen)
+    files.remove_abandoned(path)
+    assert (marked, path.exists()) == ([True], False)
+    other = tmp_path / ".somebody's"
+    other.touch()
+    files.remove_abandoned(other)
+    assert other.exists(), "a hidden file of another program"

@@ -136,6 +136,21 @@ def is_abandoned(path: Path) -> bool:
     return bool(TEMPORARY_NAME.fullmatch(path.name)) and path.exists() and not is_locked(path)
 
 
+def remove_abandoned(path: Path) -> None:
+    """Delete a file or folder of `temporary_beside` if the process that made it has died.
+
+    The mark is held while it is deleted. Otherwise the process that has just made it could mark and fill it between the
+    question and the deletion, and would lose its files.
+    """
+    if not TEMPORARY_NAME.fullmatch(path.name):
+        return
+    with suppress(FileNotFoundError), unless_locked(path) as is_free:
+        if is_free and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif is_free:
+            path.unlink()
+
+
 def _marked(path: Path) -> int | None:
     """Mark a file or folder as in use, as `hold_mapped` does; the mark lasts until the descriptor is closed."""
     try:

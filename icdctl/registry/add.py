@@ -276,11 +276,9 @@ def _remove_left(home: Path) -> None:
     """Remove the folders of killed `add`s; the folder of an `add` at work is marked as in use."""
     for path in home.glob(".*"):
         with suppress(FileNotFoundError):
-            if path.name.startswith(_OLD_NEW):  # without a mark
-                is_left = time.time() - path.stat().st_mtime > _STALE_SECONDS
-            else:
-                is_left = files.is_abandoned(path)
-            if is_left:
+            if not path.name.startswith(_OLD_NEW):
+                files.remove_abandoned(path)
+            elif time.time() - path.stat().st_mtime > _STALE_SECONDS:  # earlier versions made no mark
                 shutil.rmtree(path, ignore_errors=True)
 
 
