@@ -21,7 +21,7 @@ import filelock
 
 from icdctl import files, run_files
 from icdctl.config.run_config import RunConfig
-from icdctl.engine.checkpoint import PREVIOUS_FILE, REPLAY_FILE, STATE_FILE, read_state
+from icdctl.engine.checkpoint import REPLAY_FILE, read_state, state_files
 from icdctl.engine.run_folder import read_config, state_lock_path
 from icdctl.engine.run_state import checkpoints_folder
 from icdctl.errors import ArtifactError, IcdctlError, UsageError, unknown_name
@@ -32,7 +32,7 @@ KINDS = {
     "numbers": "accuracies and latencies that reports measured; latencies vary when they are measured again",
     "downloads": "interrupted downloads of teachers, and archives that teachers were extracted from",
     "remains": "files left by processes that were killed, here and beside runs, exports and registered versions",
-    "finished": "states of finished runs, whose results are in their run folders; `--resume` would train them again",
+    "finished": "states of finished runs, whose results are in their run folders; `--resume` finds those",
     "resume": "states that `--resume` continues from, or that are all that is left of a run",
 }
 """Kind -> description of its entries."""
@@ -384,7 +384,7 @@ def _states() -> Iterator[Entry]:
 
 def _state(folder: Path) -> Entry | None:
     """The entry of a run's state, `finished` if the run folder has the result, too; None if there is no state."""
-    if not any((folder / name).is_file() for name in (STATE_FILE, PREVIOUS_FILE, REPLAY_FILE)):
+    if not state_files(folder) and not (folder / REPLAY_FILE).is_file():
         return None
     kind, note, of, out = "resume", "no epoch is finished", "", None
     try:
@@ -393,10 +393,10 @@ def _state(folder: Path) -> Entry | None:
         found, note = None, "it can't be read"
     if found is not None:
         progress, config = found
-        note = "finished" if progress.done else f"epoch {progress.epoch}"
+        shown = f"epoch {progress.epoch}" if config is None else progress.shown(config)
+        note = "finished" if progress.done else shown
         if config is not None:
             out, of = Path(config.out), config.out
-            note = "finished" if progress.done else progress.shown(config)
             if not out.is_dir():
                 note += ", its run folder is gone"
             elif progress.done and _has_result(out, config):

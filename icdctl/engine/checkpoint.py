@@ -222,6 +222,11 @@ def _modules(step: TrainingStep) -> dict[str, nn.Module]:
     return {prefix: module for prefix, module in found.items() if module is not None}
 
 
+def state_files(folder: Path) -> list[Path]:
+    """The states that a folder has, the newest first."""
+    return [path for path in (folder / STATE_FILE, folder / PREVIOUS_FILE) if path.is_file()]
+
+
 def load_checkpoint(folder: Path, step: TrainingStep, message: Callable[[str], None]) -> Progress | None:
     """Put weights and optimiser back as they were, or return None where nothing was saved.
 
@@ -233,7 +238,7 @@ def load_checkpoint(folder: Path, step: TrainingStep, message: Callable[[str], N
     Raises:
         ArtifactError: both are damaged.
     """
-    paths = [path for path in (folder / STATE_FILE, folder / PREVIOUS_FILE) if path.is_file()]
+    paths = state_files(folder)
     for path in paths:
         try:
             progress = _loaded(path, step)
@@ -257,7 +262,7 @@ def _loaded(path: Path, step: TrainingStep) -> Progress:
         with safe_open(path, framework="pt") as stored:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (it is not a dictionary)
             said = stored.metadata() or {}
-        if _hash_of(tensors, said) != said.get(_HASH, _hash_of(tensors, said)):
+        if _HASH in said and said[_HASH] != _hash_of(tensors, said):  # earlier versions wrote none
             raise ValueError("it was changed after it was written: its sha256 is another one")
         progress = Progress.model_validate_json(said[_METADATA], strict=True)
         for prefix, module in _modules(step).items():
@@ -289,7 +294,7 @@ def read_state(folder: Path) -> tuple[Progress, RunConfig | None] | None:
     Raises:
         ArtifactError: no state in the folder can be read.
     """
-    paths = [path for path in (folder / STATE_FILE, folder / PREVIOUS_FILE) if path.is_file()]
+    paths = state_files(folder)
     for path in paths:
         try:
             files.check_regular(path)

@@ -25,10 +25,12 @@ _FILTERS = r"^filter\..*\.(clean|smudge|process|required)$"
 
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit and whether the tree differs from it; None outside a repository, before a first commit or without git."""
+    command = ["git", "--no-optional-locks", "-C", str(folder), *_NO_PROGRAMS]
     try:
-        commit = _git(folder, "rev-parse", "--verify", "HEAD^{commit}")
-        status = _git(folder, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=dirty")
-        return {"commit": commit, "dirty": bool(status)}
+        environment = _without_programs(command)
+        commit = _output([*command, "rev-parse", "--verify", "HEAD^{commit}"], environment, check=True)
+        changed = [*command, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=dirty"]
+        return {"commit": commit, "dirty": bool(_output(changed, environment, check=True))}
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
 
@@ -74,13 +76,15 @@ def differing_environment(earlier: Mapping[str, Any], now: Mapping[str, Any]) ->
     return [f"{name} {old} (now {new})" for name, (old, new) in pairs.items() if old != new]
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    """What a git command prints; it runs no program that the repository names.
+def _without_programs(command: list[str]) -> dict[str, str]:
+    """Variables with which git runs no program that the repository names.
 
     A repository's own configuration may name a monitor of files, hooks, filters for the content of files, and programs
     that fetch missing objects; git would run them to find its status.
+
+    Args:
+        command: git for that repository.
     """
-    command = ["git", "--no-optional-locks", "-C", str(folder), *_NO_PROGRAMS]
     environment = {**os.environ, **_NO_FETCHING}
     listed = _output([*command, "config", "--show-scope", "-z", "--name-only", "--get-regexp", _FILTERS], environment)
     words = listed.split("\0")
@@ -90,7 +94,7 @@ def _git(folder: Path, *arguments: str) -> str:
     environment["GIT_CONFIG_COUNT"] = str(first + len(own))
     for number, name in enumerate(own, start=first):
         environment |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": ""}
-    return _output([*command, *arguments], environment, check=True)
+    return environment
 
 
 def _output(command: list[str], environment: dict[str, str], *, check: bool = False) -> str:

@@ -14,7 +14,9 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor
 from icdctl import files
 from icdctl.config.lookup import SETTINGS
 from icdctl.config.run_config import RunConfig
-from icdctl.engine.checkpoint import PREVIOUS_FILE, STATE_FILE, Progress, read_state, read_student, update_hash
+from icdctl.engine.checkpoint import Progress, read_state, read_student, state_files, update_hash
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.models import Classifier
 from icdctl.models.external import without_adapter
@@ -45,23 +47,19 @@ class RunInputs:
     student: Classifier | None = None
     """A custom module, as it is before the run."""
 
-    @property
+    @cached_property
     def student_sha256(self) -> str:
         """Hash of the custom module: its architecture and weights; empty without one."""
-        return "" if self.student is None else _hash_of_module(self.student, self._weights)
-
-    @property
-    def _weights(self) -> dict[str, Tensor]:
-        assert self.student is not None
-        return {key: value.detach().cpu() for key, value in self.student.state_dict().items()}
+        if self.student is None:
+            return ""
+        weights = {key: value.detach().cpu() for key, value in self.student.state_dict().items()}
+        return _hash_of_module(self.student, weights)
 
     def student_differs(self, progress: Progress, folder: Path) -> bool:
         """Whether a custom module is neither as it was when a run began nor as the run's state has it."""
-        if self.student is None or not progress.student_sha256:
+        if self.student is None or progress.student_sha256 in ("", self.student_sha256):
             return False
-        held = read_student(folder)
-        now = self.student_sha256
-        return now != progress.student_sha256 and now != _hash_of_module(self.student, held)
+        return self.student_sha256 != _hash_of_module(self.student, read_student(folder))
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class RunState:
     @property
     def exists(self) -> bool:
         """Whether anything was saved."""
-        return any((self.folder / name).is_file() for name in (STATE_FILE, PREVIOUS_FILE))
+        return bool(state_files(self.folder))
 
     def pointer(self, out: Path) -> dict[str, Any]:
         """What the environment.json of a run folder says of its state, so that both find each other when moved."""
@@ -140,10 +138,9 @@ def claim_state(
 
 def _of_run_folder(out: Path, config: RunConfig, inputs: RunInputs) -> RunState:
     """The state of the run that a folder holds."""
-    folder = find_state(out, config)
-    found = None if folder is None else read_state(folder)
-    if folder is not None and found is not None:
-        progress, _ = found
+    found = _find_state(out, config)
+    if found is not None:
+        folder, progress = found
         if progress.dataset_sha256 != inputs.dataset_sha256:
             raise ArtifactError(
                 f"the images of `{config.dataset}` have changed since this run began",
@@ -184,8 +181,12 @@ def _result_of(out: Path, config: RunConfig, inputs: RunInputs) -> dict[str, Any
     return metrics
 
 
-def find_state(out: Path, config: RunConfig) -> Path | None:
-    """The folder with the state of the run that a run folder holds; None where it is lost, or nothing was saved."""
+def _find_state(out: Path, config: RunConfig) -> tuple[Path, Progress] | None:
+    """The folder with the state of the run that a run folder holds; None where it is lost, or nothing was saved.
+
+    Raises:
+        ArtifactError: the state is where the run folder says, and broken.
+    """
     try:
         stated = files.read_json(out / ENVIRONMENT_FILE, what="environment", hint="")[_POINTER]
         run = str(stated["run"])
@@ -193,23 +194,18 @@ def find_state(out: Path, config: RunConfig) -> Path | None:
     except (ArtifactError, KeyError, TypeError):
         # Run folders of earlier versions do not say where their state is.
         legacy = checkpoints_folder() / config.legacy_fingerprint
-        return legacy if _run_in(legacy) is not None else None
-    usual = [*named, state_folder_of(out)]
-    for folder in usual:
-        if _run_in(folder) in (run, ""):
-            return folder.resolve()
-    others = list(checkpoints_folder().iterdir()) if checkpoints_folder().is_dir() else []
-    return next((folder for folder in others if _run_in(folder) == run), None)
-
-
-def _run_in(folder: Path) -> str | None:
-    """Name of the run whose state a folder has; None where it has none that can be read."""
-    try:
+        found = read_state(legacy)
+        return None if found is None else (legacy, found[0])
+    for folder in (*named, state_folder_of(out)):
         found = read_state(folder)
-    except ArtifactError:
-        # What is broken belongs to whoever names it, and is reported when it is loaded.
-        return ""
-    return None if found is None else found[0].run
+        if found is not None and found[0].run in (run, ""):
+            return folder.resolve(), found[0]
+    for folder in checkpoints_folder().iterdir() if checkpoints_folder().is_dir() else ():
+        with suppress(ArtifactError):  # another run's, which is reported where that is continued
+            found = read_state(folder)
+            if found is not None and found[0].run == run:
+                return folder, found[0]
+    return None
 
 
 def _different(

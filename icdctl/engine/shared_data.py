@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from icdctl.config.run_config import RunConfig
 from icdctl.data import UNLABELED, Dataset, ImageStore
 from icdctl.engine.device import is_device_driven
+from icdctl.engine.environment import describe_environment
 from icdctl.errors import UsageError
 
 
@@ -34,6 +37,11 @@ class SharedData:
     """Number of steps of an epoch."""
     device_driven: bool
     """Whether steps read what they need, the learning rate too, from tensors that stay where they are."""
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Versions, machine and commit, for environment.json; they are the same for all students of a process."""
+        return describe_environment(self.device, self.precision)
 
     @property
     def num_images(self) -> int:

@@ -16,7 +16,7 @@ from icdctl.data import UNLABELED, Views
 from icdctl.engine.building import load_first_weights, new_objective, new_student
 from icdctl.engine.checkpoint import Progress, load_checkpoint
 from icdctl.engine.compiled import Compiler
-from icdctl.engine.environment import describe_environment, differing_environment
+from icdctl.engine.environment import differing_environment
 from icdctl.engine.optimizers import make_optimizer
 from icdctl.engine.run_output import RunOutput, RunResult, run_metrics
 from icdctl.engine.run_state import RunState, state_folder_of
@@ -165,7 +165,7 @@ class StudentRun:
     def _add_attempt(self) -> None:
         """Record where the run is trained from now on, and say what differs from where it was trained up to now."""
         progress = self.progress
-        now = describe_environment(self.shared.device, self.shared.precision)
+        now = self.shared.environment
         attempts = [each for each in progress.attempts if progress.has_begun]
         changed = differing_environment(attempts[-1], now) if attempts else ()
         if changed:

@@ -193,6 +193,7 @@ def make_teacher(
     with files.waited_lock(table.folder.with_name(f".{table.folder.name}.lock")):
         if table.is_kept:
             try:
+                _check_hashes(table, inline.reads)
                 kept = _opened(table, store, inline.reads)
                 _check_agrees(kept, inline, store, table)
             except (OSError, EOFError, ValueError) as error:
@@ -266,11 +267,11 @@ def _kept(inline: InlineTeacher, store: ImageStore, table: CachePlan, advance: C
         ) from error
 
 
-def _opened(table: CachePlan, store: ImageStore, reads: Collection[str]) -> CachedTeacher:
-    """The table on disk, mapped.
+def _check_hashes(table: CachePlan, reads: Collection[str]) -> None:
+    """Check that the files of a table are those that were written.
 
     Raises:
-        OSError, EOFError, ValueError: it is damaged, or not the one that was written.
+        OSError, ValueError: one is missing, or has changed.
     """
     assert table.folder is not None
     stated = files.parse_json(files.read_regular(table.folder / "facts.json"))
@@ -280,6 +281,15 @@ def _opened(table: CachePlan, store: ImageStore, reads: Collection[str]) -> Cach
     for name in map(_file_of, sorted(reads)):
         if hashes and hashes.get(name) != files.sha256_file(table.folder / name):
             raise ValueError(f"`{name}` was changed after it was written")
+
+
+def _opened(table: CachePlan, store: ImageStore, reads: Collection[str]) -> CachedTeacher:
+    """The table on disk, mapped.
+
+    Raises:
+        OSError, EOFError, ValueError: it is damaged, or not the one that was written.
+    """
+    assert table.folder is not None
     tables = {name: torch.from_numpy(_mapped(table.folder / _file_of(name))) for name in sorted(reads)}
     if not all(part.shape[0] == table.num_views and part.dtype == table.dtype for part in tables.values()):
         raise ValueError("it has another size")
