@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -21,6 +19,7 @@ from icdctl.data import download
 from icdctl.data.download import RemoteFile
 from icdctl.errors import ArtifactError
 from icdctl.files import yaml_reading
+from icdctl.files.dvc import run_dvc
 
 FILE = "data.dvc"
 _OBJECT_MODE = 0o444
@@ -123,22 +122,9 @@ class Pin:
 
     def _dvc(self, *arguments: str) -> str:
         """Run a dvc command and return what it prints."""
-        result = subprocess.run(
-            [sys.executable, "-P", "-m", "dvc", "--wait-for-lock", *arguments],
-            cwd=self.root,
-            env={**os.environ, "DVC_NO_ANALYTICS": "1"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
+        return run_dvc(
+            self.root, *arguments, hint="`dvc doctor` and `dvc status` show more; then run the command again"
         )
-        if result.returncode != 0:
-            reason = (result.stderr.strip() or result.stdout.strip() or "it did not say why").splitlines()[0]
-            raise ArtifactError(
-                f"`dvc {' '.join(arguments)}` failed ({result.returncode}): {reason}",
-                hint="`dvc doctor` and `dvc status` show more; then run the command again",
-            )
-        return result.stdout
 
 
 def find_pin(file: RemoteFile) -> Pin | None:

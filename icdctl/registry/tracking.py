@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path, PurePath
 
 from icdctl import files
-from icdctl.errors import ArtifactError
+from icdctl.files.dvc import run_dvc
 from icdctl.registry.artifact import DVC_FILE, FILES_FOLDER, MANIFEST_FILE
 from icdctl.registry.find import names, version_numbers
 
@@ -45,19 +42,10 @@ def track(folder: Path, place: Path) -> None:
         return
     root = files.project_root()
     target = PurePath("registry") / place.relative_to(folder) / FILES_FOLDER
-    # Without `-q`, because with it dvc fails without a message.
-    result = subprocess.run(
-        [sys.executable, "-P", "-m", "dvc", "--wait-for-lock", "add", str(target)],
-        cwd=root,
-        env={**os.environ, "DVC_NO_ANALYTICS": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
+    run_dvc(
+        root,
+        "add",
+        str(target),
+        outcome="; nothing was registered",
+        hint="look at `dvc doctor` and `dvc status`, then register the run again",
     )
-    if result.returncode != 0:
-        reason = (result.stderr.strip() or result.stdout.strip() or "it printed no reason").splitlines()[0]
-        raise ArtifactError(
-            f"`dvc add {target}` failed ({result.returncode}): {reason}; nothing was registered",
-            hint="look at `dvc doctor` and `dvc status`, then register the run again",
-        )
