@@ -327,20 +327,24 @@ def _downloads() -> Iterator[Entry]:
         )
 
 
+def _remains_entry(path: Path, *, locks: tuple[Path, ...] = (), mapped: tuple[Path, ...] = ()) -> Entry:
+    return _entry("remains", path.name, [path], of=str(path), locks=locks, mapped=mapped)
+
+
 def _remains() -> Iterator[Entry]:
     """Incomplete files of killed processes, temporary files that are too old to be in use, leftovers of `clean`."""
     cache = files.cache_folder()
     for home in (cache / "images", cache / "answers"):
         for path in _children(home):
             if path.name.startswith(".") and path.suffix == ".part":
-                yield _entry("remains", path.name, [path], of=str(path), locks=(path.with_suffix(".lock"),))
+                yield _remains_entry(path, locks=(path.with_suffix(".lock"),))
     for home in (cache, *_visible(cache), checkpoints_folder(), *_visible(checkpoints_folder())):
         for path in _children(home):
             is_old = _OLD_TEMPORARY.fullmatch(path.name) and _is_stale(path)
             if is_old or path.name.startswith(_OLD_TRASH):
-                yield _entry("remains", path.name, [path], of=str(path))
+                yield _remains_entry(path)
             elif files.is_abandoned(path):
-                yield _entry("remains", path.name, [path], of=str(path), mapped=(path,))
+                yield _remains_entry(path, mapped=(path,))
 
 
 def _remains_of_project(runs: Iterable[Path]) -> Iterator[Entry]:
@@ -355,13 +359,13 @@ def _remains_of_project(runs: Iterable[Path]) -> Iterator[Entry]:
     beside = dict.fromkeys((root.resolve(), *(place.parent for place in places)))
     for lock in (root / name for name in _LOCKS):
         if lock.is_file() and not files.is_locked(lock):
-            yield _entry("remains", lock.name, [lock], of=str(lock), mapped=(lock,))
+            yield _remains_entry(lock, mapped=(lock,))
     for folder in dict.fromkeys([*folders, *beside]):
         for path in _children(folder):
             if files.is_abandoned(path):
-                yield _entry("remains", path.name, [path], of=str(path), mapped=(path,))
+                yield _remains_entry(path, mapped=(path,))
             elif _OLD_RUN_FILE.fullmatch(path.name) and _is_stale(path):
-                yield _entry("remains", path.name, [path], of=str(path))
+                yield _remains_entry(path)
 
 
 def _folders_below(top: Path) -> Iterator[Path]:

@@ -84,6 +84,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, listing: str) ->
     return UsageError(f"unknown {kind} `{name}`", hint=f"{suggestion}`{listing}` shows all of them")
 
 
+def first_few(names: Sequence[str], most: int) -> str:
+    """`a, b, ...`: the first names, and whether there are more."""
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
+
+
 def combine(problems: Sequence[IcdctlError]) -> IcdctlError:
     """One error that reports several problems, a line each.
 

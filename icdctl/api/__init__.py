@@ -16,6 +16,7 @@ from icdctl import data, methods
 from icdctl.api.classifiers import Model, info_of, ready, weights_at
 from icdctl.api.evaluating import EvaluationResult, evaluate
 from icdctl.api.export_inputs import facts_of, test_images_of
+from icdctl.api.known_errors import known_errors
 from icdctl.api.planning import Job, make_jobs
 from icdctl.api.predicting import PredictionResult, image_files, predict_files
 from icdctl.config import sources
@@ -29,16 +30,14 @@ from icdctl.engine.device import resolve_device
 from icdctl.engine.observer import Observer, SilentObserver, decoding
 from icdctl.engine.run import Failure
 from icdctl.engine.run_output import RunResult
-from icdctl.errors import UsageError, memory_reported
+from icdctl.errors import UsageError
 from icdctl.exporting import Export, export_onnx
-from icdctl.models.external import module_errors_reported
 from icdctl.registry.trained import TrainedModel
 
 Config = Mapping[str, Any] | RunConfig
 
 
-@memory_reported()
-@module_errors_reported()
+@known_errors()
 def train(
     config: Config | None = None,
     *,
@@ -64,8 +63,7 @@ def train(
     return _one(_run([Job("train", given)], resume=resume, observer=observer))
 
 
-@memory_reported()
-@module_errors_reported()
+@known_errors()
 def distill(
     config: Config | None = None,
     *,
@@ -88,8 +86,7 @@ def distill(
     return _one(_run([Job("distill", {**_stated(config), **options})], resume=resume, observer=observer))
 
 
-@memory_reported()
-@module_errors_reported()
+@known_errors()
 def distill_many(
     config: Config | None = None,
     *,
@@ -132,8 +129,7 @@ def _stated(config: Config | None) -> dict[str, Any]:
     return dict(config or {})
 
 
-@memory_reported()
-@module_errors_reported()
+@known_errors()
 def start(
     command: Command,
     several: Sequence[Mapping[str, Any]],
@@ -213,8 +209,7 @@ def _origin_of(teacher: TrainedModel | None) -> dict[str, str | None]:
     return {} if teacher is None else {"teacher_source": teacher.source, "teacher_licence": teacher.licence}
 
 
-@memory_reported()
-@module_errors_reported()
+@known_errors()
 def predict(
     target: Model,
     images: str | Path | Sequence[str | Path],
@@ -271,8 +266,7 @@ def predict(
     return result
 
 
-@memory_reported()
-@module_errors_reported()
+@known_errors()
 def export(
     target: str | Path,
     out: str | Path | None = None,

@@ -9,11 +9,11 @@ from torch import nn
 
 from icdctl import data, evaluation
 from icdctl.api.classifiers import Model, doubts_about, named_weights, ready
+from icdctl.api.known_errors import known_errors
 from icdctl.config.dataset_request import dataset_request
 from icdctl.engine.device import resolve_device
 from icdctl.engine.observer import Observer, SilentObserver, decoding
-from icdctl.errors import UsageError, memory_reported
-from icdctl.models.external import module_errors_reported
+from icdctl.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class EvaluationResult:
         return {**found, **self.numbers.as_json(), **compared}
 
 
-@memory_reported()
-@module_errors_reported()
+@known_errors()
 def evaluate(
     target: Model,
     *,

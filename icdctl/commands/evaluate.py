@@ -8,6 +8,7 @@ import typer
 
 from icdctl.commands import console, options
 from icdctl.commands.train_and_show import observed
+from icdctl.errors import first_few
 
 _NAMED_CLASSES = 5
 
@@ -70,7 +71,7 @@ def evaluate(
     console.show_line(f"{'worst class':<11} {result.class_names[worst]} ({numbers.per_class[worst]:.1f})")
     if numbers.untested:
         names = [result.class_names[number] for number in numbers.untested]
-        shown = ", ".join(names[:_NAMED_CLASSES]) + (", ..." if len(names) > _NAMED_CLASSES else "")
+        shown = first_few(names, _NAMED_CLASSES)
         count = f"{len(names)} of {len(numbers.per_class)} classes"
         console.show_line(f"{'untested':<11} {count} have no test image: {shown}")
     if result.agreement is not None and result.fidelity is not None:

@@ -122,8 +122,7 @@ def _extract(archive: Path, folder: Path, *, top: str, limits: Limits, beside: C
                     continue
                 _check_member(member, top)
                 # Without the archive's mode, the umask decides who may read and write the file.
-                # tarfile documents None for "leave the mode alone", the stubs leave it out.
-                member = member.replace(mode=None, deep=False)  # type: ignore[arg-type]
+                member = member.replace(mode=None, deep=False)  # type: ignore[arg-type]  # None is in tarfile's docs
                 tar.extract(member, folder, filter="data")
     except OSError as error:
         raise files.not_writable(folder.parent / top, error) from error

@@ -37,8 +37,8 @@ def duplicates(parts: Sequence[PartFiles]) -> list[str]:
         if part.use in ("training", "unlabelled"):
             for name, sha256 in zip(part.names, part.hashes, strict=True):
                 first_of.setdefault(sha256, name)
-    found = [_in_two_parts(part, first_of, "training") for part in parts if part.use in ("validation", "testing")]
-    held_out = {use: part for part in parts for use in [part.use] if use in ("validation", "testing")}
+    held_out = {part.use: part for part in parts if part.use in ("validation", "testing")}
+    found = [_in_two_parts(part, first_of, "training") for part in held_out.values()]
     if len(held_out) == 2:
         of_val = dict(zip(held_out["validation"].hashes, held_out["validation"].names, strict=True))
         found.append(_in_two_parts(held_out["testing"], of_val, "validation"))

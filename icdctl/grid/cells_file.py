@@ -15,7 +15,7 @@ from pathlib import Path
 
 from icdctl import files
 from icdctl.config import sources
-from icdctl.errors import ArtifactError
+from icdctl.errors import ArtifactError, first_few
 from icdctl.grid.expansion import Cells
 from icdctl.grid.params_file import flow_entry
 
@@ -46,8 +46,7 @@ class Difference:
         parts = []
         for what, names in vars(self).items():
             if names:
-                more = ", ..." if len(names) > _MOST_NAMED else ""
-                parts.append(f"{len(names)} {what} ({', '.join(names[:_MOST_NAMED])}{more})")
+                parts.append(f"{len(names)} {what} ({first_few(names, _MOST_NAMED)})")
         return ", ".join(parts)
 
 

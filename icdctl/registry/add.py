@@ -35,8 +35,7 @@ from icdctl.registry.artifact import (
 )
 from icdctl.registry.artifact_card import card
 from icdctl.registry.find import check_name, list_artifacts, newest, next_serial, taken_numbers, versions_of
-from icdctl.registry.tracking import complete
-from icdctl.registry.tracking import track as _track
+from icdctl.registry.tracking import complete, track
 from icdctl.run_files import WEIGHTS_FILE, check_as_written, check_numbers
 
 RUN_FILES = (WEIGHTS_FILE, "config.json", "history.csv", "metrics.json", "environment.json")
@@ -179,7 +178,7 @@ def add(
                 return error.artifact
             raise
         try:
-            _track(folder, artifact.folder)
+            track(folder, artifact.folder)
         except BaseException:
             artifact.folder.rename(building)
             raise

@@ -14,8 +14,6 @@ from icdctl.registry.artifact import CARD_FILE, DVC_FILE, MANIFEST_FILE, Artifac
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)?")
 _VERSION_FOLDER = re.compile(r"v([1-9][0-9]{0,8})")
 _REFERENCE = re.compile(r"(?P<name>[^@]+)(?:@v(?P<version>[1-9][0-9]{0,8}))?")
-
-
 _LONGEST_SHOWN = 200
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from icdctl.errors import ArtifactError
+from icdctl.errors import ArtifactError, first_few
 from icdctl.reporting.finished_runs import TRAIN_AGAIN_HINT, FinishedRun, find_run_folders, read_run
 from icdctl.reporting.run_groups import RunGroup, group_runs, without_duplicates
 
@@ -53,8 +53,7 @@ def collect_runs(paths: Sequence[Path]) -> CollectedRuns:
     if unhashed:
         notes.append(
             f"{len(unhashed)} of {len(runs)} runs have no hashes, because an earlier version of icdctl trained them; "
-            f"only their accuracy was compared with their history: {', '.join(unhashed[:3])}"
-            + (", ..." if len(unhashed) > 3 else "")
+            f"only their accuracy was compared with their history: {first_few(unhashed, 3)}"
         )
     groups, teachers = group_runs(without_duplicates(runs.values(), notes))
     return CollectedRuns(groups, teachers, tuple(notes))

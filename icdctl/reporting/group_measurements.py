@@ -12,7 +12,7 @@ from icdctl.config.run_config import RunConfig
 from icdctl.data import Dataset, Request
 from icdctl.engine.environment import cpu_name
 from icdctl.engine.observer import Observer
-from icdctl.errors import ArtifactError, IcdctlError
+from icdctl.errors import ArtifactError, IcdctlError, first_few
 from icdctl.registry.trained import TrainedModel
 from icdctl.reporting import measure
 from icdctl.reporting.measure import Measurement, ModelMeasurer
@@ -113,8 +113,8 @@ class GroupMeasurer:
         tested = set(dataset.test_labels.tolist())
         untested = [name for number, name in enumerate(dataset.class_names) if number not in tested]
         if untested:
-            names = ", ".join(untested[:_NAMED_CLASSES]) + (", ..." if len(untested) > _NAMED_CLASSES else "")
             count = f"{len(untested)} of {dataset.num_classes} classes of `{dataset.name}`"
+            names = first_few(untested, _NAMED_CLASSES)
             self._notes.append(f"{count} have no test image, so nothing is measured for them: {names}")
 
     def _measure_teacher(self, found: GroupMeasurements, measurer: ModelMeasurer) -> None:
