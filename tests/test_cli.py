@@ -20,14 +20,6 @@ from icdctl.methods import METHODS, check_settings
 TINY = ("--dataset", "digits100", "--train-images", "128", "--test-images", "100", "--epochs", "1", "--device", "cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def run_folder(icdctl: CommandLine, tmp_path: Path) -> Path:
     out = tmp_path / "teacher"

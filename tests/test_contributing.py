@@ -6,7 +6,7 @@ A setting of a run is added in `test_settings.py`, and an executor in `test_exec
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,14 +33,6 @@ from icdctl.models.outputs import Features
 from icdctl.registry import trained
 
 TINY = ("--dataset", "digits100", "--train-images", "200", "--test-images", "100", "--epochs", "1", "--device", "cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from step_support import make_step, teacher_for
 from test_engine import SMALL, Stop, history, weights
 from test_step import META
@@ -24,23 +23,12 @@ from icdctl.config.dataset_request import dataset_request
 from icdctl.data import Augmentation, ImageStore
 from icdctl.engine import device_loop, shared_data, student_run, teacher
 from icdctl.engine import run as engine
-from icdctl.engine.checkpoint import CheckpointWriter
 from icdctl.engine.feed import Feed
 from icdctl.engine.observer import SilentObserver
-from icdctl.errors import ArtifactError
-from icdctl.evaluation import batch_size_on
 from icdctl.methods import METHODS, ModelProbe
 from icdctl.methods.patch import pooled_in_order
 
 ByPosition = Callable[[], None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -416,37 +404,6 @@ def test_answers_from_elsewhere_are_read_in_time(monkeypatch: pytest.MonkeyPatch
             assert torch.equal(views.index, part.index)
             assert torch.equal(buffered(views, torch.empty(0))["logits"], table[store.numbers(part)])
             feed.position += 1
-
-
-def test_a_state_is_written_in_the_background_as_it_was(tmp_path: Path) -> None:
-    config = planned_train(tmp_path)
-    shared = shared_data.make_shared_data(config, data.load(config.images), torch.device("cpu"), "fp32")
-    student = student_run.StudentRun(config, shared, None, None)
-    before = CheckpointWriter(shared.device, in_background=False)
-    before.save(tmp_path / "before", student.step, student.progress)
-    writer = CheckpointWriter(shared.device, in_background=True)
-    writer.save(tmp_path / "meanwhile", student.step, student.progress)
-    with torch.no_grad():
-        for parameter in student.step.student.parameters():
-            parameter.zero_()
-    writer.wait()
-    held = []
-    for name in ("before", "meanwhile"):  # the bytes may differ: the order of the metadata is drawn at random
-        with safe_open(tmp_path / name, framework="pt") as stored:
-            held.append(stored.metadata())
-    assert held[0] == held[1], "the hash of all tensors is in it"
-    (tmp_path / "file").touch()
-    writer.save(tmp_path / "file" / "state", student.step, student.progress)
-    with pytest.raises(ArtifactError, match="can't be written"):
-        writer.wait()
-    writer.wait()
-
-
-def test_evaluation_takes_large_batches_of_small_images_on_cuda_alone() -> None:
-    small, large = torch.empty((1, 32, 32, 3)), torch.empty((1, 224, 224, 3))
-    on = {name: torch.device(name) for name in ("cpu", "cuda")}
-    assert [batch_size_on(on["cuda"], small), batch_size_on(on["cuda"], large)] == [2000, 500]
-    assert [batch_size_on(on["cpu"], small), batch_size_on(on["cpu"], large)] == [500, 500]
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 7, 8, 14, 28])

@@ -15,7 +15,7 @@ from test_imagefolder import in_parts
 import icdctl as library
 from icdctl import evaluation
 from icdctl.errors import IcdctlError
-from icdctl.evaluation import Bin, Evaluation
+from icdctl.evaluation import Bin, Evaluation, batch_size_on
 from icdctl.reporting.pictures import _together
 
 
@@ -108,3 +108,10 @@ def test_eval_and_report_name_the_classes_that_were_not_tested(icdctl: CommandLi
     assert code == 0, err
     notes = json.loads((tmp_path / "report" / "report.json").read_text(), parse_constant=pytest.fail)["notes"]
     assert "1 of 3 classes of `imagefolder:pets` have no test image, so nothing is measured for them: dog" in notes
+
+
+def test_evaluation_takes_large_batches_of_small_images_on_cuda_alone() -> None:
+    small, large = torch.empty((1, 32, 32, 3)), torch.empty((1, 224, 224, 3))
+    on = {name: torch.device(name) for name in ("cpu", "cuda")}
+    assert [batch_size_on(on["cuda"], small), batch_size_on(on["cuda"], large)] == [2000, 500]
+    assert [batch_size_on(on["cpu"], small), batch_size_on(on["cpu"], large)] == [500, 500]

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,6 @@ FAST = ["wrn16_1", "vgg8", "mv2", "shuv1", "shuv2"]
 EVERY_FILE = {"README.md", "manifest.json", "model.json", "model.onnx", "verify.json"}
 
 Mutation = Callable[[Any], None]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_target(

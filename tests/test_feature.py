@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,6 @@ __all__ = ["by_position", "taught"]
 LOSSES = golden.read("losses.json")
 ARRAYS = golden.read_arrays("losses.npz") if LOSSES else {}
 CASES = {case["id"]: case for case in LOSSES.get("cases", []) if case["method"] == "FITNET"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def arrays(case: dict[str, Any]) -> dict[str, Tensor]:

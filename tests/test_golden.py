@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -38,14 +38,6 @@ WRN_STATISTICS_RULE = (
     "running statistics and num_batches_tracked of wrn train steps: the reference runs three batch norms twice a step, "
     "icdctl once"
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def golden_model(entry: dict[str, Any]) -> models.Classifier:

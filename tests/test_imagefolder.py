@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,6 @@ from icdctl.exporting import OnnxClassifier
 QUICK = ("--batch-size", "8", "--device", "cpu")
 ONE = (*QUICK, "--epochs", "1")
 CLASSES = ("bird", "cat", "dog")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 
 import golden_support as golden
 import pytest
@@ -25,12 +24,8 @@ every_variant = pytest.mark.parametrize("dataset", DATASETS, ids=["plain", "cub2
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_a_seed() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def a_seed() -> None:
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def trained(name: str, dataset: str | None = None, num_classes: int = 10) -> models.Classifier:

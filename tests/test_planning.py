@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 import icdctl as library
@@ -21,14 +19,6 @@ from icdctl.models.external import CUSTOM_MODEL
 
 TINY: dict[str, Any] = {"dataset": "digits100", "train_images": 40, "test_images": 20, "epochs": 1}
 ABSENT = StandIn(("res20", "/elsewhere/teacher.safetensors", "0" * 64), "1" * 64)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -15,23 +15,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_device_loop import ByPosition, by_position, one_thread, taught
+from safetensors import safe_open
+from test_device_loop import ByPosition, by_position, planned_train, taught
 from test_engine import SMALL, history, weights
 from test_together import planned, together
 from torch import nn
 
 import icdctl as library
-from icdctl import files
+from icdctl import data, files
 from icdctl.config.run_config import RunConfig
-from icdctl.engine import device_loop
+from icdctl.engine import device_loop, shared_data, student_run
 from icdctl.engine import run as engine
 from icdctl.engine import teacher as teachers
-from icdctl.engine.checkpoint import PREVIOUS_FILE, STATE_FILE
+from icdctl.engine.checkpoint import PREVIOUS_FILE, STATE_FILE, CheckpointWriter
 from icdctl.engine.observer import SilentObserver
 from icdctl.engine.run_state import checkpoints_folder, state_folder_of
 from icdctl.errors import ArtifactError, UsageError
 
-__all__ = ["by_position", "one_thread", "taught"]
+__all__ = ["by_position", "taught"]
 LONG: dict[str, Any] = {**SMALL, "model": "res8", "epochs": 4}
 
 
@@ -261,6 +262,30 @@ def test_two_damaged_states_are_refused_with_what_to_do() -> None:
     with pytest.raises(ArtifactError, match="is broken: it was changed after it was written") as caught:
         trained("run", resume=True)
     assert caught.value.hint == "delete it and the run folder, and start the run again"
+
+
+def test_a_state_is_written_in_the_background_as_it_was(tmp_path: Path) -> None:
+    config = planned_train(tmp_path)
+    shared = shared_data.make_shared_data(config, data.load(config.images), torch.device("cpu"), "fp32")
+    student = student_run.StudentRun(config, shared, None, None)
+    before = CheckpointWriter(shared.device, in_background=False)
+    before.save(tmp_path / "before", student.step, student.progress)
+    writer = CheckpointWriter(shared.device, in_background=True)
+    writer.save(tmp_path / "meanwhile", student.step, student.progress)
+    with torch.no_grad():
+        for parameter in student.step.student.parameters():
+            parameter.zero_()
+    writer.wait()
+    held = []
+    for name in ("before", "meanwhile"):  # the bytes may differ: the order of the metadata is drawn at random
+        with safe_open(tmp_path / name, framework="pt") as stored:
+            held.append(stored.metadata())
+    assert held[0] == held[1], "the hash of all tensors is in it"
+    (tmp_path / "file").touch()
+    writer.save(tmp_path / "file" / "state", student.step, student.progress)
+    with pytest.raises(ArtifactError, match="can't be written"):
+        writer.wait()
+    writer.wait()
 
 
 def test_the_environment_names_all_that_a_run_was_trained_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,7 +190,7 @@ def _find_state(out: Path, config: RunConfig) -> tuple[Path, Progress] | None:
     try:
         stated = files.read_json(out / ENVIRONMENT_FILE, what="environment", hint="")[_POINTER]
         run = str(stated["run"])
-        named = [out / str(stated["folder"]), Path(str(stated["was_at"]))]
+        named = [(out / str(stated["folder"])).resolve(), Path(str(stated["was_at"]))]
     except (ArtifactError, KeyError, TypeError):
         # Run folders of earlier versions do not say where their state is.
         legacy = checkpoints_folder() / config.legacy_fingerprint
@@ -199,7 +199,7 @@ def _find_state(out: Path, config: RunConfig) -> tuple[Path, Progress] | None:
     for folder in (*named, state_folder_of(out)):
         found = read_state(folder)
         if found is not None and found[0].run in (run, ""):
-            return folder.resolve(), found[0]
+            return folder, found[0]
     for folder in checkpoints_folder().iterdir() if checkpoints_folder().is_dir() else ():
         with suppress(ArtifactError):  # another run's, which is reported where that is continued
             found = read_state(folder)
