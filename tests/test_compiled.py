@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -125,3 +127,16 @@ def test_compiling_is_another_run_and_its_absence_is_not() -> None:
     assert (plain.compile, fast.compile) == (False, True)
     assert "compile" not in plain.identity
     assert plain.identity != fast.identity
+
+
+def test_torchs_compiler_is_not_imported_where_nothing_is_compiled(tmp_path: Path) -> None:
+    """It takes a second, at the start of every run."""
+    code = f"""
+import sys, icdctl
+settings = {{**{SMALL!r}, "epochs": 1, "out": {str(tmp_path / "run")!r}}}
+icdctl.train(model="res8", **settings)
+icdctl.train(model="res8", **{{**settings, "epochs": 2, "out": {str(tmp_path / "more")!r}}}, time_limit="0.001s")
+icdctl.train(model="res8", **{{**settings, "epochs": 2, "out": {str(tmp_path / "more")!r}}}, resume=True)
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)

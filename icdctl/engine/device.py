@@ -120,7 +120,7 @@ def backend_settings(device: torch.device, precision: str, *, deterministic: boo
     )
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = not deterministic
-    torch.use_deterministic_algorithms(deterministic)
+    _use_deterministic_algorithms(deterministic)
     new_tensors.fill_uninitialized_memory = False  # a kernel for each new tensor, which nothing reads
     if device.type == "cuda":
         # Without it cuBLAS may sum in another order each time. Torch looks once, at the process's first product, which
@@ -147,5 +147,11 @@ def backend_settings(device: torch.device, precision: str, *, deterministic: boo
         raise
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[:2]
-        torch.use_deterministic_algorithms(before[2])
+        _use_deterministic_algorithms(before[2])
         new_tensors.fill_uninitialized_memory = before[3]
+
+
+def _use_deterministic_algorithms(wanted: bool) -> None:
+    # Torch imports its compiler to tell it, which takes a second: not where nothing changes.
+    if torch.are_deterministic_algorithms_enabled() != wanted:
+        torch.use_deterministic_algorithms(wanted)

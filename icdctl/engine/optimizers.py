@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from icdctl.config.run_config import RunConfig
+
+
+class _SGD(torch.optim.SGD):
+    """torch's SGD, whose methods are wrapped so that its compiler leaves them alone; the wrappers import the compiler,
+    which takes a second. Optimisers are never compiled here, so these are the methods as they are inside.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
 
 
 def make_optimizer(
@@ -31,7 +44,7 @@ def make_optimizer(
         # torch warns of steps outside a graph; those before a capture, and all steps where it fails, are intended.
         optimizer._warned_capturable_if_run_uncaptured = True
     else:
-        optimizer = torch.optim.SGD(
+        optimizer = _SGD(
             parameters,
             lr=rate,
             momentum=config.momentum,

@@ -22,8 +22,8 @@ from typing import Any
 
 from . import children, figures, fuzz, kills, originals, places, serve
 
-_SHARE_OF_KILLS = 0.25
-"""Share of the time that kills get."""
+_SHARES = {"kill": 0.12, "together": 0.08, "mutation": 0.8}
+"""Share of the time that each part gets."""
 
 
 def main() -> int:
@@ -58,11 +58,13 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m torture", description=__doc__)
     parser.add_argument("--minutes", type=float, help="attack for this long")
     parser.add_argument("--kills", type=int, default=0, help="without --minutes: number of kills")
+    parser.add_argument("--crowds", type=int, default=0, help="without --minutes: number of jobs run several at once")
     parser.add_argument("--mutations", type=int, default=0, help="without --minutes: number of mutated files")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="first seed; drawn by default")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes at once")
     parser.add_argument("--case", type=int, metavar="SEED", help="run one mutation again, or with --kill one kill")
     parser.add_argument("--kill", metavar="JOB", help="with --case: the job to kill, as a fault names it")
+    parser.add_argument("--together", metavar="JOB", help="with --case: the job to run several times at once")
     parser.add_argument("--folder", help="folder to make the cases in; that of temporary files by default")
     parser.add_argument("--json", metavar="FILE", help="write all results there")
     parser.add_argument("--page", metavar="FILE", help="write the figures into this page")
@@ -70,8 +72,12 @@ def _arguments() -> argparse.Namespace:
 
 
 def _one_case(given: argparse.Namespace, made: originals.Originals, folder: Path, mirror: str) -> Iterator[Any]:
-    if given.kill is not None:
-        killed = kills.Killer(made, folder / "cases", mirror).run(given.kill, given.case)
+    if given.kill is not None or given.together is not None:
+        killer = kills.Killer(made, folder / "cases", mirror)
+        if given.kill is not None:
+            killed = killer.run(given.kill, given.case)
+        else:
+            killed = killer.run_together(given.together, given.case)
         yield _killed(killed)
         last = killed.last
     else:
@@ -128,25 +134,30 @@ def _attack(
             row = _killed(killer.run(names[seed * 7 % len(names)], seed))
             left -= row["kills"]
             yield row
+        for seed in seeds[: len(range(number, given.crowds, given.workers))]:
+            yield _killed(killer.run_together(names[seed * 7 % len(names)], seed), part="together")
         for seed in seeds[: len(range(number, given.mutations, given.workers))]:
             yield _mutated(fuzzer.run(fuzzer.draw(seed)))
         return
-    until, spent = started + 60 * given.minutes, {"kill": 0.0, "mutation": 0.0}
+    until, spent = started + 60 * given.minutes, dict.fromkeys(_SHARES, 0.0)
     names = killer.names(quick=False)
     for seed in seeds:
         begun = time.monotonic()
         if begun > until:
             return
-        part = "kill" if spent["kill"] <= _SHARE_OF_KILLS * sum(spent.values()) else "mutation"
+        part = min(_SHARES, key=lambda each: spent[each] / _SHARES[each])
+        job = random.Random(f"job {seed}").choice(names)
         if part == "kill":
-            yield _killed(killer.run(random.Random(f"job {seed}").choice(names), seed))
+            yield _killed(killer.run(job, seed))
+        elif part == "together":
+            yield _killed(killer.run_together(job, seed), part=part)
         else:
             yield _mutated(fuzzer.run(fuzzer.draw(seed)))
         spent[part] += time.monotonic() - begun
 
 
-def _killed(result: kills.Result) -> dict[str, Any]:
-    return {"part": "kill", "what": str(result), "of": result.job, "kills": result.kills, "faults": result.faults}
+def _killed(result: kills.Result, part: str = "kill") -> dict[str, Any]:
+    return {"part": part, "what": str(result), "of": result.job, "kills": result.kills, "faults": result.faults}
 
 
 def _mutated(result: fuzz.Result) -> dict[str, Any]:

@@ -19,10 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import system
+
 CPU_SECONDS = 10
 """A command on damaged input that computes for longer hangs."""
 WALL_SECONDS = 40.0
 """A command that takes longer hangs, also if it only waits. Other processes may be at work, hence the room."""
+REPORTS = {"out", "err", "outside"}
+"""Files beside the project: what a command printed, and what it wrote outside."""
 _HARMLESS = ("/dev/", "/proc/self/")
 """Places outside its folder that a command may write to."""
 
@@ -38,6 +42,12 @@ class Limits:
     file_bytes: int | None = None
     """Size after which a write fails, as on a full disk."""
     open_files: int | None = None
+    obeys_permissions: bool = False
+    """Permissions of files hold for root, too."""
+    shared_memory: bool = True
+    """Whether /dev/shm can be written to."""
+    days_ahead: float = 0.0
+    """How far the clock of Python code is from the real one."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,6 @@ class Place:
         """Create it, with copies of files and folders: place in the project -> source."""
         for folder in (self.project, self.root / "home", self.root / "tmp"):
             folder.mkdir(parents=True)
-        (self.root / "outside").touch()
         for name, source in sources.items():
             to = self.project / name
             to.parent.mkdir(parents=True, exist_ok=True)
@@ -123,8 +132,8 @@ class Place:
 
     def strays(self) -> list[str]:
         """What is left in the folder for temporary files, and what stands beside the folders of the place."""
-        known = {self.project_name, "home", "tmp", "out", "err", "outside"}
-        beside = [path.name for path in self.root.iterdir() if path.name not in known]
+        known = {self.project_name, "home", "tmp"}
+        beside = [path.name for path in self.root.iterdir() if path.name.rstrip("0123456789") not in known | REPORTS]
         return sorted([*beside, *(f"tmp/{path.name}" for path in (self.root / "tmp").iterdir())])
 
 
@@ -139,6 +148,7 @@ class Running:
         limits: Limits | None = None,
         instead: Callable[[], None] | None = None,
         program: Sequence[str] = (),
+        number: int = 0,
     ) -> None:
         """Start it.
 
@@ -148,15 +158,18 @@ class Running:
             limits: its bounds; None for no bounds.
             instead: called in the child in place of the command.
             program: another program to run instead of icdctl.
+            number: its number among the commands that run in the place at the same time.
         """
-        self._place, self._limits = place, limits
+        self._limits = limits
+        self._reports = {name: place.root / f"{name}{number or ''}" for name in REPORTS}
+        self._reports["outside"].touch()
         self._started = time.monotonic()
         self._base = _least_peak_bytes()
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _child(arguments, place, limits, instead, program)
+            _child(arguments, place, self._reports, limits, instead, program)
 
     def wait(self, seconds: float | None = None) -> Ended | None:
         """Wait until it ends; None where it is still at work after so many seconds."""
@@ -183,16 +196,15 @@ class Running:
 
     def _reap(self, *, timed_out: bool) -> Ended:
         _, status, usage = os.wait4(self.pid, 0)
-        out, err = ((self._place.root / name).read_bytes().decode("utf-8", "replace") for name in ("out", "err"))
-        outside = (self._place.root / "outside").read_text(encoding="utf-8", errors="replace").splitlines()
+        texts = {name: path.read_bytes().decode("utf-8", "replace") for name, path in self._reports.items()}
         return Ended(
             code=os.waitstatus_to_exitcode(status),
-            out=out,
-            err=err,
+            out=texts["out"],
+            err=texts["err"],
             seconds=time.monotonic() - self._started,
             cpu_seconds=usage.ru_utime + usage.ru_stime,
             peak_bytes=max(usage.ru_maxrss * 1024 - self._base, 0),
-            outside=tuple(dict.fromkeys(outside)),
+            outside=tuple(dict.fromkeys(texts["outside"].splitlines())),
             timed_out=timed_out,
         )
 
@@ -242,6 +254,7 @@ def _least_peak_bytes() -> int:
 def _child(
     arguments: Sequence[str],
     place: Place,
+    reports: Mapping[str, Path],
     limits: Limits | None,
     instead: Callable[[], None] | None,
     program: Sequence[str],
@@ -253,11 +266,11 @@ def _child(
         os.environ.clear()
         os.environ.update(place.variables())
         tempfile.tempdir = None
-        _redirect(place)
+        _redirect(reports)
         if program:
             _limit(limits)
             os.execve(program[0], [*program, *arguments], dict(os.environ))
-        _watch_writes(place)
+        _watch_writes(place, reports)
         _limit(limits)
         if instead is None:
             code = _command(arguments)
@@ -289,10 +302,10 @@ _streams: list[io.TextIOWrapper] = []
 """The streams of this child: a command may put others in their place, and a stream that is not held is closed."""
 
 
-def _redirect(place: Place) -> None:
+def _redirect(reports: Mapping[str, Path]) -> None:
     """stdin is empty, stdout and stderr are files; the text streams are made anew, for the environment's encoding."""
     for number, name, flags in ((0, os.devnull, os.O_RDONLY), (1, "out", os.O_WRONLY), (2, "err", os.O_WRONLY)):
-        descriptor = os.open(place.root / name, flags | (os.O_CREAT | os.O_TRUNC if number else 0), 0o644)
+        descriptor = os.open(reports.get(name, name), flags | (os.O_CREAT | os.O_TRUNC if number else 0), 0o644)
         os.dup2(descriptor, number)
         os.close(descriptor)
     encoding = "utf-8" if "UTF-8" in os.environ.get("LC_ALL", os.environ.get("LANG", "")) else "ascii"
@@ -306,6 +319,12 @@ def _limit(limits: Limits | None) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if limits is None:
         return
+    if not limits.shared_memory:
+        system.hide_shared_memory()
+    if limits.obeys_permissions:
+        system.obey_permissions()
+    if limits.days_ahead:
+        _set_clock(limits.days_ahead * 24 * 3600)
     taken = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + limits.address_bytes,) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_seconds, limits.cpu_seconds + 2))
@@ -316,9 +335,15 @@ def _limit(limits: Limits | None) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limits.open_files,) * 2)
 
 
-def _watch_writes(place: Place) -> None:
+def _set_clock(seconds: float) -> None:
+    now, now_ns = time.time, time.time_ns
+    time.time = lambda: now() + seconds
+    time.time_ns = lambda: now_ns() + round(seconds * 1e9)
+
+
+def _watch_writes(place: Place, reports: Mapping[str, Path]) -> None:
     """Note every path outside the place that Python code opens for writing, creates, renames, links or deletes."""
-    report = os.open(place.root / "outside", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+    report = os.open(reports["outside"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
     own = os.path.realpath(place.root)
     folders = {"os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "os.utime"}
 

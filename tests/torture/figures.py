@@ -27,6 +27,8 @@ class Figures:
     jobs: int
     """Jobs that were killed, each once or several times."""
     kills: int
+    crowds: int
+    """Jobs that were run several times at once."""
     mutations: int
     killed: Counter[str]
     """Job -> kills."""
@@ -53,6 +55,7 @@ class Figures:
             places=sum(row["part"] == "place" for row in rows),
             jobs=len(kills),
             kills=killed.total(),
+            crowds=sum(row["part"] == "together" for row in rows),
             mutations=len(mutations),
             killed=killed,
             mutated=Counter(row["of"] for row in mutations),
@@ -65,8 +68,9 @@ class Figures:
     def summary(self) -> str:
         """One line."""
         return (
-            f"{self.kills} kills of {self.jobs} jobs, {self.mutations} mutations, {self.places} adverse places in "
-            f"{self.minutes:.1f} minutes (seed {self.seed}): {self.faults} cases with a fault"
+            f"{self.kills} kills of {self.jobs} jobs, {self.crowds} jobs several times at once, {self.mutations} "
+            f"mutations, {self.places} adverse places in {self.minutes:.1f} minutes (seed {self.seed}): "
+            f"{self.faults} cases with a fault"
         )
 
 
@@ -91,6 +95,7 @@ def _shown(figures: Figures) -> str:
             "|---|---|",
             f"| commands killed at a random instant and repeated until they ended | {figures.kills:,} kills, "
             f"{figures.jobs:,} times compared |",
+            f"| commands run two to four times at once, a quarter of them killed | {figures.crowds:,} |",
             f"| files mutated and given to a command | {figures.mutations:,} |",
             f"| exit codes on mutated files | {codes} |",
             f"| slowest command on a mutated file | {figures.slowest:.1f} s |",

@@ -46,6 +46,9 @@ _TEMPORARY = re.compile(r"\.(.+\.[a-z0-9_]{8}|.+\.part|trash-.+)")
 """Names of files that are not complete."""
 _OLD_SECONDS = 3 * 24 * 3600
 _MOST_ATTEMPTS = 8
+_MOST_TOGETHER = 4
+_SHARE_KILLED = 0.25
+"""Share of the commands at once that are killed."""
 
 
 @dataclass(frozen=True)
@@ -199,13 +202,49 @@ class Killer:
             elif ended.code == 0 or attempt > 0:
                 break
         assert ended is not None
-        faults = [*_differences(expected, ended, digests(place.project, job)), *self._unsound(job, place)]
+        faults = [*_unexplained(ended), *_differences(expected, ended, digests(place.project, job))]
+        faults += self._unsound(job, place)
         faults += self._remains(place)
+        self._put_away(place, faults, f"kill-{seed}")
+        return Result(name, seed, kills, faults, ended)
+
+    def run_together(self, name: str, seed: int) -> Result:
+        """Run a job several times at once, kill some of them, run it once more, and compare what that leaves."""
+        job = self._jobs[name]
+        seconds, expected = self._uninterrupted(name)
+        rng = random.Random(f"together {seed}")
+        place = self._place(job)
+        again = (*job.command, "--resume") if job.resume else job.command
+        running: list[Running] = []
+        ended: list[Ended] = []
+        count, kills = rng.randint(2, _MOST_TOGETHER), 0
+        for number in range(count):
+            started = Running(again if number else job.command, place, program=job.program, number=number)
+            if rng.random() >= _SHARE_KILLED:
+                running.append(started)
+                time.sleep(rng.uniform(0, seconds / 4))
+                continue
+            over = started.wait(rng.uniform(0, seconds))
+            if over is None:
+                started.kill()
+                kills += 1
+            else:
+                ended.append(over)
+        ended += [started.finish() for started in running]
+        # DVC exits with 255 where another one is at work.
+        faults = [] if job.program else [f"one of {count}: {fault}" for each in ended for fault in _unexplained(each)]
+        last = children.run(again, place, program=job.program)
+        faults += [*_unexplained(last), *_differences(expected, last, digests(place.project, job))]
+        faults += [*self._unsound(job, place), *self._remains(place)]
+        self._put_away(place, faults, f"together-{seed}")
+        return Result(f"{name}, {count} at once", seed, kills, faults, last)
+
+    def _put_away(self, place: Place, faults: list[str], name: str) -> None:
+        """Keep the folder of a case that shows faults, under this name."""
         if faults:
-            place.root.rename(self._folder / f"kill-{seed}")
+            place.root.rename(self._folder / name)
         else:
             shutil.rmtree(place.root)
-        return Result(name, seed, kills, faults, ended)
 
     def _uninterrupted(self, name: str) -> tuple[float, Mapping[str, str]]:
         """Seconds that a job takes, and what it leaves."""
@@ -271,10 +310,17 @@ def _timeless(value: Any) -> Any:
     return [_timeless(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _differences(expected: Mapping[str, str], ended: Ended, found: Mapping[str, str]) -> list[str]:
+def _unexplained(ended: Ended) -> list[str]:
+    """What is wrong with the way in which a command ended."""
     faults = ended.faults()
     if ended.code != 0 and not all(f"\n{word}: " in f"\n{ended.err}" for word in ("error", "hint")):
         faults.append(f"exit code {ended.code} without an explanation")
+    return faults
+
+
+def _differences(expected: Mapping[str, str], ended: Ended, found: Mapping[str, str]) -> list[str]:
+    """What files show of a command that is not as after an uninterrupted one."""
+    faults = []
     if ended.code == 0 and found != expected:
         differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
         faults.append(f"differs from an uninterrupted one: {', '.join(differing)}")

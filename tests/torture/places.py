@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import children
+from . import children, system
 from .children import Limits, Place
 from .originals import DISTILL, SHORT, Originals
 
@@ -46,7 +45,10 @@ _PLACES: dict[str, Adverse] = {
     "a disk full after 200 KiB": Adverse(limits=Limits(file_bytes=200_000), works=False),
     "200 MiB of address space": Adverse(limits=Limits(address_bytes=200 << 20), works=False),
     "20 MiB of address space": Adverse(limits=Limits(address_bytes=20 << 20), works=False),
-    "a read-only project": Adverse(read_only=True, works=False),
+    "a read-only project": Adverse(limits=Limits(obeys_permissions=True), read_only=True, works=False),
+    "no /dev/shm": Adverse(limits=Limits(shared_memory=False)),
+    "a clock set back by a year": Adverse(limits=Limits(days_ahead=-365)),
+    "a clock ahead by a year": Adverse(limits=Limits(days_ahead=365)),
 }
 _COMMANDS: tuple[tuple[str, ...], ...] = (
     ("train", "--model", "res8", *SHORT, "--max-steps", "2", "--out", "new"),
@@ -63,8 +65,9 @@ _NEEDS = ("teacher", "student", "exported", "params.yaml", "cells.yaml")
 
 
 def names() -> list[str]:
-    """All adverse places that this user can make: root may write to read-only folders."""
-    return [name for name, adverse in _PLACES.items() if not (adverse.read_only and os.getuid() == 0)]
+    """All adverse places that this user can make."""
+    can_hide = system.can_hide_shared_memory()
+    return [name for name, adverse in _PLACES.items() if can_hide or adverse.limits.shared_memory]
 
 
 def run(name: str, originals: Originals, folder: Path) -> list[str]:
@@ -72,7 +75,7 @@ def run(name: str, originals: Originals, folder: Path) -> list[str]:
     adverse = _PLACES[name]
     place = Place(folder / "place", adverse.environment, adverse.project_name).make(originals.sources(_NEEDS))
     if adverse.read_only:
-        place.project.chmod(0o555)
+        _make(place.project, 0o555)
     faults = []
     for command in _COMMANDS:
         ended = children.run(command, place, limits=adverse.limits)
@@ -81,9 +84,15 @@ def run(name: str, originals: Originals, folder: Path) -> list[str]:
             found.append(f"exit code {ended.code}: {ended.err[-300:]}")
         faults += [f"icdctl {' '.join(command)}: {fault}" for fault in found]
     if adverse.read_only:
-        place.project.chmod(0o755)
+        _make(place.project, 0o755)
     if faults:
-        place.root.rename(folder / f"place-{names().index(name)}")
+        place.root.rename(folder / f"place-{list(_PLACES).index(name)}")
     else:
         shutil.rmtree(place.root)
     return faults
+
+
+def _make(project: Path, mode: int) -> None:
+    """Give a folder and all folders in it these permissions."""
+    for folder in (project, *(path for path in project.rglob("*") if path.is_dir())):
+        folder.chmod(mode)
