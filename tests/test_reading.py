@@ -301,7 +301,11 @@ PARSING = {
     *("json.load", "json.loads", "yaml.load", "yaml.safe_load", "yaml.parse", "yaml.compose", "yaml.SafeLoader"),
     *("csv.reader", "csv.DictReader", "tomllib.load", "tomllib.loads", "pickle.load", "pickle.loads", "torch.load"),
     *("tarfile.open", "zipfile.ZipFile", "Image.open", ".read_text", ".read_bytes", "builtins.open"),
+    *("safetensors.safe_open", "safetensors.torch.load_file"),
 }
+
+
+_NAMED = {"open": "builtins.open", "safe_open": "safetensors.safe_open", "load_file": "safetensors.torch.load_file"}
 
 
 def _calls(path: Path) -> set[str]:
@@ -313,8 +317,8 @@ def _calls(path: Path) -> set[str]:
             found.add(f"{owner.id}.{node.func.attr}" if isinstance(owner, ast.Name) else "")
             if not (isinstance(owner, ast.Name) and owner.id == "files"):
                 found.add(f".{node.func.attr}")
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open":
-            found.add("builtins.open")
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            found.add(_NAMED.get(node.func.id, ""))
     return found
 
 

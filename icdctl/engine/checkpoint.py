@@ -16,8 +16,8 @@ from typing import Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from icdctl import files
@@ -35,6 +35,8 @@ _METADATA, _CONFIG, _HASH = "icdctl", "config", "sha256"
 STATE_FILE = "state.safetensors"
 PREVIOUS_FILE = "previous.safetensors"
 """The state before the last one."""
+_LARGEST_BYTES = 64 * 1024**3
+"""Largest state that is read."""
 REPLAY_FILE = "nonfinite.safetensors"
 """A batch that was not finite, beside a state from before it."""
 
@@ -258,10 +260,9 @@ def _loaded(path: Path, step: TrainingStep) -> Progress:
         ArtifactError: it is damaged.
     """
     try:
-        files.check_regular(path)
-        with safe_open(path, framework="pt") as stored:
-            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (it is not a dictionary)
-            said = stored.metadata() or {}
+        content = files.read_regular(path, most_bytes=_LARGEST_BYTES)
+        tensors, said = load(content), files.texts_in(content)
+        del content
         if _HASH in said and said[_HASH] != _hash_of(tensors, said):  # earlier versions wrote none
             raise ValueError("it was changed after it was written: its sha256 is another one")
         progress = Progress.model_validate_json(said[_METADATA], strict=True)
@@ -297,11 +298,9 @@ def read_state(folder: Path) -> tuple[Progress, RunConfig | None] | None:
     paths = state_files(folder)
     for path in paths:
         try:
-            files.check_regular(path)
-            with safe_open(path, framework="pt") as stored:
-                said = stored.metadata() or {}
+            said = files.read_texts(path)
             progress = Progress.model_validate_json(said[_METADATA], strict=True)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError) as error:
             if path == paths[-1]:
                 raise _broken(path, error) from error
             continue
@@ -315,10 +314,7 @@ def read_state(folder: Path) -> tuple[Progress, RunConfig | None] | None:
 def read_student(folder: Path) -> dict[str, Tensor]:
     """The tensors of the student in a state; empty where they can't be read."""
     try:
-        files.check_regular(folder / STATE_FILE)
-        with safe_open(folder / STATE_FILE, framework="pt") as stored:
-            keys = [key for key in stored.keys() if key.startswith(_MODEL)]  # noqa: SIM118 (it is not a dictionary)
-            return {key.removeprefix(_MODEL): stored.get_tensor(key) for key in keys}
+        return _below(_MODEL, load(files.read_regular(folder / STATE_FILE, most_bytes=_LARGEST_BYTES)))
     except (OSError, SafetensorError):
         return {}
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from icdctl.errors import ArtifactError, UsageError
-from icdctl.files import LARGEST_FOREIGN_BYTES, parse_json, read_foreign, sha256_bytes, write_bytes
+from icdctl.files import LARGEST_FOREIGN_BYTES, parse_json, read_foreign, sha256_bytes, texts_in, write_bytes
 from icdctl.files.pickles import PickleRefusedError
 from icdctl.models.outputs import Classifier
 from icdctl.models.pickles import check_pickles
@@ -222,8 +222,7 @@ def _read_safetensors(path: Path, content: bytes) -> tuple[dict[str, Tensor], di
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ArtifactError(f"`{path}` is not a complete safetensors file: {error}", hint=_AGAIN_HINT) from error
     try:
-        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = parse_json((header.get("__metadata__") or {}).get(_METADATA_KEY, "{}"))
+        metadata = parse_json(texts_in(content).get(_METADATA_KEY, "{}"))
     except ValueError as error:
         raise ArtifactError(f"metadata `icdctl` of `{path}` is not sound: {error}", hint=_AGAIN_HINT) from error
     if not isinstance(metadata, dict):

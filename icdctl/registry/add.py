@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, JsonValue, StringConstraints, ValidationError
-from safetensors import SafetensorError, safe_open
 
 from icdctl import files
 from icdctl.errors import ArtifactError
@@ -248,10 +247,8 @@ def _split_in(path: Path, hint: str) -> dict[str, JsonValue] | None:
     Safetensors states its own length, so a truncated file is detected here without reading it all.
     """
     try:
-        files.check_regular(path)
-        with safe_open(path, framework="numpy") as file:
-            metadata = files.parse_json((file.metadata() or {}).get("icdctl", "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
+        metadata = files.parse_json(files.read_texts(path).get("icdctl", "{}"))
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"weights `{path}` are broken: {error}", hint=hint) from error
     split = metadata.get("split") if isinstance(metadata, dict) else None
     return split if isinstance(split, dict) else None

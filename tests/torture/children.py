@@ -15,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -170,6 +171,8 @@ class Running:
         self.pid = os.fork()
         if self.pid == 0:
             _child(arguments, place, self._reports, limits, instead, program)
+        with suppress(PermissionError):  # a program has begun in it, in a group of its own by then
+            os.setpgid(self.pid, self.pid)  # the child does it too: whoever is first
 
     def wait(self, seconds: float | None = None) -> Ended | None:
         """Wait until it ends; None where it is still at work after so many seconds."""
@@ -261,7 +264,7 @@ def _child(
 ) -> NoReturn:
     code = 70
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         os.chdir(place.project)
         os.environ.clear()
         os.environ.update(place.variables())

@@ -153,14 +153,12 @@ def kinds(originals: Originals) -> dict[str, Kind]:
             ),
             (*run, "photos"),
             "safetensors",
-            mapped=True,
         ),
         "checkpoint": Kind(
             f"{state}/state.safetensors",
             (_STOPPED, ("clean", "--list")),
             ("stopped", state),
             "safetensors",
-            mapped=True,
         ),
         "foreign checkpoint": Kind("foreign.pth", foreign, (), "zip", weight=8),
         "graph": Kind("exported/model.onnx", graph_readers, ("exported", "photos"), "onnx", weight=8),
@@ -206,7 +204,7 @@ def kinds(originals: Originals) -> dict[str, Kind]:
         "facts of decoded images": Kind(
             f"{decoded}.json", (*photos[1:], ("clean", "--list")), ("photos", f"{decoded}.npy"), "json"
         ),
-        "generated digits": Kind(digits, (_STOPPED,), ("stopped", state), "safetensors", mapped=True),
+        "generated digits": Kind(digits, (_STOPPED,), ("stopped", state), "safetensors"),
         "PNG": Kind(image, (*photos, ("predict", "exported", image)), ("photos", "exported")),
         "JPEG": Kind("photos/train/cat/2.jpg", photos, ("photos",)),
         "teacher cache": Kind(f"{cached}/logits.npy", answer_readers, ("teacher", cached), mapped=True, weight=2),
