@@ -188,6 +188,25 @@ def test_a_finished_run_whose_state_was_deleted_is_finished() -> None:
     assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
 
 
+@pytest.mark.parametrize("file", ["metrics.json", "history.csv", "student.safetensors"])
+def test_a_result_without_its_state_is_taken_only_as_it_was_written(file: str) -> None:
+    trained("run", epochs=1)
+    shutil.rmtree(checkpoints_folder())
+    path = Path("run", file)
+    content = path.read_bytes()
+    if file == "metrics.json":
+        metrics = json.loads(content)
+        path.write_text(json.dumps({**metrics, "final_top5": metrics["final_top5"] / 2 + 1}))
+    elif file == "history.csv":
+        path.write_bytes(content.replace(b"\n1,0.", b"\n1,1."))
+    else:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert path.read_bytes() != content
+    with pytest.raises(ArtifactError, match=r"has changed since (its|the) run wrote it") as caught:
+        trained("run", epochs=1, resume=True)
+    assert caught.value.hint == "delete `run` and start again"
+
+
 # --- where the state is found ----------------------------------------------------------------------------------------
 
 

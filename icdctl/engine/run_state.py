@@ -29,7 +29,7 @@ from icdctl.engine.checkpoint import Progress, read_state, read_student, state_f
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.models import Classifier
 from icdctl.models.external import without_adapter
-from icdctl.run_files import WEIGHTS_FILE
+from icdctl.run_files import WEIGHTS_FILE, check_as_written, check_numbers
 
 ENVIRONMENT_FILE = "environment.json"
 _POINTER = "checkpoint"
@@ -170,7 +170,7 @@ def _result_of(out: Path, config: RunConfig, inputs: RunInputs) -> dict[str, Any
     """The metrics of a finished run whose state was deleted.
 
     Raises:
-        ArtifactError: they are of other images, or without weights.
+        ArtifactError: they are of other images, without weights, or not as the run wrote them.
     """
     hint = f"delete `{out}` and start again"
     metrics = files.read_json(out / "metrics.json", what="metrics", hint=hint)
@@ -178,6 +178,8 @@ def _result_of(out: Path, config: RunConfig, inputs: RunInputs) -> dict[str, Any
         raise ArtifactError(f"`{out}` holds no whole result", hint=hint)
     if metrics.get("dataset_sha256") != inputs.dataset_sha256:
         raise ArtifactError(f"the images of `{config.dataset}` have changed since the run in `{out}`", hint=hint)
+    check_numbers(out, metrics, hint=hint)
+    check_as_written(out, files.sha256_file(out / WEIGHTS_FILE), hint=hint)
     return metrics
 
 
