@@ -19,15 +19,20 @@ _HIDDEN = "***"
 _SECRET_NAME = r"(?:password|passwd|secret|token|api[_-]?key|access[_-]?key|signature|credentials?)"
 _SECRETS = (
     # A password with a slash in it, and what stands before `@` in the host's part of a URL.
-    (re.compile(r"(://)[^\s/@:'\"`]+:(?!\d+/)[^\s@'\"`]*/[^\s@'\"`]*@"), rf"\1{_HIDDEN}@"),
+    (re.compile(r"(://)[^\s/@:'\"`]{1,99}:(?!\d+/)[^\s/@'\"`]{0,999}/[^\s@'\"`]{0,999}@"), rf"\1{_HIDDEN}@"),
     (re.compile(r"(://)[^\s/?#'\"`]*@"), rf"\1{_HIDDEN}@"),
     (re.compile(r"([?&](?:key|sig|auth|code)=)[^\s&#'\"`]+", re.IGNORECASE), rf"\1{_HIDDEN}"),
-    (re.compile(rf"([\w-]*{_SECRET_NAME}[\w-]*=)[^\s&#'\"`]+", re.IGNORECASE), rf"\1{_HIDDEN}"),
+    (re.compile(rf"({_SECRET_NAME}[\w-]{{0,99}}=)[^\s&#'\"`]+", re.IGNORECASE), rf"\1{_HIDDEN}"),
     (re.compile(r"(authorization:\s*(?:\w+\s+)?)[^\s'\"`]+", re.IGNORECASE), rf"\1{_HIDDEN}"),
     (re.compile(r"\b(?:gh[opsru]_|github_pat_|glpat-|hf_|xox[abprs]-|AKIA)[\w-]{16,}"), _HIDDEN),
 )
-"""What passwords and tokens look like in text, and what is written in their place."""
-_SECRET_FLAG = re.compile(rf"-{{1,2}}[\w-]*{_SECRET_NAME}[\w-]*", re.IGNORECASE)
+"""What passwords and tokens look like in text, and what is written in their place.
+
+The text may come from a hostile file, so the time that a pattern takes must not grow faster than the text.
+"""
+_FLAG = re.compile(r"-{1,2}[\w-]+")
+_LONGEST_LINE = 4000
+"""Most characters of a line in a message; the errors of other libraries may hold a whole damaged file."""
 
 
 def without_secrets(text: str) -> str:
@@ -39,8 +44,22 @@ def without_secrets(text: str) -> str:
 
 def arguments_without_secrets(arguments: Sequence[str]) -> list[str]:
     """The words of a command line, with `***` in the place of passwords and tokens."""
-    follows = [False, *(_SECRET_FLAG.fullmatch(word) is not None for word in arguments)]
+    follows = [False, *(_names_secret(word) for word in arguments)]
     return [_HIDDEN if hidden else without_secrets(word) for word, hidden in zip(arguments, follows, strict=False)]
+
+
+def _names_secret(word: str) -> bool:
+    """Whether a word is a flag whose value is a secret."""
+    return bool(_FLAG.fullmatch(word) and re.search(_SECRET_NAME, word, re.IGNORECASE))
+
+
+def _for_message(text: str) -> str:
+    """Text as a message may have it: no secrets, no line too long to be read."""
+    lines = []
+    for line in text.split("\n"):
+        num_more = len(line) - _LONGEST_LINE
+        lines.append(line if num_more <= 0 else f"{line[:_LONGEST_LINE]}... ({num_more:,} more characters)")
+    return without_secrets("\n".join(lines))
 
 
 class IcdctlError(Exception):
@@ -49,7 +68,7 @@ class IcdctlError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str) -> None:
-        message, hint = without_secrets(message), without_secrets(hint)
+        message, hint = _for_message(message), _for_message(hint)
         super().__init__(message)
         self.message = message
         self.hint = hint

@@ -352,7 +352,7 @@ def test_stopping_many_processes_leaves_none_behind(number: signal.Signals, code
 
 
 def test_orphans_of_a_killed_grid_are_waited_for() -> None:
-    write_params({"a": PLAIN, "b": PLAIN}, train={**TRAIN, "epochs": 12})
+    write_params({"a": PLAIN, "b": PLAIN}, train={**TRAIN, "train_images": 200, "epochs": 12})
     with started("grid", "run", "--jobs", "2", name="first") as first:
         wait_until(lambda: epochs_of("a/s0") or epochs_of("b/s0"), what="an epoch")
         (busy,) = [
@@ -408,7 +408,7 @@ def test_what_fails_does_not_stop_the_rest(icdctl: CommandLine) -> None:
 
 
 def test_a_killed_child_is_told_with_what_to_do(icdctl: CommandLine) -> None:
-    write_params({"a": PLAIN, "b": PLAIN}, train={**TRAIN, "epochs": 16})
+    write_params({"a": PLAIN, "b": PLAIN}, train={**TRAIN, "train_images": 200, "epochs": 16})
     with started("grid", "run", "--jobs", "2", name="first") as first:
         wait_until(lambda: epochs_of("a/s0") and epochs_of("b/s0"), what="an epoch of both")
         (victim,) = [child for child in children_of(first) if "a/s0" in arguments_of(child)]
@@ -436,7 +436,7 @@ def test_a_run_whose_folder_is_taken_away_stops_and_the_next_goes_on() -> None:
 
 
 def test_the_table_of_progress_is_for_terminals() -> None:
-    write_params({"a": PLAIN}, train={**TRAIN, "epochs": 40})
+    write_params({"a": PLAIN}, train={**TRAIN, "train_images": 100, "epochs": 20})
     leader, follower = pty.openpty()
     command = [sys.executable, "-m", "icdctl", "grid", "run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "xterm"}
@@ -455,7 +455,7 @@ def test_the_table_of_progress_is_for_terminals() -> None:
     assert process.returncode == 0
     text = seen.decode()
     assert "at work on" in text
-    assert re.search(r"a/s0 .*\d+/40 +\d+\.\d\d", text)
+    assert re.search(r"a/s0 .*\d+/20 +\d+\.\d\d", text)
     assert "1 of 1 runs to train, 0 done before; in 1 pack on 1 slot" in text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,3 +157,19 @@ def test_a_malformed_proxy_is_an_error_of_the_source(
 
 def test_a_malformed_url_is_shown_without_its_content() -> None:
     assert shown("http://me:SECRET@[::1/x") == "a malformed URL"
+
+
+@pytest.mark.parametrize(
+    "text", ["x", "a-", "token", "api_", "://", "://a:b/", "&key=", "authorization: ", "ghp_", "--token!"]
+)
+def test_hiding_secrets_takes_no_longer_than_the_text(text: str) -> None:
+    long = text * (200_000 // len(text))
+    started = time.process_time()
+    without_secrets(long)
+    arguments_without_secrets([long, long])
+    assert time.process_time() - started < 3
+
+
+def test_a_line_of_a_message_is_cut_where_nobody_reads_on() -> None:
+    error = ArtifactError("first\n" + "x" * 100_000, hint="again")
+    assert error.message == "first\n" + "x" * 4000 + "... (96,000 more characters)"
