@@ -49,6 +49,10 @@ class Compiler:
                     with warnings.catch_warnings():
                         # Products are in float32 on purpose: the reference's are.
                         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+                        # torch 2.6 makes an instance of an autograd function itself.
+                        warnings.filterwarnings(
+                            "ignore", message=".*should not be instantiated", category=DeprecationWarning
+                        )
                         return fast(*arguments)
                 except Exception as error:  # torch's own warnings; a warning of the function itself appears again below
                     self.give_up(error)
