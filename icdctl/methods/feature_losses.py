@@ -104,6 +104,9 @@ def probabilistic_loss(student: Tensor, teacher: Tensor) -> Tensor:
     The similarity (1 + cosine) / 2 of an image to all, itself among them, is divided by its sum. As in the reference
     code, the mean is over the B x B pairs, where a sum over each row would be the KL divergence.
 
+    Both sides add up to 1 in each row, so their difference may be subtracted: its sum is 0, and every term is then of
+    second order in it, as the loss is. Without that, float32 loses all digits where the models nearly agree.
+
     Args:
         student: [B, C].
         teacher: [B, C'].
@@ -111,7 +114,8 @@ def probabilistic_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Source: Passalis and Tefas 2018, section 3, https://arxiv.org/abs/1803.10837
     """
     ours, theirs = (_neighbours(tensor) for tensor in (student, teacher))
-    return (theirs * ((theirs + _PKT_EPSILON).log() - (ours + _PKT_EPSILON).log())).mean()
+    difference = theirs - ours
+    return (theirs * torch.log1p(difference / (ours + _PKT_EPSILON)) - difference).mean()
 
 
 def _neighbours(features: Tensor) -> Tensor:
