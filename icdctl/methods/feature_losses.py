@@ -78,7 +78,11 @@ def neuron_selectivity_loss(student: Tensor, teacher: Tensor) -> Tensor:
     ours, theirs = (F.normalize(tensor.flatten(2), dim=2) for tensor in to_one_size(student, teacher))
 
     def kernel(one: Tensor, other: Tensor) -> Tensor:
-        return (one @ other.transpose(1, 2)).square().mean()
+        if one.shape[2] >= min(one.shape[1], other.shape[1]):
+            return (one @ other.transpose(1, 2)).square().mean()
+        # The same sum over pairs of places, where these are fewer than channels.
+        grams = [patterns.transpose(1, 2) @ patterns for patterns in (one, other)]
+        return (grams[0] * grams[1]).sum() / (len(one) * one.shape[1] * other.shape[1])
 
     return kernel(theirs, theirs) + kernel(ours, ours) - 2 * kernel(ours, theirs)
 
