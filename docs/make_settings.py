@@ -117,9 +117,8 @@ def _given_by(declared: Declared) -> str:
 
 
 def _methods() -> str:
-    names = list(dict.fromkeys(name for method in METHODS.values() for name in method.defaults))
     rows = [
-        [f"`{name}`", *(f"{method.defaults[key]:g}" if key in method.defaults else "" for key in names)]
+        [f"`{name}`", ", ".join(f"`{key}={value:g}`" for key, value in method.defaults.items())]
         for name, method in METHODS.items()
     ]
     choices = " or ".join(f"`{variant}`" for variant in VARIANTS)
@@ -131,7 +130,7 @@ def _methods() -> str:
         f"{_table(['setting', 'values', 'what it does'], meanings)}\n"
         "The settings of each method, with their defaults; every method also has `variant`, by default\n"
         f"`{VARIANTS[0]}`:\n\n"
-        f"{_table(['method', *(f'`{name}`' for name in names)], rows)}"
+        f"{_table(['method', 'settings'], rows)}"
     )
 
 

@@ -357,7 +357,8 @@ def test_a_step_by_position_looks_at_no_value(method: str, mode: str) -> None:
         rows = store.num_images * (store.num_views or 1)
         probe = ModelProbe(network, (32, 32))
         tables = {
-            name: torch.empty((rows, *probe.shape(name)), device=META, dtype=torch.float16) for name in inline.reads
+            name: torch.empty((rows, *probe.shape(name)), device=META, dtype=torch.float16)
+            for name in probe.names(inline.reads)
         }
         asked = teacher.CachedTeacher(store, tables)
     steps = [

@@ -42,6 +42,7 @@ def test_a_step_looks_at_no_value(method: str, variant: str, weighted: bool, has
             label_smoothing=0.1 if weighted else 0.0,
             class_weights=torch.empty(100, device=META) if weighted else None,
             has_unlabeled=has_unlabeled,
+            train_labels=torch.arange(20) % 10,
         ),
     )
     preprocessing = data.describe(dataset_request("cifar100")).preprocessing
@@ -54,7 +55,7 @@ def test_a_step_looks_at_no_value(method: str, variant: str, weighted: bool, has
     for index in range(2):
         part = views[index * 10 : (index + 1) * 10]
         images = store.inputs(part)
-        step(index, images, labels[part.index], ask(images))
+        step(index, images, labels[part.index], ask(images), part.index)
 
     assert step.log.shape == (2, len(step.objective.term_names) + 1)
     with pytest.raises(RuntimeError, match="meta"):

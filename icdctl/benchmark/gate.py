@@ -95,7 +95,7 @@ def _our_steps(session: Session, batch: int, path: Path) -> list[JsonObject]:
         run.step.optimizer.state.clear()
         run.student.train()
         run.step.start_epoch(epoch)
-        run.step(0, images, labels, answer)
+        run.step(0, images, labels, answer, part.index)
         *terms, norm = run.step.log[0].tolist()
         gradients = [parameter.grad for parameter in run.student.parameters() if parameter.grad is not None]
         found.append(

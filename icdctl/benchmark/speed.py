@@ -205,9 +205,9 @@ class _TimedStep(TrainingStep):
 
     clock: PhaseClock
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, numbers: Tensor | None = None) -> dict[str, Tensor]:
         with self.clock.phase("student_forward"):
-            return super().forward(images)
+            return super().forward(images, numbers)
 
     def losses(self, outputs: Mapping[str, Tensor], labels: Tensor, answer: Answer | None) -> dict[str, Tensor]:
         with self.clock.phase("loss"):
@@ -241,7 +241,7 @@ def _split(session: Session, *, seconds: float) -> dict[str, float]:
         with clock.phase("teacher"):
             # Inline, because a teacher that runs ahead would compute this batch's answer in an earlier step.
             answer = answers(index, part, images) if session.teacher_mode == "cache" else session.inline(images)
-        timed(index, images, shared.labels[part.index], answer)
+        timed(index, images, shared.labels[part.index], answer, part.index)
 
     take()
     clock.clear()
@@ -254,12 +254,19 @@ class _Beginning(TrainingStep):
 
     num_parts: int
 
-    def __call__(self, index: int | Tensor, images: Tensor, labels: Tensor, answer: Answer | None) -> None:
+    def __call__(
+        self,
+        index: int | Tensor,
+        images: Tensor,
+        labels: Tensor,
+        answer: Answer | None,
+        numbers: Tensor | None = None,
+    ) -> None:
         if self.num_parts == 0:
             return
         self.optimizer.zero_grad(set_to_none=True)
         with self.norms_counted():
-            outputs = self.forward(images)
+            outputs = self.forward(images, numbers)
         if self.num_parts == 1:
             return
         terms = self.losses(outputs, labels, answer)

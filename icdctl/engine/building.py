@@ -41,6 +41,7 @@ def new_objective(config: RunConfig, shared: SharedData, student: Classifier, te
         label_smoothing=config.label_smoothing,
         class_weights=balanced_class_weights(shared.dataset).to(shared.device) if balanced else None,
         has_unlabeled=shared.dataset.has_unlabeled,
+        train_labels=shared.dataset.train_labels,
     )
     size = shared.dataset.preprocessing.size
     with torch.random.fork_rng(devices=[]):

@@ -134,7 +134,7 @@ class DeviceLoop:
         try:
             for student, branch in zip(students, branches, strict=True):
                 with beside(branch):
-                    student(self._feed.position, images, labels, answer)
+                    student(self._feed.position, images, labels, answer, views.index)
         finally:  # where one fails, the work of the others must be undone too, and only after its end
             for branch in branches:
                 join(branch)

@@ -135,7 +135,7 @@ def together_key(config: RunConfig) -> tuple[Any, ...]:
 
 
 def _teacher_in_eval_mode(config: RunConfig) -> bool:
-    return METHODS[config.method].teacher_in_eval_mode
+    return METHODS[config.method].has_eval_mode_teacher(config.settings)
 
 
 def _check_same(key: str, first: RunConfig, other: RunConfig) -> None:

@@ -70,7 +70,8 @@ class TrainingStep:
         self.objective = objective
         self.optimizer = optimizer
         self.rule = rule
-        self._reads = sorted(reads)
+        self._reads = frozenset(reads)
+        self._reads_numbers = methods.IMAGE_NUMBERS in reads
         self.average = copy.deepcopy(student).eval().requires_grad_(False) if rule.ema_decay else None
         """The EMA of the student, or None."""
         self.objective_average = copy.deepcopy(objective).requires_grad_(False) if rule.ema_decay else None
@@ -129,7 +130,14 @@ class TrainingStep:
             held += [value for value in values.values() if isinstance(value, Tensor)]
         return held
 
-    def __call__(self, index: int | Tensor, images: Tensor, labels: Tensor, answer: Answer | None) -> None:
+    def __call__(
+        self,
+        index: int | Tensor,
+        images: Tensor,
+        labels: Tensor,
+        answer: Answer | None,
+        numbers: Tensor | None = None,
+    ) -> None:
         """Forward, backward, clip, update.
 
         Args:
@@ -138,11 +146,14 @@ class TrainingStep:
             images: [B, 3, H, W].
             labels: [B] int64; -1 for an image that has none.
             answer: the teacher's answer, for methods that have a teacher.
+            numbers: [B] int64, which training images they are, for methods that read `image_numbers`.
         """
         self._kept_buffers = [_joined(buffers) for buffers in self._buffers]
         self.optimizer.zero_grad(set_to_none=True)
         with self.norms_counted():
-            logits, terms = (self._compiled or self.outcome)(images, labels, answer)
+            logits, terms = (self._compiled or self.outcome)(
+                images, labels, answer, numbers if self._reads_numbers else None
+            )
         total = self.backward(terms)
         gradient_norm = self.update(total)
         with torch.no_grad():
@@ -156,9 +167,11 @@ class TrainingStep:
             if self.average is not None and self.objective_average is not None:
                 self._update_averages([self.average, self.objective_average])
 
-    def outcome(self, images: Tensor, labels: Tensor, answer: Answer | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's logits [B, K] and the loss terms."""
-        outputs = self.forward(images)
+    def outcome(
+        self, images: Tensor, labels: Tensor, answer: Answer | None, numbers: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's logits [B, K] and the loss terms; arguments as for a call."""
+        outputs = self.forward(images, numbers)
         return outputs[methods.LOGITS], self.losses(outputs, labels, answer)
 
     @contextmanager
@@ -181,10 +194,13 @@ class TrainingStep:
 
     # The phases of a step are separate methods, so that `bench` can time each.
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """What the objective reads of the student's pass, in the precision of that pass."""
+    def forward(self, images: Tensor, numbers: Tensor | None = None) -> dict[str, Tensor]:
+        """What the objective reads of the student's pass, in the precision of that pass; arguments as for a call."""
         with torch.autocast(self._device.type, dtype=torch.bfloat16) if self.rule.autocast else nullcontext():
-            return methods.read(self.student.outputs(images), self.student.head, self._reads)
+            read = methods.read(self.student.outputs(images), self.student.head, self._reads - {methods.IMAGE_NUMBERS})
+        if numbers is not None and self._reads_numbers:
+            read[methods.IMAGE_NUMBERS] = numbers
+        return read
 
     def losses(self, outputs: Mapping[str, Tensor], labels: Tensor, answer: Answer | None) -> dict[str, Tensor]:
         """The weighted loss terms, scalars."""

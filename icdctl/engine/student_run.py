@@ -213,7 +213,7 @@ class StudentRun:
             NotFiniteError: on a CPU, where checking costs nothing; on other devices `end_epoch` checks.
         """
         self.set_learning_rate(index)
-        self.step(index, images, labels, answer)
+        self.step(index, images, labels, answer, views.index)
         if self.shared.device.type == "cpu":
             self._check_finite(self.step.log[index : index + 1], views.index, first_index=index)
 

@@ -45,7 +45,7 @@ def choose_teacher(
     """
     config = configs[0]
     reads = frozenset().union(*(METHODS[each.method].teacher_reads(each.settings) for each in configs))
-    if not METHODS[config.method].teacher_in_eval_mode:
+    if not METHODS[config.method].has_eval_mode_teacher(config.settings):
         return _in_training_mode(model, config, reads, shared, wanted_mode, wanted_precision)
     demand = _demand(model, configs, reads, shared, num_images)
     num_forwards = demand.num_images
@@ -95,7 +95,7 @@ def _demand(
     return Demand(
         num_streams=num_streams,
         num_images=num_streams * num_images * num_views,
-        shapes={name: probe.shape(name) for name in sorted(reads)},
+        shapes={name: probe.shape(name) for name in sorted(probe.names(reads))},
         deterministic=configs[0].deterministic,
     )
 

@@ -27,10 +27,12 @@ from icdctl.methods.patch import (
     region_logits,
     scale_decoupled_loss,
 )
-from icdctl.methods.reads import LOGITS, REGIONS, SMALL_READS, ModelProbe, read
+from icdctl.methods.reads import IMAGE_NUMBERS, LOGITS, REGIONS, SMALL_READS, ModelProbe, read
 
 __all__ = [
     "DECLARED",
+    "FEATURE_METHODS",
+    "IMAGE_NUMBERS",
     "LOGITS",
     "LOGIT_METHODS",
     "METHODS",

@@ -1,20 +1,294 @@
-"""Methods on feature maps, whose connectors are trained with the student and thrown away with the objective.
+"""Methods on feature maps and pooled features: what each reads, what it compares, and the table of all.
 
-Shapes: B images, C channels, H rows, W columns.
+Losses without parameters are in `feature_losses.py`, those with connectors in `connectors.py`, CRD in `contrastive.py`.
+Connectors are trained with the student and thrown away with the objective. Shapes: B images, C channels, H rows, W
+columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icdctl.errors import UsageError
-from icdctl.methods.method import Method, Objective, Supervision, at_least_float32
-from icdctl.methods.method_settings import Settings
-from icdctl.methods.reads import ModelProbe, stage
+from icdctl.methods import feature_losses as losses
+from icdctl.methods.connectors import Boundaries, Connector, Correlations, Factors, Margins, Predictions, Review, Shapes
+from icdctl.methods.contrastive import Contrastive
+from icdctl.methods.method import Method, Objective, Supervision, at_least_float32, warmup_factor
+from icdctl.methods.method_settings import Settings, is_corrected
+from icdctl.methods.reads import POOLED, PREACTIVATIONS, STAGES, ModelProbe, stage
+
+STEM, DEEPEST = stage(0), stage(-1)
+
+Compare = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+"""The student's tensors and as many of the teacher's, shallow to deep -> a scalar."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Tensors of two models that are compared, one by one, and their shapes without the batch."""
+
+    students: Shapes
+    teachers: Shapes
+    teacher: ModelProbe
+    student_label: str
+    """The student's name, for messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureMethod(Method):
+    """One term, `feature`: some tensors of the student are compared with as many of the teacher.
+
+    Where models have different numbers of stages, stages are paired from the deepest one on, and the shallowest ones
+    of the deeper model have no partner. The reference code then fails, or pairs stages of different depths.
+
+    As in the reference code, and unlike some papers, what is compared is no training stage of its own: the term is
+    added to the cross-entropy in every epoch.
+    """
+
+    reads: tuple[str, ...]
+    """Names of what is compared, shallow to deep, the same of both models."""
+    comparison: Callable[[Pairs, Settings], nn.Module]
+    """Makes a module that is called like a `Compare`."""
+
+    def compared(self, settings: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of what is compared, shallow to deep: of the student, of the teacher."""
+        return self.reads, self.reads
+
+    def student_reads(self, settings: Settings) -> frozenset[str]:
+        """See `Method`."""
+        return super().student_reads(settings) | frozenset(self.compared(settings)[0])
+
+    def teacher_reads(self, settings: Settings) -> frozenset[str]:
+        """See `Method`."""
+        return frozenset(self.compared(settings)[1])
+
+    def build(
+        self,
+        student: ModelProbe,
+        teacher: ModelProbe | None,
+        settings: Settings,
+        *,
+        scales: tuple[int, ...],
+        supervision: Supervision,
+    ) -> FeatureObjective:
+        """See `Method`."""
+        assert teacher is not None
+        ours, theirs = (
+            probe.names(names) for probe, names in zip((student, teacher), self.compared(settings), strict=True)
+        )
+        count = min(len(ours), len(theirs))
+        ours, theirs = ours[-count:], theirs[-count:]
+        pairs = Pairs(
+            [student.shape(name) for name in ours], [teacher.shape(name) for name in theirs], teacher, student.label
+        )
+        return FeatureObjective(ours, theirs, self.comparison(pairs, settings), settings, supervision)
+
+
+class FeatureObjective(Objective):
+    """See `FeatureMethod`. A comparison that gives a second scalar has it as the term `paraphraser`."""
+
+    def __init__(
+        self,
+        student_names: Sequence[str],
+        teacher_names: Sequence[str],
+        comparison: nn.Module,
+        settings: Settings,
+        supervision: Supervision,
+    ) -> None:
+        """
+        Args:
+            student_names: of what is compared, shallow to deep, without `stages.*`.
+            teacher_names: as many.
+            comparison: a module that is called like a `Compare`.
+            settings: from `check_settings`.
+            supervision: how labels are used.
+        """
+        super().__init__(settings, supervision)
+        self.comparison = comparison
+        self.term_names = ("ce", "feature", "paraphraser") if isinstance(comparison, Factors) else ("ce", "feature")
+        self._student_names, self._teacher_names = tuple(student_names), tuple(teacher_names)
+        self._weight = float(settings["feature_weight"])
+        self._warmup_epochs = float(settings.get("warmup_epochs", 0.0))
+
+    def distillation_terms(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], labels: Tensor, epoch: int | Tensor
+    ) -> dict[str, Tensor]:
+        """See `Objective`."""
+        found = self.comparison(
+            [at_least_float32(student[name]) for name in self._student_names],
+            [teacher[name] for name in self._teacher_names],
+        )
+        values = found if isinstance(found, tuple) else (found,)
+        factors = (self._weight * warmup_factor(epoch, self._warmup_epochs), 1.0)
+        return {name: factor * value for name, factor, value in zip(self.term_names[1:], factors, values, strict=False)}
+
+
+class Untrained(nn.Module):
+    """A comparison without parameters."""
+
+    def __init__(self, compare: Compare) -> None:
+        super().__init__()
+        self._compare = compare
+
+    def forward(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+        """See `Compare`."""
+        return self._compare(students, teachers)
+
+
+def summed(loss: Callable[[Tensor, Tensor], Tensor]) -> Compare:
+    """A loss of two tensors, summed over the pairs."""
+
+    def compare(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+        return torch.stack([loss(ours, theirs) for ours, theirs in zip(students, teachers, strict=True)]).sum()
+
+    return compare
+
+
+def attention(pairs: Pairs, settings: Settings) -> nn.Module:
+    """AT, summed over the stages."""
+    power = float(settings["attention_power"])
+    return Untrained(summed(lambda student, teacher: losses.attention_loss(student, teacher, power=power)))
+
+
+def selectivity(pairs: Pairs, settings: Settings) -> nn.Module:
+    """NST, summed over the stages."""
+    return Untrained(summed(losses.neuron_selectivity_loss))
+
+
+def similarity(pairs: Pairs, settings: Settings) -> nn.Module:
+    """SP, of one stage."""
+    return Untrained(summed(losses.similarity_loss))
+
+
+def probabilities(pairs: Pairs, settings: Settings) -> nn.Module:
+    """PKT, of the pooled features."""
+    return Untrained(summed(losses.probabilistic_loss))
+
+
+def relations(pairs: Pairs, settings: Settings) -> nn.Module:
+    """RKD, of the pooled features."""
+    distance_weight, angle_weight = float(settings["distance_weight"]), float(settings["angle_weight"])
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        distance, angle = losses.relational_losses(student, teacher)
+        return distance_weight * distance + angle_weight * angle
+
+    return Untrained(summed(loss))
+
+
+def singular_vectors(pairs: Pairs, settings: Settings) -> nn.Module:
+    """KDSVD, of consecutive stages; refused where widths differ or a model has one stage alone."""
+    num_vectors = int(settings["num_vectors"])
+    widths = [[shape[2] for shape in shapes] for shapes in (pairs.students, pairs.teachers)]
+    if widths[0] != widths[1] or len(widths[0]) < 2:
+        raise _unsuitable(
+            pairs,
+            f"`kdsvd` needs two stages or more with maps as wide as the teacher's: they are {_listed(widths[0])} wide "
+            f"in {len(widths[0])} stages of the student, {_listed(widths[1])} in those of the teacher",
+        )
+    return Untrained(
+        lambda students, teachers: losses.singular_vectors_loss(students, teachers, num_vectors=num_vectors)
+    )
+
+
+def flows(pairs: Pairs, settings: Settings) -> nn.Module:
+    """FSP, of consecutive stages, the stem among them; refused where numbers of channels differ."""
+    channels = [[shape[0] for shape in shapes] for shapes in (pairs.students, pairs.teachers)]
+    if channels[0] != channels[1]:
+        raise _unsuitable(
+            pairs,
+            f"`fsp` needs stages with as many channels as the teacher's: the last {len(channels[0])} stages of the "
+            f"student have {_listed(channels[0])} channels, those of the teacher {_listed(channels[1])}",
+        )
+    return Untrained(losses.flow_loss)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _unsuitable(pairs: Pairs, message: str) -> UsageError:
+    return UsageError(
+        f"{message} (student `{pairs.student_label}`, teacher `{pairs.teacher.label}`)",
+        hint="choose a student of the teacher's family, as res8x4 is for res32x4, or the method `at`",
+    )
+
+
+def margins(pairs: Pairs, settings: Settings) -> nn.Module:
+    """OFD; refused for a teacher whose pre-activations do not come from batch norms."""
+    norms = pairs.teacher.preactivation_norms()
+    count = len(pairs.teachers)
+    if len(norms) < count:
+        raise UsageError(
+            f"`ofd` reads the batch norm in front of the last ReLU of {count} stages, and the teacher "
+            f"`{pairs.teacher.label}` has {len(norms)} such norms",
+            hint="choose another teacher, as res32x4, or the method `at`",
+        )
+    kernel_size = int(settings["kernel_size"])
+    if kernel_size % 2 == 0:
+        raise UsageError(f"kernel_size is {kernel_size}, expected an odd number", hint="e.g. `--set kernel_size=3`")
+    return Margins(pairs.students, pairs.teachers, norms[-count:], kernel_size=kernel_size)
+
+
+def boundaries(pairs: Pairs, settings: Settings) -> nn.Module:
+    """AB."""
+    return Boundaries(pairs.students, pairs.teachers, margin=float(settings["margin"]))
+
+
+def predictions(pairs: Pairs, settings: Settings) -> nn.Module:
+    """VID; the reference code leaves the variances untrained, `corrected` trains them."""
+    return Predictions(
+        pairs.students,
+        pairs.teachers,
+        initial_variance=float(settings["initial_variance"]),
+        learn_variance=is_corrected(settings),
+    )
+
+
+def correlations(pairs: Pairs, settings: Settings) -> nn.Module:
+    """CC, of the pooled features."""
+    return Correlations(pairs.students, pairs.teachers, width=int(settings["feat_dim"]))
+
+
+def factors(pairs: Pairs, settings: Settings) -> nn.Module:
+    """FT, of the deepest stage."""
+    return Factors(
+        pairs.students,
+        pairs.teachers,
+        ratio=float(settings["factor_ratio"]),
+        power=int(settings["factor_power"]),
+        distance_power=int(settings["distance_power"]),
+    )
+
+
+def review(pairs: Pairs, settings: Settings) -> nn.Module:
+    """ReviewKD."""
+    return Review(pairs.students, pairs.teachers, max_width=int(settings["max_mid_channels"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overhaul(FeatureMethod):
+    """OFD: the reference code leaves the teacher in training mode, so that it normalises by the batch; `corrected`
+    has it in eval mode.
+    """
+
+    def has_eval_mode_teacher(self, settings: Settings) -> bool:
+        """See `Method`."""
+        return is_corrected(settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnowledgeReview(FeatureMethod):
+    """ReviewKD: the teacher's pre-activations are imitated by the student's stages, or by its pre-activations."""
+
+    def compared(self, settings: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """See `FeatureMethod`."""
+        return (PREACTIVATIONS if settings["student_preactivations"] else STAGES, POOLED), self.reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,50 +360,82 @@ class FitNetObjective(Objective):
         return {"feature": self._weight * F.mse_loss(imitated, teacher[self._name])}
 
 
-class Connector(nn.Module):
-    """A convolution from the student's map to the size and width of the teacher's, batch norm and ReLU.
-
-    The convolution halves, doubles or keeps the map, or trims it by its kernel, as in the reference code.
-    """
-
-    def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...]) -> None:
-        """
-        Args:
-            student_shape: C, H, W.
-            teacher_shape: C, H, W.
-
-        Raises:
-            UsageError: the student's map is smaller, and not by half.
-        """
-        super().__init__()
-        self.conv = _convolution(student_shape, teacher_shape)
-        self.bn = nn.BatchNorm2d(teacher_shape[0])
-
-    def forward(self, feature_map: Tensor) -> Tensor:
-        """[B, C, H, W] of the student -> [B, C, H, W] of the teacher."""
-        return F.relu(self.bn(self.conv(feature_map)))
-
-
-def _convolution(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...]) -> nn.Conv2d | nn.ConvTranspose2d:
-    channels, height, width = student_shape
-    wanted_channels, wanted_height, wanted_width = teacher_shape
-    if (height, width) == (2 * wanted_height, 2 * wanted_width):
-        return nn.Conv2d(channels, wanted_channels, kernel_size=3, stride=2, padding=1)
-    if (2 * height, 2 * width) == (wanted_height, wanted_width):
-        return nn.ConvTranspose2d(channels, wanted_channels, kernel_size=4, stride=2, padding=1)
-    if height >= wanted_height and width >= wanted_width:
-        return nn.Conv2d(channels, wanted_channels, kernel_size=(1 + height - wanted_height, 1 + width - wanted_width))
-    raise UsageError(
-        f"the student's stage is {height} x {width} and the teacher's {wanted_height} x {wanted_width}: no connector "
-        "of the reference leads from one to the other",
-        hint="imitate another stage: `--set hint_stage=1`",
+def _row(
+    name: str,
+    comparison: Callable[[Pairs, Settings], nn.Module],
+    reads: tuple[str, ...],
+    source: str,
+    *,
+    weight: float,
+    kind: type[FeatureMethod] = FeatureMethod,
+    **settings: float,
+) -> FeatureMethod:
+    """A method whose cross-entropy has weight 1, as in all reference configurations."""
+    return kind(
+        family=name,
+        comparison=comparison,
+        reads=reads,
+        source=source,
+        defaults={"ce_weight": 1.0, "feature_weight": weight, **settings},
     )
 
 
+_PAPER = "https://arxiv.org/abs/"
+_ROWS = (
+    # Attention and selectivity of all stages, similarities and correlations of a batch.
+    _row("at", attention, (STAGES,), _PAPER + "1612.03928", weight=1000.0, attention_power=2.0),
+    _row("nst", selectivity, (STAGES,), _PAPER + "1707.01219", weight=50.0),
+    _row("sp", similarity, (DEEPEST,), _PAPER + "1907.09682", weight=3000.0),
+    _row("cc", correlations, (POOLED,), _PAPER + "1904.01802", weight=0.02, feat_dim=128.0),
+    _row("pkt", probabilities, (POOLED,), _PAPER + "1803.10837", weight=30_000.0),
+    _row("rkd", relations, (POOLED,), _PAPER + "1904.05068", weight=1.0, distance_weight=25.0, angle_weight=50.0),
+    # Relations of consecutive stages.
+    _row("fsp", flows, (STEM, STAGES), "Yim et al., CVPR 2017", weight=50.0),
+    _row("kdsvd", singular_vectors, (STAGES,), _PAPER + "1807.06819", weight=1.0, num_vectors=1.0),
+    # Maps that are imitated, through connectors.
+    _row("ab", boundaries, (PREACTIVATIONS,), _PAPER + "1811.03233", weight=1.0, margin=1.0),
+    _row("ofd", margins, (PREACTIVATIONS,), _PAPER + "1904.01866", weight=0.001, kind=Overhaul, kernel_size=1.0),
+    _row("vid", predictions, (STAGES,), _PAPER + "1904.05835", weight=1.0, initial_variance=5.0),
+    _row(
+        "ft",
+        factors,
+        (DEEPEST,),
+        _PAPER + "1802.04977",
+        weight=200.0,
+        factor_ratio=0.5,
+        factor_power=2.0,
+        distance_power=1.0,
+        warmup_epochs=30.0,
+    ),
+    _row(
+        "reviewkd",
+        review,
+        (PREACTIVATIONS, POOLED),
+        _PAPER + "2104.09044",
+        weight=1.0,
+        kind=KnowledgeReview,
+        student_preactivations=0.0,
+        max_mid_channels=512.0,
+        warmup_epochs=20.0,
+    ),
+)
 FEATURE_METHODS: dict[str, Method] = {
     "fitnet": FitNet(
         defaults={"hint_stage": 2.0, "ce_weight": 1.0, "feature_weight": 100.0},
-        source="https://arxiv.org/abs/1412.6550",
+        source=_PAPER + "1412.6550",
         family="fitnet",
-    )
+    ),
+    **{row.family: row for row in _ROWS},
+    "crd": Contrastive(
+        defaults={
+            "ce_weight": 1.0,
+            "feature_weight": 0.8,
+            "feat_dim": 128.0,
+            "nce_k": 16_384.0,
+            "nce_t": 0.07,
+            "nce_m": 0.5,
+        },
+        source=_PAPER + "1910.10699",
+        family="crd",
+    ),
 }

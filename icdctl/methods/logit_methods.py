@@ -12,7 +12,7 @@ from torch import Tensor
 
 from icdctl.methods.logit import dkd_loss, kd_loss, nkd_loss
 from icdctl.methods.method import Method, Objective, Supervision, at_least_float32, warmup_factor
-from icdctl.methods.method_settings import VARIANT, Settings
+from icdctl.methods.method_settings import Settings, is_corrected
 from icdctl.methods.patch import cluster_loss, pool_regions, scale_decoupled_loss
 from icdctl.methods.reads import LOGITS, REGIONS, ModelProbe
 
@@ -72,11 +72,6 @@ NKD = LogitLoss(
 )
 _SDD_PAPER = "https://arxiv.org/abs/2403.13512"
 _ICD_PAPER = "https://arxiv.org/abs/2509.12553"
-
-
-def is_corrected(settings: Settings) -> bool:
-    """Whether the variant is the one without the reference code's quirks."""
-    return settings[VARIANT] == "corrected"
 
 
 @dataclass(frozen=True, kw_only=True)

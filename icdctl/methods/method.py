@@ -19,7 +19,7 @@ from icdctl.methods.reads import LOGITS, ModelProbe
 
 @dataclass(frozen=True)
 class Supervision:
-    """How the cross-entropy with the labels is computed; the run decides it, not the method."""
+    """The labels, and how the cross-entropy with them is computed; the run decides it, not the method."""
 
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes."""
@@ -27,6 +27,8 @@ class Supervision:
     """[K] on the device, weights of the images of each class; None for no weights."""
     has_unlabeled: bool = False
     """Whether labels may be -1, for images that have none: those are left out of the cross-entropy."""
+    train_labels: Tensor | None = None
+    """[N] int64, the labels of all training images, for methods that read `image_numbers`."""
 
 
 class Objective(nn.Module, ABC):
@@ -111,6 +113,10 @@ class Method(ABC):
     those of all first views, then of all second ones, and so on; labels too."""
     teacher_in_eval_mode: bool = True
     """False for a teacher that normalises with the statistics of the batch, which then runs on each batch itself."""
+
+    def has_eval_mode_teacher(self, settings: Settings) -> bool:
+        """`teacher_in_eval_mode`, unless settings decide it."""
+        return self.teacher_in_eval_mode
 
     @property
     def needs_teacher(self) -> bool:

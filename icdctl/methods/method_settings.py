@@ -19,6 +19,11 @@ VARIANTS = ("published", "corrected")
 """`published` has the reference code's numbers, quirks included; docs/methods.md says what `corrected` changes."""
 
 
+def is_corrected(settings: Settings) -> bool:
+    """Whether the variant is the one without the reference code's quirks."""
+    return settings[VARIANT] == "corrected"
+
+
 _LARGEST_WEIGHT = 1e6
 
 
@@ -50,8 +55,28 @@ DECLARED: dict[str, MethodSetting] = {
     "gamma": MethodSetting("Weight of the cluster term."),
     "ce_weight": MethodSetting("Weight of the cross-entropy with the labels."),
     "kd_weight": MethodSetting("Weight of the divergence from the teacher."),
-    "feature_weight": MethodSetting("Weight of the distance between feature maps."),
+    "feature_weight": MethodSetting("Weight of the distance between feature maps or between their relations."),
     "hint_stage": MethodSetting("Stage whose output is imitated; 0 is the stem.", most=100.0, is_whole=True),
+    "attention_power": MethodSetting("Power of the activations in AT's maps.", least=1.0, most=100.0),
+    "feat_dim": MethodSetting("Width of the embeddings of both models.", least=1.0, most=65_536.0, is_whole=True),
+    "distance_weight": MethodSetting("Weight of RKD's distances of two images."),
+    "angle_weight": MethodSetting("Weight of RKD's angles among three images."),
+    "num_vectors": MethodSetting("Singular vectors of a map.", least=1.0, most=1000.0, is_whole=True),
+    "margin": MethodSetting("How far beyond 0 AB wants pre-activations."),
+    "kernel_size": MethodSetting("Side of the connectors' kernel, odd.", least=1.0, most=15.0, is_whole=True),
+    "initial_variance": MethodSetting("Variance of VID's distributions at first.", least=0.001, most=10_000.0),
+    "factor_ratio": MethodSetting("FT's factors per channel of the teacher.", least=0.001, most=10.0),
+    "factor_power": MethodSetting("Power of the activations in FT's maps.", least=1.0, most=100.0, is_whole=True),
+    "distance_power": MethodSetting("Power of FT's distances.", least=1.0, most=100.0, is_whole=True),
+    "student_preactivations": MethodSetting(
+        "1 to read the student's stages before their last ReLU, 0 after it.", most=1.0, is_whole=True
+    ),
+    "max_mid_channels": MethodSetting(
+        "Most channels inside ReviewKD's fusions.", least=1.0, most=65_536.0, is_whole=True
+    ),
+    "nce_k": MethodSetting("CRD's negatives of each image.", least=1.0, is_whole=True),
+    "nce_t": MethodSetting("Temperature of CRD's similarities.", least=0.001, most=10_000.0),
+    "nce_m": MethodSetting("Share of its old embedding that an image keeps in CRD's banks.", most=1.0),
     "warmup_epochs": MethodSetting(
         "Epochs in which the weight of the distillation term rises from 0; 0 for none.", most=100_000.0
     ),

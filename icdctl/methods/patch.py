@@ -97,8 +97,8 @@ def region_logits(feature_map: Tensor, head: Callable[[Tensor], Tensor]) -> Tens
         [B, K, 4, 4].
     """
     if feature_map.shape[2] * feature_map.shape[3] < FINEST**2:  # then it is less work to pool what the head says
-        return _pooled(_at_each_place(feature_map, head))
-    return _at_each_place(_pooled(feature_map), head)
+        return average_pool(_at_each_place(feature_map, head), (FINEST, FINEST))
+    return _at_each_place(average_pool(feature_map, (FINEST, FINEST)), head)
 
 
 def _at_each_place(feature_map: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
@@ -108,24 +108,26 @@ def _at_each_place(feature_map: Tensor, head: Callable[[Tensor], Tensor]) -> Ten
     return logits.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
-def _pooled(feature_map: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, C, 4, 4]."""
+def average_pool(feature_map: Tensor, size: tuple[int, int]) -> Tensor:
+    """`adaptive_avg_pool2d`: [B, C, H, W] -> [B, C, *size]."""
     # torch's own pooling adds up its gradient in no fixed order on CUDA, and fails where determinism is required.
     is_ordered = feature_map.is_cuda and torch.are_deterministic_algorithms_enabled()
-    return pooled_in_order(feature_map) if is_ordered else F.adaptive_avg_pool2d(feature_map, FINEST)
+    return pooled_in_order(feature_map, size) if is_ordered else F.adaptive_avg_pool2d(feature_map, size)
 
 
-def pooled_in_order(feature_map: Tensor) -> Tensor:
-    """`adaptive_avg_pool2d` to 4 x 4 as two matrix products: [B, C, H, W] -> [B, C, 4, 4]."""
-    down, across = (_windows(side, like=feature_map) for side in feature_map.shape[2:])
+def pooled_in_order(feature_map: Tensor, size: tuple[int, int] = (FINEST, FINEST)) -> Tensor:
+    """`adaptive_avg_pool2d` as two matrix products: [B, C, H, W] -> [B, C, *size]."""
+    down, across = (
+        _windows(side, count, like=feature_map) for side, count in zip(feature_map.shape[2:], size, strict=True)
+    )
     return down @ feature_map @ across.T
 
 
-def _windows(side: int, *, like: Tensor) -> Tensor:
-    """[4, side]: the share of each row of a map in each row of regions; made on the device, nothing is copied there."""
-    region = torch.arange(FINEST, device=like.device)[:, None]
+def _windows(side: int, count: int, *, like: Tensor) -> Tensor:
+    """[count, side]: the share of each row of a map in each row of regions; made where it is needed, not copied."""
+    region = torch.arange(count, device=like.device)[:, None]
     row = torch.arange(side, device=like.device)
-    inside = (row >= region * side // FINEST) & (row * FINEST < (region + 1) * side)
+    inside = (row >= region * side // count) & (row * count < (region + 1) * side)
     return (inside / inside.sum(dim=1, keepdim=True)).to(like.dtype)
 
 

@@ -10,11 +10,17 @@ Shapes: B images, K classes, C channels, H rows, W columns.
 | `feature_map` | [B, C, H, W], whose average over the image is `pooled` |
 | `stages.I` | [B, C, H, W], the output of stage I; 0 is the stem |
 | `preactivations.I` | [B, C, H, W], the same before its last ReLU |
+| `image_numbers` | [B] int64, which training images the rows are; the engine gives them, with the student's tensors |
+
+Stages are counted from the stem, or from the last one: `stages.-1` is the deepest. `stages.*` and `preactivations.*`
+stand for all stages after the stem, however many a model has; each is then read under its own name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -27,6 +33,9 @@ LOGITS = "logits"
 REGIONS = "regions"
 POOLED = "pooled"
 FEATURE_MAP = "feature_map"
+IMAGE_NUMBERS = "image_numbers"
+STAGES = "stages.*"
+PREACTIVATIONS = "preactivations.*"
 SMALL_READS = frozenset({LOGITS, REGIONS, POOLED})
 """Tensors whose size does not grow with the image: a teacher's answers of these can be kept for every view."""
 
@@ -76,7 +85,29 @@ def read(outputs: PassOutputs, head: Callable[[Tensor], Tensor], names: Iterable
     Raises:
         UsageError: the model has no such stage.
     """
-    return {name: _tensor(outputs, head, name) for name in sorted(names)}
+    return {name: _tensor(outputs, head, name) for name in sorted(set(_single(outputs, names)))}
+
+
+def _single(outputs: PassOutputs, names: Iterable[str]) -> list[str]:
+    """The names, in their order, with those of single tensors in place of `stages.*` and `preactivations.*`."""
+    found = []
+    for name in names:
+        group, _, index = name.partition(".")
+        if index != "*":
+            found.append(name)
+            continue
+        count = len(outputs.stages if group == "stages" else outputs.preactivations)
+        if count < 2:
+            raise _no_such(name, group, count)
+        found += [f"{group}.{number}" for number in range(1, count)]
+    return found
+
+
+def _no_such(name: str, group: str, count: int) -> UsageError:
+    return UsageError(
+        f"the model has no `{name}`: it has {count} {group}",
+        hint="choose a stage that it has, or a method that reads logits alone: `icdctl list methods`",
+    )
 
 
 def _tensor(outputs: PassOutputs, head: Callable[[Tensor], Tensor], name: str) -> Tensor:
@@ -87,11 +118,8 @@ def _tensor(outputs: PassOutputs, head: Callable[[Tensor], Tensor], name: str) -
         return found
     group, _, index = name.partition(".")
     maps: Sequence[Tensor] = outputs.stages if group == "stages" else outputs.preactivations
-    if int(index) >= len(maps):
-        raise UsageError(
-            f"the model has no `{name}`: it has {len(maps)} {group}",
-            hint="choose a stage that it has, or a method that reads logits alone: `icdctl list methods`",
-        )
+    if not -len(maps) <= int(index) < len(maps):
+        raise _no_such(name, group, len(maps))
     return maps[int(index)]
 
 
@@ -106,7 +134,6 @@ class ModelProbe:
         """
         self.model = model
         self._image_size = image_size
-        self._outputs: PassOutputs | None = None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor of one image, without the batch dimension.
@@ -118,13 +145,41 @@ class ModelProbe:
         if name in SMALL_READS:  # known without running the model
             num_classes, channels = head.out_features, head.in_features
             return {LOGITS: (num_classes,), REGIONS: (num_classes, FINEST, FINEST), POOLED: (channels,)}[name]
-        if self._outputs is None:
-            self._outputs = self._looked()
+        with self._named():
+            return tuple(read(self._seen, head, (name,))[name].shape[1:])
+
+    def names(self, names: Iterable[str]) -> list[str]:
+        """The names, in their order, with those of single tensors in place of `stages.*` and `preactivations.*`.
+
+        Raises:
+            UsageError: the model has no stages after the stem.
+        """
+        names = list(names)
+        if not any(name.endswith("*") for name in names):  # known without running the model
+            return names
+        with self._named():
+            return _single(self._seen, names)
+
+    def preactivation_norms(self) -> list[nn.BatchNorm2d]:
+        """The batch norms whose outputs are the last pre-activations, shallow to deep; empty where half of a
+        pre-activation does not come from one, and for a module from outside.
+        """
+        listed = getattr(self.model, "preactivation_norms", list)
+        norms = [self.model.get_submodule(name) for name in listed()]
+        return [norm for norm in norms if isinstance(norm, nn.BatchNorm2d)]
+
+    @property
+    def label(self) -> str:
+        """The model's name, for messages."""
+        return getattr(self.model, "name", "") or type(self.model).__name__
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors that say which model it is."""
         try:
-            return tuple(read(self._outputs, head, (name,))[name].shape[1:])
+            yield
         except UsageError as error:
-            label = getattr(self.model, "name", "") or type(self.model).__name__
-            raise UsageError(error.message.replace("the model", f"`{label}`"), hint=error.hint) from error
+            raise UsageError(error.message.replace("the model", f"`{self.label}`"), hint=error.hint) from error
 
     @property
     def _head(self) -> nn.Linear:
@@ -132,7 +187,8 @@ class ModelProbe:
         assert isinstance(head, nn.Linear)
         return head
 
-    def _looked(self) -> PassOutputs:
+    @cached_property
+    def _seen(self) -> PassOutputs:
         """One pass on a black image, in eval mode: batch norms learn nothing from it."""
         parameter = next(self.model.parameters())
         image = torch.zeros((1, 3, *self._image_size), dtype=parameter.dtype, device=parameter.device)
