@@ -157,6 +157,8 @@ def scale_decoupled_loss(
     teacher_patches: Tensor,
     labels: Tensor,
     global_prediction: Tensor,
+    *,
+    shared_weight: bool = False,
 ) -> Tensor:
     """A row loss over every patch, complementary patches twice.
 
@@ -166,6 +168,7 @@ def scale_decoupled_loss(
         teacher_patches: [B, K, P], without gradient.
         labels: [B] int64.
         global_prediction: [B] int64, the teacher's class for the whole image.
+        shared_weight: give every patch of the batch the mean weight, as published code of DSKD does with DKD.
 
     Returns:
         [B], the weighted mean over the patches. The weights are not normalised, so the scale of the loss follows the
@@ -180,6 +183,8 @@ def scale_decoupled_loss(
         labels.repeat_interleave(patches),
     )
     weights = complementary_weights(teacher_patches, labels, global_prediction)
+    if shared_weight:
+        weights = weights.mean()
     return (losses.reshape(batch, patches) * weights).mean(dim=1)
 
 
