@@ -188,7 +188,10 @@ def test_maps_are_not_cached_and_that_is_said(icdctl: CommandLine, taught: Path,
     given += ["--train-images", "600", "--test-images", "100", "--epochs", "2", "--device", "cpu"]
     code, _, err = icdctl(*given, "--out", tmp_path / "cached", "--teacher-mode", "cache")
     assert code == 2
-    assert "the teacher cache keeps logits, pooled, regions; the method also reads `stages.2` (32 x 16 x 16" in err
+    assert (
+        "the teacher cache keeps class_maps, logits, pooled, regions; the method also reads `stages.2` (32 x 16 x 16"
+        in err
+    )
     code, _, err = icdctl(*given, "--out", tmp_path / "run")
     assert code == 0
     assert "the teacher runs in every epoch: the teacher cache keeps" in err

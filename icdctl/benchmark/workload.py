@@ -111,7 +111,7 @@ def build_config(plan: Plan, pair: ModelPair) -> RunConfig:
     }
     options = Options({key: value for key, value in wanted.items() if value is not None})
     config = resolving.make_config("distill", options, teacher=(pair.teacher, "", ""))
-    if not methods.METHODS[config.method].needs_teacher:
+    if not methods.get(config.method).needs_teacher:
         raise UsageError(
             f"method `{config.method}` has no teacher: there is nothing to distill",
             hint="choose another `--method`; `icdctl list methods` shows them",
@@ -219,7 +219,7 @@ class Session:
         self.message = message
         self.inline = InlineTeacher(
             teacher,
-            reads=methods.METHODS[config.method].teacher_reads(config.settings),
+            reads=methods.get(config.method).teacher_reads(config.settings),
             device=device,
             precision=teacher_precision(config),
         )

@@ -198,7 +198,7 @@ def _report(done: Copied, warnings: Sequence[str], as_json: bool, more: Mapping[
 
 
 def _show_paper(facts: Mapping[str, Any]) -> None:
-    from icdctl.methods import METHODS
+    from icdctl import methods
 
     facts_shown = [[key, _text(facts[key])] for key in ("name", "dataset", "teacher", "student", "method", "scales")]
     facts_shown += [
@@ -209,7 +209,7 @@ def _show_paper(facts: Mapping[str, Any]) -> None:
     console.show_table(["cell", ""], facts_shown)
     if facts["training"] is not None:
         stated = {**facts["overrides"], **facts["settings"]}
-        usual = {**METHODS[facts["method"]].defaults, "variant": facts["method_settings"]["variant"]}
+        usual = {**methods.get(facts["method"]).defaults, "variant": facts["method_settings"]["variant"]}
         numbers = [
             [
                 key,

@@ -6,6 +6,7 @@ Shapes: B images, K classes, C channels, H rows, W columns.
 |---|---|
 | `logits` | [B, K], before softmax |
 | `regions` | [B, K, 4, 4], the logits of the regions of the 4 x 4 grid; those of coarser patches follow from them |
+| `class_maps` | [B, K, 4, 4], the same regions' logits without the classifier's bias: class activation maps |
 | `pooled` | [B, C], what the head reads |
 | `feature_map` | [B, C, H, W], whose average over the image is `pooled` |
 | `stages.I` | [B, C, H, W], the output of stage I; 0 is the stem |
@@ -25,9 +26,10 @@ from icdctl.methods.patch import FINEST, region_logits
 
 LOGITS = "logits"
 REGIONS = "regions"
+CLASS_MAPS = "class_maps"
 POOLED = "pooled"
 FEATURE_MAP = "feature_map"
-SMALL_READS = frozenset({LOGITS, REGIONS, POOLED})
+SMALL_READS = frozenset({LOGITS, REGIONS, CLASS_MAPS, POOLED})
 """Tensors whose size does not grow with the image: a teacher's answers of these can be kept for every view."""
 
 
@@ -82,6 +84,10 @@ def read(outputs: PassOutputs, head: Callable[[Tensor], Tensor], names: Iterable
 def _tensor(outputs: PassOutputs, head: Callable[[Tensor], Tensor], name: str) -> Tensor:
     if name == REGIONS:
         return region_logits(outputs.feature_map, head)
+    if name == CLASS_MAPS:
+        # The bias is what the classifier says of nothing; its own gradient cancels out.
+        bias = head(outputs.pooled.new_zeros(1, outputs.pooled.shape[1]))
+        return region_logits(outputs.feature_map, head) - bias[:, :, None, None]
     if name in (LOGITS, POOLED, FEATURE_MAP):
         found: Tensor = getattr(outputs, name)
         return found
@@ -117,7 +123,8 @@ class ModelProbe:
         head = self._head
         if name in SMALL_READS:  # known without running the model
             num_classes, channels = head.out_features, head.in_features
-            return {LOGITS: (num_classes,), REGIONS: (num_classes, FINEST, FINEST), POOLED: (channels,)}[name]
+            grid = (num_classes, FINEST, FINEST)
+            return {LOGITS: (num_classes,), REGIONS: grid, CLASS_MAPS: grid, POOLED: (channels,)}[name]
         if self._outputs is None:
             self._outputs = self._looked()
         try:
