@@ -185,6 +185,16 @@ def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, *, power: float, we
     return (power * F.log_softmax(teacher_logits, dim=1)).logsumexp(dim=1).exp() * loss
 
 
+def textbook_abkd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, alpha: float, beta: float, temperature: float
+) -> Tensor:
+    """The formula of `abkd_loss`, where neither a, b nor a + b is 0."""
+    p, q = (F.softmax(logits / temperature, dim=1) for logits in (teacher_logits, student_logits))
+    total = alpha + beta
+    parts = p**alpha * q**beta - alpha / total * p**total - beta / total * q**total
+    return -parts.sum(dim=1) / (alpha * beta)
+
+
 def abkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
