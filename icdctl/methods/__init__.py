@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from icdctl.errors import UsageError
 from icdctl.methods.algebra import MODIFIERS, builds_on, get, resolve
+from icdctl.methods.audit import DIFFERENCES, PUBLISHED_AT, Difference, differences_of
 from icdctl.methods.logit_methods import LOGIT_METHODS, PATCHES, LogitMethod
 from icdctl.methods.method import Method, Objective, Supervision
 from icdctl.methods.method_settings import DECLARED, VARIANT, VARIANTS, MethodSetting, Settings, check_values
@@ -32,15 +33,18 @@ from icdctl.methods.table import METHODS
 
 __all__ = [
     "DECLARED",
+    "DIFFERENCES",
     "LOGITS",
     "LOGIT_METHODS",
     "METHODS",
     "MODIFIERS",
+    "PUBLISHED_AT",
     "REGIONS",
     "SCALES",
     "SMALL_READS",
     "VARIANT",
     "VARIANTS",
+    "Difference",
     "LogitMethod",
     "Method",
     "MethodSetting",
@@ -52,6 +56,7 @@ __all__ = [
     "check_scales",
     "check_settings",
     "cluster_loss",
+    "differences_of",
     "distillation_terms",
     "get",
     "gram_matrix",

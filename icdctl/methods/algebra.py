@@ -66,6 +66,11 @@ def get(name: str) -> Method:
     return named if named is not None else _method_of(_parse(name.strip().lower().replace("-", "_"), name))
 
 
+def parts_of(name: str) -> tuple[Part, ...]:
+    """The parts of an expression, in canonical order."""
+    return _parse(name.strip().lower().replace("-", "_"), name)
+
+
 def builds_on(name: str) -> list[str]:
     """The methods that a method adds something to, the nearest first; cross-entropy is last.
 

@@ -93,7 +93,7 @@ def gdkd_loss(
     Returns:
         [B], in nats, not negative.
 
-    Source: Zheng et al. 2025, https://arxiv.org/abs/2512.04625
+    Source: https://arxiv.org/abs/2512.04625
     """
     num_classes = student_logits.shape[1]
     student, teacher = student_logits / temperature, teacher_logits / temperature
