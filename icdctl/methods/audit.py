@@ -309,7 +309,7 @@ DIFFERENCES = (
 
 
 def differences_of(name: str) -> list[Difference]:
-    """The differences of a method: those of its losses and modifiers, and of SDD and the cluster term where it has them.
+    """The differences of a method: those of its losses and modifiers, and of SDD and the cluster term if it has them.
 
     Args:
         name: a name or an expression.
