@@ -37,21 +37,18 @@ def make_step(
     """The step that a run of this method would have; `rule` takes the other fields of `StepRule`."""
     values = check_settings(method, settings or {})
     size = (32, 32)
-    objective = (
-        methods.get(method)
-        .build(
-            ModelProbe(student, size),
-            None if teacher is None else ModelProbe(teacher, size),
-            values,
-            scales=scales,
-            supervision=supervision or Supervision(),
-        )
-        .to(device)
-    )
+    row = methods.get(method)
+    objective = row.build(
+        ModelProbe(student, size),
+        None if teacher is None else ModelProbe(teacher, size),
+        values,
+        scales=scales,
+        supervision=supervision or Supervision(),
+    ).to(device)
     return TrainingStep(
         student,
         objective,
-        methods.get(method).student_reads(values),
+        row.student_reads(values) | row.reads_of_scales(scales),
         optimizer(trained_parameters(student, objective)),
         StepRule(clip_norm, **rule),
         steps_per_epoch=steps_per_epoch,

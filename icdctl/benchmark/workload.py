@@ -217,9 +217,10 @@ class Session:
         self.shared = make_shared_data(config, dataset, device, precision)
         self.run = StudentRun(config, self.shared, student, teacher, Compiler(message))
         self.message = message
+        method = methods.get(config.method)
         self.inline = InlineTeacher(
             teacher,
-            reads=methods.get(config.method).teacher_reads(config.settings),
+            reads=method.teacher_reads(config.settings) | method.reads_of_scales(config.scales),
             device=device,
             precision=teacher_precision(config),
         )

@@ -155,7 +155,7 @@ def import_(
     scales: Annotated[
         str | None,
         typer.Option(
-            help="Patch grids, which YAML files do not state: some of 1, 2 and 4, with commas between them.",
+            help="Patch grids, which YAML files do not state: whole numbers from 1 to 8, with commas between them.",
             show_default="1,2,4",
         ),
     ] = None,

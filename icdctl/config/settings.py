@@ -125,7 +125,7 @@ class TaskSettings(_Frozen):
     scales: Annotated[
         tuple[int, ...],
         Setting(
-            "Patch grids of the `sdd_` and `cd_sdd_` methods: some of 1, 2 and 4, with commas between them.",
+            "Patch grids of the `sdd_` and `cd_sdd_` methods: whole numbers from 1 to 8, with commas between them.",
             swept=True,
             listed=True,
             commands=("distill",),

@@ -79,10 +79,11 @@ class StudentRun:
         """The learning rate that the optimiser was last set to."""
         # A custom module runs as it is: what its Python does beside the numbers would be compiled away.
         may_compile = config.compile and not isinstance(self.student, Adapted)
+        method = methods.get(config.method)
         self.step = TrainingStep(
             self.student,
             objective,
-            methods.get(config.method).student_reads(config.settings),
+            method.student_reads(config.settings) | method.reads_of_scales(config.scales),
             make_optimizer(config, trained_parameters(self.student, objective), device_driven=shared.device_driven),
             StepRule(
                 config.clip_norm,

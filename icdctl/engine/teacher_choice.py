@@ -16,6 +16,11 @@ from icdctl.methods import ModelProbe
 from icdctl.models import Classifier
 
 
+def _reads(config: RunConfig) -> frozenset[str]:
+    method = methods.get(config.method)
+    return method.teacher_reads(config.settings) | method.reads_of_scales(config.scales)
+
+
 def choose_teacher(
     model: Classifier,
     configs: Sequence[RunConfig],
@@ -45,7 +50,7 @@ def choose_teacher(
         ArtifactError: the cache can't be written.
     """
     config = configs[0]
-    reads = frozenset().union(*(methods.get(each.method).teacher_reads(each.settings) for each in configs))
+    reads = frozenset().union(*map(_reads, configs))
     if not methods.get(config.method).teacher_in_eval_mode:
         return _in_training_mode(model, config, reads, shared, wanted_mode, wanted_precision)
     demand = _demand(model, configs, reads, shared, num_images)

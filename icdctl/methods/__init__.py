@@ -17,6 +17,7 @@ from icdctl.methods.logit_methods import LOGIT_METHODS, PATCHES, LogitMethod
 from icdctl.methods.method import Method, Objective, Supervision
 from icdctl.methods.method_settings import DECLARED, VARIANT, VARIANTS, MethodSetting, Settings, check_values
 from icdctl.methods.patch import (
+    LARGEST_SCALE,
     SCALES,
     check_scales,
     cluster_loss,
@@ -136,7 +137,7 @@ def distillation_terms(
         teacher[LOGITS] = teacher_logits.detach()
     if row.needs_patches:
         student[PATCHES], teacher[PATCHES] = _check_patches(name, student_patches, teacher_patches, scales)
-    no_model = ModelProbe(nn.Identity(), (1, 1))  # methods on logits do not look at it
+    no_model = _GivenLogits(nn.Identity(), (1, 1))
     objective = row.build(
         no_model,
         no_model,
@@ -146,6 +147,14 @@ def distillation_terms(
     )
     ce = objective.labels_term(student_logits, labels)
     return {"ce": ce, **objective.distillation_terms(student, teacher, labels, epoch)}
+
+
+class _GivenLogits(ModelProbe):
+    """In the place of models whose logits are given: patches are pooled already, so no map is too small for them."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `ModelProbe`."""
+        return 1, LARGEST_SCALE, LARGEST_SCALE
 
 
 def _check_patches(

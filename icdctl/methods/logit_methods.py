@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from icdctl.errors import UsageError
 from icdctl.methods.logit import dkd_loss, kd_loss, nkd_loss
 from icdctl.methods.method import Method, Objective, Supervision, at_least_float32, warmup_factor
 from icdctl.methods.method_settings import Settings, is_corrected
@@ -23,8 +24,8 @@ from icdctl.methods.newer_logit import (
     standardise,
     ttm_loss,
 )
-from icdctl.methods.patch import cluster_loss, pool_regions, scale_decoupled_loss
-from icdctl.methods.reads import LOGITS, REGIONS, ModelProbe
+from icdctl.methods.patch import SCALES, cluster_loss, pool_regions, scale_decoupled_loss
+from icdctl.methods.reads import FEATURE_MAP, LOGITS, REGIONS, ModelProbe, regions_of
 
 PATCHES = "patches"
 """[B, K, P], patch logits that a caller has pooled itself, in the place of regions."""
@@ -291,8 +292,21 @@ class LogitMethod(Method):
         scales: tuple[int, ...],
         supervision: Supervision,
     ) -> LogitObjective:
-        """See `Method`; the models are not looked at."""
+        """See `Method`; the models are looked at for scales other than 1, 2 and 4 alone."""
+        for scale in scales if self.needs_patches else ():
+            if scale not in SCALES:
+                for model in (student, *([] if teacher is None else [teacher])):
+                    _check_fits(scale, model)
         return LogitObjective(self, settings, scales, supervision)
+
+
+def _check_fits(scale: int, model: ModelProbe) -> None:
+    height, width = model.shape(FEATURE_MAP)[1:]
+    if scale > min(height, width):
+        raise UsageError(
+            f"scale {scale} is finer than the {height} x {width} feature map of `{model.label}`: patches would repeat",
+            hint="leave it out, e.g. `--scales 1,2`",
+        )
 
 
 class LogitObjective(Objective):
@@ -321,10 +335,15 @@ class LogitObjective(Objective):
             patches = student[PATCHES], teacher[PATCHES]
         elif self._needs_patches:
             patches = (
-                at_least_float32(pool_regions(student[REGIONS], self._scales)),
-                pool_regions(teacher[REGIONS], self._scales),
+                at_least_float32(self._pooled(student)),
+                self._pooled(teacher),
             )
         return self.terms_of(student[LOGITS], teacher[LOGITS], patches, labels, epoch)
+
+    def _pooled(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """[B, K, P], the patch logits of one model."""
+        finer = {scale: outputs[regions_of(scale)] for scale in self._scales if scale not in SCALES}
+        return pool_regions(outputs[REGIONS], self._scales, finer)
 
     def terms_of(
         self,

@@ -6,6 +6,7 @@ Shapes: B images, K classes, C channels, H rows, W columns.
 |---|---|
 | `logits` | [B, K], before softmax |
 | `regions` | [B, K, 4, 4], the logits of the regions of the 4 x 4 grid; those of coarser patches follow from them |
+| `regions.S` | [B, K, S, S], the same of an S x S grid that 4 x 4 regions can't give, e.g. 3 x 3 |
 | `class_maps` | [B, K, 4, 4], the same regions' logits without the classifier's bias: class activation maps |
 | `pooled` | [B, C], what the head reads |
 | `feature_map` | [B, C, H, W], whose average over the image is `pooled` |
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from icdctl.errors import UsageError
-from icdctl.methods.patch import FINEST, region_logits
+from icdctl.methods.patch import FINEST, SCALES, region_logits
 
 LOGITS = "logits"
 REGIONS = "regions"
@@ -36,6 +37,11 @@ SMALL_READS = frozenset({LOGITS, REGIONS, CLASS_MAPS, POOLED})
 def stage(index: int) -> str:
     """The name of a stage's output."""
     return f"stages.{index}"
+
+
+def regions_of(scale: int) -> str:
+    """The name of the logits of a grid's regions."""
+    return REGIONS if scale in SCALES else f"{REGIONS}.{scale}"
 
 
 def preactivation(index: int) -> str:
@@ -92,6 +98,8 @@ def _tensor(outputs: PassOutputs, head: Callable[[Tensor], Tensor], name: str) -
         found: Tensor = getattr(outputs, name)
         return found
     group, _, index = name.partition(".")
+    if group == REGIONS:
+        return region_logits(outputs.feature_map, head, int(index))
     maps: Sequence[Tensor] = outputs.stages if group == "stages" else outputs.preactivations
     if int(index) >= len(maps):
         raise UsageError(
@@ -130,8 +138,12 @@ class ModelProbe:
         try:
             return tuple(read(self._outputs, head, (name,))[name].shape[1:])
         except UsageError as error:
-            label = getattr(self.model, "name", "") or type(self.model).__name__
-            raise UsageError(error.message.replace("the model", f"`{label}`"), hint=error.hint) from error
+            raise UsageError(error.message.replace("the model", f"`{self.label}`"), hint=error.hint) from error
+
+    @property
+    def label(self) -> str:
+        """What messages call the model."""
+        return getattr(self.model, "name", "") or type(self.model).__name__
 
     @property
     def _head(self) -> nn.Linear:

@@ -113,7 +113,8 @@ def _gram_picture(
     dataset: Dataset,
     chosen: ChosenImages,
 ) -> Picture:
-    scales = [scale for scale in (cell.config.scales or methods.SCALES) if scale > 1] or [
+    # Only these can be drawn from the regions that are kept of each image.
+    scales = [scale for scale in cell.config.scales if scale > 1 and scale in methods.SCALES] or [
         scale for scale in methods.SCALES if scale > 1
     ]
     images = dataset.test_images[chosen.shown].numpy()
