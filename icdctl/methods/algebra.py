@@ -52,7 +52,7 @@ def resolve(name: str) -> str:
     if folded in METHODS:
         return folded
     parts = _parse(folded, name)
-    _method_of(parts)
+    _method_of(parts, name)
     return "+".join(map(str, parts))
 
 
@@ -63,7 +63,7 @@ def get(name: str) -> Method:
         UsageError: there is no such method, or its parts do not go together.
     """
     named = METHODS.get(name)
-    return named if named is not None else _method_of(_parse(name.strip().lower().replace("-", "_"), name))
+    return named if named is not None else _method_of(parts_of(name), name)
 
 
 def parts_of(name: str) -> tuple[Part, ...]:
@@ -94,7 +94,7 @@ def _parse(folded: str, shown: str) -> tuple[Part, ...]:
     """The parts of an expression in canonical order; whether they go together is not looked at."""
     parts: list[Part] = []
     for word in (word.strip() for word in folded.split("+")):
-        if not word:
+        if not word and "+" in folded:
             raise UsageError(f"method `{shown[:_LONGEST_SHOWN]}` has an empty part", hint=_HINT)
         if word not in MODIFIERS:
             parts.append(Part(word))
@@ -118,8 +118,9 @@ def _parse(folded: str, shown: str) -> tuple[Part, ...]:
     return tuple(sorted(parts, key=str))
 
 
-def _method_of(parts: tuple[Part, ...]) -> Method:
-    methods = [_modified(part) for part in parts]
+def _method_of(parts: tuple[Part, ...], shown: str) -> Method:
+    """The method that parts make; `shown` is what was typed."""
+    methods = [_modified(part, part.base if "+" in shown else shown) for part in parts]
     if len(parts) == 1:
         return methods[0]
     for part, method in zip(parts, methods, strict=True):
@@ -163,11 +164,11 @@ def _part_defaults(parts: Mapping[str, Method]) -> dict[str, float]:
     return found
 
 
-def _modified(part: Part) -> Method:
+def _modified(part: Part, shown: str) -> Method:
     """The method of a part."""
     method = METHODS.get(part.base)
     if method is None:
-        method = _decoupled(part.base)
+        method = _decoupled(part.base, shown)
     if not part.modifiers:
         return method
     first = part.modifiers[0]
@@ -195,7 +196,7 @@ def _modified(part: Part) -> Method:
     )
 
 
-def _decoupled(base: str) -> Method:
+def _decoupled(base: str, shown: str) -> Method:
     """`sdd_NAME` or `cd_sdd_NAME` of a loss per row that has no such row in `METHODS`."""
     prefix = next((prefix for prefix in _PREFIXES if base.startswith(prefix)), None)
     plain = METHODS.get(base.removeprefix(prefix or ""))
@@ -205,7 +206,7 @@ def _decoupled(base: str) -> Method:
             raise UsageError(
                 f"no method `{base}`: the cluster term is added to SDD", hint=f"choose `cd_sdd_{cd_alone}`"
             )
-        raise unknown_name("method", base, METHODS, listing="icdctl list methods")
+        raise unknown_name("method", shown, METHODS, listing="icdctl list methods")
     if not isinstance(plain, LogitMethod):
         reason = "is not one" if plain.needs_teacher else "compares nothing with a teacher"
         raise UsageError(
