@@ -247,7 +247,7 @@ def test_the_main_command_says_how_to_get_the_teacher_and_the_data(icdctl: Comma
 
 
 def test_json_of_several_problems_holds_no_prefixes(icdctl: CommandLine) -> None:
-    line = "distill --method cd_sdd_dkk --teacher res32x4 --student mv3 --scales 1,3 --json"
+    line = "distill --method cd_sdd_dkk --teacher res32x4 --student mv3 --scales 1,9 --json"
     code, out, err = icdctl(*line.split())
     assert code == 2
     said(err)

@@ -83,7 +83,8 @@ class TaskSettings(_Frozen):
     method: Annotated[
         str,
         Setting(
-            "Loss to train with, or several with commas between them: `kd,dkd`. `icdctl list methods` shows all.",
+            "Loss to train with (`kd`, `kd+ls`, `fitnet+kd`), or several with commas between them: `kd,dkd`. "
+            "`icdctl list methods` shows all.",
             listed=True,
             commands=("distill",),
             panel=Panel.WHAT,
