@@ -73,8 +73,8 @@ def list_(
             console.talk(f"`icdctl list {what} --json` also shows {', '.join(hidden)}")
         if what == What.METHODS:
             console.talk(
-                "made of these: `sdd_rld` and `cd_sdd_rld` for any loss per row, `kd+ls` (standardised logits), `kd+ea` "
-                "(rows weighted by entropy), `fitnet+kd` (a sum)"
+                "made of these: `sdd_rld` and `cd_sdd_rld` for any loss per row, `kd+ls` (standardised logits), "
+                "`kd+ea` (rows weighted by entropy), `fitnet+kd` (a sum)"
             )
     else:
         console.talk(f"there are no {what}")
