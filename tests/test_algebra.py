@@ -294,3 +294,9 @@ def test_a_grid_has_folders_without_plus_signs(tmp_path: Path) -> None:
         ("digits100-res8-res8-sdd_rld", "sdd_rld"),
     ]
     assert grid.cells[1].options["settings"] == {"fitnet.weight": 2.0}
+
+
+def test_a_map_that_four_regions_can_not_give_is_refused(teacher: Path, tmp_path: Path) -> None:
+    given = {**SMALL, "method": "cat+kd", "teacher": str(teacher), "student": "res8", "max_steps": 1}
+    with pytest.raises(UsageError, match=r"`map_resolution` is 3, which can't be averaged from the 4 x 4 regions"):
+        library.distill(**given, settings={"cat.map_resolution": 3}, out=str(tmp_path / "run"))
