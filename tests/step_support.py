@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from icdctl import methods
 from icdctl.engine.step import StepRule, TrainingStep, trained_parameters
 from icdctl.engine.teacher import InlineTeacher
-from icdctl.methods import LOGITS, METHODS, REGIONS, ModelProbe, Supervision, check_settings
+from icdctl.methods import LOGITS, REGIONS, ModelProbe, Supervision, check_settings
 from icdctl.models import Classifier
 
 READS = (LOGITS, REGIONS)
@@ -36,21 +37,18 @@ def make_step(
     """The step that a run of this method would have; `rule` takes the other fields of `StepRule`."""
     values = check_settings(method, settings or {})
     size = (32, 32)
-    objective = (
-        METHODS[method]
-        .build(
-            ModelProbe(student, size),
-            None if teacher is None else ModelProbe(teacher, size),
-            values,
-            scales=scales,
-            supervision=supervision or Supervision(train_labels=torch.arange(20) % 10),
-        )
-        .to(device)
-    )
+    row = methods.get(method)
+    objective = row.build(
+        ModelProbe(student, size),
+        None if teacher is None else ModelProbe(teacher, size),
+        values,
+        scales=scales,
+        supervision=supervision or Supervision(train_labels=torch.arange(20) % 10),
+    ).to(device)
     return TrainingStep(
         student,
         objective,
-        METHODS[method].student_reads(values),
+        row.student_reads(values) | row.reads_of_scales(scales),
         optimizer(trained_parameters(student, objective)),
         StepRule(clip_norm, **rule),
         steps_per_epoch=steps_per_epoch,
@@ -60,4 +58,4 @@ def make_step(
 
 def teacher_for(method: str, model: Classifier, device: torch.device) -> InlineTeacher:
     """A teacher that answers what the method reads, with its default settings."""
-    return InlineTeacher(model, reads=METHODS[method].teacher_reads(check_settings(method, {})), device=device)
+    return InlineTeacher(model, reads=methods.get(method).teacher_reads(check_settings(method, {})), device=device)

@@ -6,6 +6,7 @@ A setting of a run is added in `test_settings.py`, and an executor in `test_exec
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from icdctl.methods.reads import LOGITS, POOLED
 from icdctl.models import MODELS, Classifier
 from icdctl.models.outputs import Features
 from icdctl.registry import trained
+
+ROOT = Path(__file__).resolve().parent.parent
 
 TINY = ("--dataset", "digits100", "--train-images", "200", "--test-images", "100", "--epochs", "1", "--device", "cpu")
 
@@ -166,3 +169,11 @@ def test_an_export_format_is_a_conversion_that_verification_holds_to_the_weights
     onnx.save(wrong, tmp_path / "wrong.onnx")
     report = verify_file(tmp_path / "wrong.onnx", model)
     assert [check.name for check in report.failures] == ["values"]
+
+
+def test_no_file_holds_the_marks_of_an_unfinished_merge() -> None:
+    marks = tuple(mark * 7 for mark in "<>")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    names = [name for name in listed.split("\0") if name.endswith((".py", ".md", ".toml", ".yaml", ".txt", ".dvc"))]
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in names if (ROOT / name).is_file()}
+    assert [name for name, text in texts.items() if any(line.startswith(marks) for line in text.splitlines())] == []

@@ -101,7 +101,7 @@ cells: {res20-res8-kd: {teacher: res20, student: res8, method: kd, epochs: 3}}
         ("pairs: {res20:res8: {}}\nmethods: {kdd: {}}", "unknown method `kdd`"),
         ("pairs: {res20:res8: {}}\nmethods: {kd: {gama: 1}}", "unknown setting of `kd` in `params.yaml` `gama`"),
         ("pairs: {res20:res8: {}}\nmethods: {sdd_kd: {scales: 3}}", "scales `3` are not a list"),
-        ("pairs: {res20:res8: {}}\nmethods: {sdd_kd: {scales: [3]}}", "scale 3"),
+        ("pairs: {res20:res8: {}}\nmethods: {sdd_kd: {scales: [9]}}", "scale 9"),
         ("ablations: {a: {methods: kd}}", "ablation `a` in `params.yaml` names no `pairs`"),
         ("ablations: {a: {pairs: res20:res8}}", "ablation `a` in `params.yaml` names no `methods`"),
         (

@@ -32,7 +32,8 @@ from icdctl.engine.run_state import state_folder_of
 from icdctl.engine.teacher import InlineTeacher
 from icdctl.errors import UsageError
 from icdctl.methods import METHODS, Method, ModelProbe, Objective, Supervision, check_settings
-from icdctl.methods.feature import Connector, FitNetObjective
+from icdctl.methods.connectors import Connector
+from icdctl.methods.feature import FitNetObjective
 from icdctl.methods.reads import stage
 
 __all__ = ["by_position", "taught"]
@@ -188,7 +189,10 @@ def test_maps_are_not_cached_and_that_is_said(icdctl: CommandLine, taught: Path,
     given += ["--train-images", "600", "--test-images", "100", "--epochs", "2", "--device", "cpu"]
     code, _, err = icdctl(*given, "--out", tmp_path / "cached", "--teacher-mode", "cache")
     assert code == 2
-    assert "the teacher cache keeps logits, pooled, regions; the method also reads `stages.2` (32 x 16 x 16" in err
+    assert (
+        "the teacher cache keeps class_maps, logits, pooled, regions; the method also reads `stages.2` (32 x 16 x 16"
+        in err
+    )
     code, _, err = icdctl(*given, "--out", tmp_path / "run")
     assert code == 0
     assert "the teacher runs in every epoch: the teacher cache keeps" in err

@@ -82,6 +82,8 @@ def test_the_gradient_reaches_the_student_and_the_connectors(method: str) -> Non
     for name, parameter in objective.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+    found = bool(list(objective.parameters()))
+    assert found == METHODS[method].has_parameters or method == "ab", "which has none between equal shapes"
     untrained = [name for name, parameter in objective.named_parameters() if not parameter.requires_grad]
     assert len(untrained) == (3 if method == "vid" else 0)
 

@@ -180,7 +180,7 @@ def _run(
     notes = [*dataset.notes, *_last_batch(jobs[0].config, len(dataset.train_labels))]
     for text in dict.fromkeys([*notes, *(f"warning: {doubt}" for doubt in doubts), *warnings, *read]):
         observer.message(text)
-    needs_patches = any(methods.METHODS[job.config.method].needs_patches for job in jobs)
+    needs_patches = any(methods.get(job.config.method).needs_patches for job in jobs)
     asking = next((job for job in jobs if job.config.teacher is not None), jobs[0])
     return engine.run_together(
         [job.config for job in jobs],

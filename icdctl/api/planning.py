@@ -175,7 +175,7 @@ class Job:
     def warnings(self) -> list[str]:
         """Warnings about options that have no effect."""
         config = self.config
-        needs_patches = methods.METHODS[config.method].needs_patches
+        needs_patches = methods.get(config.method).needs_patches
         found = []
         if needs_patches and config.scales == (1,):
             found.append("warning: with scale 1 alone there are no patches: SDD and the cluster term add nothing")
@@ -211,7 +211,7 @@ class Job:
 
     def own_student(self, dataset: Dataset) -> Classifier | None:
         """A custom module in place of a named student."""
-        needs_patches = methods.METHODS[self.config.method].needs_patches
+        needs_patches = methods.get(self.config.method).needs_patches
         return self._adapted(self.student_module, dataset, needs_patches, is_trained=True)
 
     def _adapted(
@@ -302,7 +302,7 @@ def _requested(options: Options) -> Request:
 
 def _needs_teacher(options: Options) -> bool:
     try:
-        return methods.METHODS[methods.resolve(options.text("method") or "")].needs_teacher
+        return methods.get(options.text("method") or "").needs_teacher
     except UsageError:
         return True  # the name is reported later, together with what else is wrong
 

@@ -293,7 +293,7 @@ class _Comparison:
     def _request(self, config: RunConfig) -> JsonObject:
         """The constants and names of this configuration, under the reference's names."""
         settings = config.settings
-        needs_patches = methods.METHODS[config.method].needs_patches
+        needs_patches = methods.get(config.method).needs_patches
         values: JsonObject = {
             "DATASET.TYPE": "cifar100",
             "DISTILLER.TYPE": config.method.upper(),
@@ -311,7 +311,7 @@ class _Comparison:
         values |= {f"DKD.{theirs}": settings[ours] for ours, theirs in _DKD_KEYS.items() if ours in settings}
         if "gamma" in settings:
             values["CD.GAMMA"] = settings["gamma"]
-        if methods.METHODS[config.method].family == "kd":
+        if methods.get(config.method).family == "kd":
             values["KD.TEMPERATURE"] = settings["temperature"]
             values["KD.LOSS.CE_WEIGHT"], values["KD.LOSS.KD_WEIGHT"] = settings["ce_weight"], settings["kd_weight"]
         return {

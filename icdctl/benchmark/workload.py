@@ -111,7 +111,7 @@ def build_config(plan: Plan, pair: ModelPair) -> RunConfig:
     }
     options = Options({key: value for key, value in wanted.items() if value is not None})
     config = resolving.make_config("distill", options, teacher=(pair.teacher, "", ""))
-    if not methods.METHODS[config.method].needs_teacher:
+    if not methods.get(config.method).needs_teacher:
         raise UsageError(
             f"method `{config.method}` has no teacher: there is nothing to distill",
             hint="choose another `--method`; `icdctl list methods` shows them",
@@ -217,9 +217,10 @@ class Session:
         self.shared = make_shared_data(config, dataset, device, precision)
         self.run = StudentRun(config, self.shared, student, teacher, Compiler(message))
         self.message = message
+        method = methods.get(config.method)
         self.inline = InlineTeacher(
             teacher,
-            reads=methods.METHODS[config.method].teacher_reads(config.settings),
+            reads=method.teacher_reads(config.settings) | method.reads_of_scales(config.scales),
             device=device,
             precision=teacher_precision(config),
         )

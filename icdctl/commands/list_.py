@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from icdctl.commands import console, options
-from icdctl.errors import unknown_name
+from icdctl.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
     from icdctl.config.recipes import Recipe
@@ -24,7 +25,7 @@ class What(StrEnum):
     TEACHERS = "teachers"
 
 
-_ONLY_IN_JSON = {What.METHODS: ("variant", "source")}
+_ONLY_IN_JSON = {What.METHODS: ("loss", "variant", "source")}
 """Columns that would make the table too wide for a terminal."""
 
 
@@ -32,6 +33,14 @@ def list_(
     what: Annotated[
         str, typer.Argument(metavar="TABLE", help=f"Table to show: {', '.join(f'`{name}`' for name in What)}.")
     ],
+    audit: Annotated[
+        bool,
+        typer.Option(
+            "--audit",
+            help="With `methods`: where each method's published code and its paper differ, and which of them "
+            "`--set variant=published` and `variant=corrected` follow.",
+        ),
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """List the methods, models, data sets, recipes or teachers to choose from.
@@ -40,6 +49,11 @@ def list_(
     """
     if what not in list(What):
         raise unknown_name("table", what, list(What), listing="icdctl list --help")
+    if audit:
+        if what != What.METHODS:
+            raise UsageError(f"`--audit` is about methods, not about {what}", hint="`icdctl list methods --audit`")
+        _show_audit(as_json=as_json)
+        return
     rows = {
         What.METHODS: _methods,
         What.MODELS: _models,
@@ -54,7 +68,12 @@ def list_(
         columns = [column for column in rows[0] if column not in hidden]
         console.show_table(columns, [[_cell(row[column]) for column in columns] for row in rows])
         if hidden:
-            console.talk(f"`icdctl list {what} --json` shows the {' and '.join(hidden)} too")
+            console.talk(f"`icdctl list {what} --json` also shows {', '.join(hidden)}")
+        if what == What.METHODS:
+            console.talk(
+                "made of these: `sdd_rld` and `cd_sdd_rld` for any loss per row, `kd+ls` (standardised logits), "
+                "`kd+ea` (rows weighted by entropy), `fitnet+kd` (a sum)"
+            )
     else:
         console.talk(f"there are no {what}")
 
@@ -68,20 +87,43 @@ def _cell(value: object) -> object:
 
 
 def _methods() -> list[dict[str, object]]:
-    from icdctl.methods import METHODS, VARIANTS
+    from icdctl.methods import METHODS, PUBLISHED_AT, VARIANTS, check_settings
 
-    return [
-        {
-            "name": name,
-            "loss": row.family,
-            "patches": "yes" if row.patches else "",
-            "cluster": "yes" if row.cluster else "",
-            "settings": dict(row.defaults),
-            "variant": VARIANTS[0],
-            "source": row.source,
-        }
-        for name, row in METHODS.items()
-    ]
+    rows: list[dict[str, object]] = []
+    for name, row in METHODS.items():
+        settings = check_settings(name, {})
+        venue, year = PUBLISHED_AT.get(row.source, (None, None))
+        rows.append(
+            {
+                "name": name,
+                "paper": venue,
+                "year": year,
+                "loss": row.family,
+                "patches": "yes" if row.patches else "",
+                "cluster": "yes" if row.cluster else "",
+                "reads": ", ".join(sorted(row.student_reads(settings))),
+                "parameters": "yes" if row.has_parameters else "",
+                "settings": dict(row.defaults),
+                "variant": VARIANTS[0],
+                "source": row.source,
+            }
+        )
+    return rows
+
+
+def _show_audit(*, as_json: bool) -> None:
+    from icdctl.methods import DIFFERENCES, METHODS, differences_of
+
+    if as_json:
+        console.show_json({"methods": {name: [asdict(each) for each in differences_of(name)] for name in METHODS}})
+        return
+    for each in DIFFERENCES:
+        console.show_line(f"{each.of}: {each.where}")
+        console.show_line(f"  code: {each.code}")
+        console.show_line(f"  paper: {each.paper}")
+        console.show_line(f"  variant=published follows the {each.published}, variant=corrected the {each.corrected}")
+        console.show_line(f"  test: {each.test}")
+    console.talk("`sdd` and `cd` concern the methods of these prefixes; `--json` lists the differences of each method")
 
 
 def _models() -> list[dict[str, object]]:

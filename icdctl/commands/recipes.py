@@ -155,7 +155,7 @@ def import_(
     scales: Annotated[
         str | None,
         typer.Option(
-            help="Patch grids, which YAML files do not state: some of 1, 2 and 4, with commas between them.",
+            help="Patch grids, which YAML files do not state: whole numbers from 1 to 8, with commas between them.",
             show_default="1,2,4",
         ),
     ] = None,
@@ -198,7 +198,7 @@ def _report(done: Copied, warnings: Sequence[str], as_json: bool, more: Mapping[
 
 
 def _show_paper(facts: Mapping[str, Any]) -> None:
-    from icdctl.methods import METHODS
+    from icdctl import methods
 
     facts_shown = [[key, _text(facts[key])] for key in ("name", "dataset", "teacher", "student", "method", "scales")]
     facts_shown += [
@@ -209,7 +209,7 @@ def _show_paper(facts: Mapping[str, Any]) -> None:
     console.show_table(["cell", ""], facts_shown)
     if facts["training"] is not None:
         stated = {**facts["overrides"], **facts["settings"]}
-        usual = {**METHODS[facts["method"]].defaults, "variant": facts["method_settings"]["variant"]}
+        usual = {**methods.get(facts["method"]).defaults, "variant": facts["method_settings"]["variant"]}
         numbers = [
             [
                 key,

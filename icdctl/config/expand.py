@@ -113,6 +113,6 @@ def _own_settings(settings: Mapping[str, list[object]], method: object, *, num_m
 def settings_of(method: object) -> set[str]:
     """Names of a method's settings; none for an unknown method, which is reported later."""
     try:
-        return {*methods.METHODS[methods.resolve(str(method))].defaults, "variant"}
+        return {*methods.get(str(method)).defaults, "variant"}
     except UsageError:
         return set()

@@ -72,7 +72,7 @@ def make_config(
         "teacher": model,
         "teacher_weights": weights,
         "teacher_sha256": sha256,
-        "scales": scales if methods.METHODS[method].needs_patches else (),
+        "scales": scales if methods.get(method).needs_patches else (),
         "settings": settings,
         "recipe": name_of_recipe,
         "device": _attempt(found, check_device, _given(options.text("device"), "auto")) or "auto",
@@ -184,8 +184,10 @@ def _attempt(problems: list[IcdctlError], function: Callable[[G], T], given: G) 
 def _fill_warmup(settings: dict[str, float | str], given: Mapping[str, object], recipe: Recipe, epochs: int) -> None:
     """The recipe's distillation warm-up, for a method that has one and where none was given."""
     share = recipe.distillation_warmup_share
-    if share is not None and "warmup_epochs" not in given and settings.get("warmup_epochs"):
-        settings["warmup_epochs"] = float(max(1, int(epochs * share)))
+    for key, value in settings.items():
+        is_warmup = key.rpartition(".")[2] == "warmup_epochs"  # a sum of methods has one for each part
+        if share is not None and is_warmup and key not in given and value:
+            settings[key] = float(max(1, int(epochs * share)))
 
 
 def _scales(given: object) -> tuple[int, ...]:
@@ -221,7 +223,7 @@ def default_run_name(config: RunConfig) -> str:
     for key, value in usual.items():
         if getattr(config, key) != value:
             parts.append(f"{key.replace('_', '')}{_short(getattr(config, key))}")
-    if methods.METHODS[config.method].needs_patches and config.scales != SCALES:
+    if methods.get(config.method).needs_patches and config.scales != SCALES:
         parts.append("scales" + "".join(map(str, config.scales)))
     normal = methods.check_settings(config.method, {})
     _fill_warmup(normal, {}, recipe, config.epochs)

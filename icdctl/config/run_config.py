@@ -63,8 +63,7 @@ class RunConfig(Settings):
             name=self.dataset,
             folder=files.data_folder() if self.data_dir is None else files.user_path(self.data_dir),
             room_to_crop=self.crop_scale is not None,
-            unlabeled=methods.METHODS[self.method].needs_teacher
-            and data.DatasetName.parse(self.dataset).is_image_folder,
+            unlabeled=methods.get(self.method).needs_teacher and data.DatasetName.parse(self.dataset).is_image_folder,
             **{key: getattr(self, key) for key in DatasetSettings.model_fields},
         )
 

@@ -83,7 +83,8 @@ class TaskSettings(_Frozen):
     method: Annotated[
         str,
         Setting(
-            "Loss to train with, or several with commas between them: `kd,dkd`. `icdctl list methods` shows all.",
+            "Loss to train with (`kd`, `kd+ls`, `fitnet+kd`), or several with commas between them: `kd,dkd`. "
+            "`icdctl list methods` shows all.",
             listed=True,
             commands=("distill",),
             panel=Panel.WHAT,
@@ -125,7 +126,7 @@ class TaskSettings(_Frozen):
     scales: Annotated[
         tuple[int, ...],
         Setting(
-            "Patch grids of the `sdd_` and `cd_sdd_` methods: some of 1, 2 and 4, with commas between them.",
+            "Patch grids of the `sdd_` and `cd_sdd_` methods: whole numbers from 1 to 8, with commas between them.",
             swept=True,
             listed=True,
             commands=("distill",),

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from icdctl import models
+from icdctl import methods, models
 from icdctl.config.run_config import RunConfig
 from icdctl.engine.shared_data import SharedData, balanced_class_weights
 from icdctl.errors import ArtifactError, UsageError
-from icdctl.methods import METHODS, ModelProbe, Objective, Supervision
+from icdctl.methods import ModelProbe, Objective, Supervision
 from icdctl.models import Classifier, Weights
 from icdctl.models.external import without_adapter
 
@@ -46,7 +46,7 @@ def new_objective(config: RunConfig, shared: SharedData, student: Classifier, te
     size = shared.dataset.preprocessing.size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_OBJECTIVE_SEED + config.seed)
-        return METHODS[config.method].build(
+        return methods.get(config.method).build(
             ModelProbe(student, size),
             None if teacher is None else ModelProbe(teacher, size),
             config.settings,

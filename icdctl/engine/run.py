@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from icdctl import methods
 from icdctl.config.run_config import RunConfig
 from icdctl.data import Dataset, Views
 from icdctl.engine.compiled import Compiler
@@ -22,7 +23,6 @@ from icdctl.engine.student_run import NotFiniteError, StudentRun
 from icdctl.engine.teacher import Teacher
 from icdctl.engine.teacher_choice import choose_teacher
 from icdctl.errors import IcdctlError, UsageError
-from icdctl.methods import METHODS
 from icdctl.models import Classifier
 
 _SHARED = (
@@ -135,7 +135,7 @@ def together_key(config: RunConfig) -> tuple[Any, ...]:
 
 
 def _teacher_in_eval_mode(config: RunConfig) -> bool:
-    return METHODS[config.method].has_eval_mode_teacher(config.settings)
+    return methods.get(config.method).has_eval_mode_teacher(config.settings)
 
 
 def _check_same(key: str, first: RunConfig, other: RunConfig) -> None:
@@ -283,7 +283,7 @@ class _Session:
         What `auto` decides depends on all runs of the command, not on those that are left: an interruption changes
         nothing.
         """
-        learning = [run for run in self.runs if METHODS[run.config.method].needs_teacher]
+        learning = [run for run in self.runs if methods.get(run.config.method).needs_teacher]
         waiting = [run for run in self._waiting() if run in learning]
         if self.teacher_model is None or not waiting:
             return None

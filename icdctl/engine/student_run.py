@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icdctl import models
+from icdctl import methods, models
 from icdctl.config.run_config import RunConfig
 from icdctl.data import UNLABELED, Views
 from icdctl.engine.building import load_first_weights, new_objective, new_student
@@ -26,7 +26,6 @@ from icdctl.engine.step import StepRule, TrainingStep, trained_parameters
 from icdctl.engine.teacher import Answer
 from icdctl.errors import IcdctlError
 from icdctl.evaluation import Evaluation, batch_size_on, evaluate_logits, module_predictor, predict_all
-from icdctl.methods import METHODS
 from icdctl.models import Classifier
 from icdctl.models.external import Adapted, without_adapter
 from icdctl.run_files import WEIGHTS_FILE
@@ -80,10 +79,11 @@ class StudentRun:
         """The learning rate that the optimiser was last set to."""
         # A custom module runs as it is: what its Python does beside the numbers would be compiled away.
         may_compile = config.compile and not isinstance(self.student, Adapted)
+        method = methods.get(config.method)
         self.step = TrainingStep(
             self.student,
             objective,
-            METHODS[config.method].student_reads(config.settings),
+            method.student_reads(config.settings) | method.reads_of_scales(config.scales),
             make_optimizer(config, trained_parameters(self.student, objective), device_driven=shared.device_driven),
             StepRule(
                 config.clip_norm,
@@ -134,7 +134,7 @@ class StudentRun:
     @property
     def num_views(self) -> int:
         """Views of each image in a step."""
-        return METHODS[self.config.method].num_views
+        return methods.get(self.config.method).num_views
 
     @property
     def images_left(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from icdctl import methods
 from icdctl.config.run_config import RunConfig
 from icdctl.engine.observer import Observer
 from icdctl.engine.precision import choose_teacher_precision
@@ -11,8 +12,13 @@ from icdctl.engine.shared_data import SharedData
 from icdctl.engine.teacher import InlineTeacher, Teacher, TeacherPrecision
 from icdctl.engine.teacher_cache import Demand, cache_pays, choose_mode, make_teacher, plan_cache
 from icdctl.errors import UsageError
-from icdctl.methods import METHODS, ModelProbe
+from icdctl.methods import ModelProbe
 from icdctl.models import Classifier
+
+
+def _reads(config: RunConfig) -> frozenset[str]:
+    method = methods.get(config.method)
+    return method.teacher_reads(config.settings) | method.reads_of_scales(config.scales)
 
 
 def choose_teacher(
@@ -44,8 +50,8 @@ def choose_teacher(
         ArtifactError: the cache can't be written.
     """
     config = configs[0]
-    reads = frozenset().union(*(METHODS[each.method].teacher_reads(each.settings) for each in configs))
-    if not METHODS[config.method].has_eval_mode_teacher(config.settings):
+    reads = frozenset().union(*map(_reads, configs))
+    if not methods.get(config.method).has_eval_mode_teacher(config.settings):
         return _in_training_mode(model, config, reads, shared, wanted_mode, wanted_precision)
     demand = _demand(model, configs, reads, shared, num_images)
     num_forwards = demand.num_images
@@ -90,8 +96,8 @@ def _demand(
 ) -> Demand:
     """How often, and for which tensors, the runs call their teacher; arguments as for `choose_teacher`."""
     probe = ModelProbe(model, shared.dataset.preprocessing.size)
-    num_streams = len({(each.seed, METHODS[each.method].num_views) for each in configs})
-    num_views = max(METHODS[each.method].num_views for each in configs)
+    num_streams = len({(each.seed, methods.get(each.method).num_views) for each in configs})
+    num_views = max(methods.get(each.method).num_views for each in configs)
     return Demand(
         num_streams=num_streams,
         num_images=num_streams * num_images * num_views,

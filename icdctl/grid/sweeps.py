@@ -101,8 +101,15 @@ def lacking(cell: GridCell, keys: Iterable[str]) -> str | None:
 
 def _has(cell: GridCell, key: str) -> bool:
     if key == "scales":
-        return cell.method in methods.METHODS and methods.METHODS[cell.method].needs_patches
+        return _reads_patches(cell.method)
     return key in _OPTIONS or key in settings_of(cell.method)
+
+
+def _reads_patches(method: str) -> bool:
+    try:
+        return methods.get(method).needs_patches
+    except UsageError:  # reported when the run is planned, with its other problems
+        return False
 
 
 def changed(cell: GridCell, values: Mapping[str, str]) -> GridCell:

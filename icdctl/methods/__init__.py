@@ -1,4 +1,4 @@
-"""Distillation methods: `METHODS` is the one table of them, and `Method` says what a row is.
+"""Distillation methods: `METHODS` is the table of them, `get` finds those and the ones made of them, `kd+ls`.
 
 `distillation_terms` computes the loss terms of a logit method from logits alone, without an engine.
 Shapes: B images, K classes, P patches.
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from icdctl.errors import UsageError, unknown_name
+from icdctl.errors import UsageError
+from icdctl.methods.algebra import MODIFIERS, builds_on, get, resolve
+from icdctl.methods.audit import DIFFERENCES, PUBLISHED_AT, Difference, differences_of
 from icdctl.methods.feature import FEATURE_METHODS
-from icdctl.methods.logit_methods import LOGIT_METHODS, CrossEntropyObjective, LogitMethod, LogitObjective
+from icdctl.methods.logit_methods import LOGIT_METHODS, PATCHES, LogitMethod
 from icdctl.methods.method import Method, Objective, Supervision
 from icdctl.methods.method_settings import DECLARED, VARIANT, VARIANTS, MethodSetting, Settings, check_values
 from icdctl.methods.patch import (
+    LARGEST_SCALE,
     SCALES,
     check_scales,
     cluster_loss,
@@ -28,19 +31,24 @@ from icdctl.methods.patch import (
     scale_decoupled_loss,
 )
 from icdctl.methods.reads import IMAGE_NUMBERS, LOGITS, REGIONS, SMALL_READS, ModelProbe, read
+from icdctl.methods.table import METHODS
 
 __all__ = [
     "DECLARED",
+    "DIFFERENCES",
     "FEATURE_METHODS",
     "IMAGE_NUMBERS",
     "LOGITS",
     "LOGIT_METHODS",
     "METHODS",
+    "MODIFIERS",
+    "PUBLISHED_AT",
     "REGIONS",
     "SCALES",
     "SMALL_READS",
     "VARIANT",
     "VARIANTS",
+    "Difference",
     "LogitMethod",
     "Method",
     "MethodSetting",
@@ -48,10 +56,13 @@ __all__ = [
     "Objective",
     "Settings",
     "Supervision",
+    "builds_on",
     "check_scales",
     "check_settings",
     "cluster_loss",
+    "differences_of",
     "distillation_terms",
+    "get",
     "gram_matrix",
     "num_patches",
     "parse_scales",
@@ -63,29 +74,18 @@ __all__ = [
     "scale_decoupled_loss",
 ]
 
-METHODS: dict[str, Method] = {**LOGIT_METHODS, **FEATURE_METHODS}
-"""Name -> method, in the order in which they are listed."""
-
-
-def resolve(name: str) -> str:
-    """The name in `METHODS`; upper case and dashes are forgiven.
-
-    Raises:
-        UsageError: no such method.
-    """
-    folded = name.strip().lower().replace("-", "_")
-    if folded not in METHODS:
-        raise unknown_name("method", name, METHODS, listing="icdctl list methods")
-    return folded
-
 
 def check_settings(method: str, given: Mapping[str, object]) -> dict[str, float | str]:
     """A method's settings with the given ones in place of the defaults, and `variant` among them.
 
     Raises:
-        UsageError: a key that the method does not have, a value that is not a number, not finite or out of range.
+        UsageError: no such method, a key that it does not have, a value that is not a number, not finite or out of
+            range, or parts of a sum that can't have one teacher.
     """
-    return check_values(method, METHODS[method].defaults, given)
+    found = get(method)
+    settings = check_values(method, found.defaults, given)
+    found.has_eval_mode_teacher(settings)
+    return settings
 
 
 def distillation_terms(
@@ -106,7 +106,7 @@ def distillation_terms(
     """The weighted loss terms of one batch; their sum is what training minimises.
 
     Args:
-        method: a name in `METHODS`, of a method that reads logits and patch logits alone.
+        method: a name or an expression, e.g. `kd+ls`, of a method that reads logits and patch logits alone.
         student_logits: [B, K].
         labels: [B] int64.
         teacher_logits: [B, K]; no gradient reaches it. Not read by `ce`.
@@ -122,29 +122,45 @@ def distillation_terms(
             the other terms take the teacher's own choice for their class.
 
     Returns:
-        `ce`, then `kd` and `cluster` where the method has them: scalars, in the type of the logits.
+        `ce`, then the method's own terms, e.g. `kd` and `cluster`: scalars, in the type of the logits.
 
     Raises:
         UsageError: unknown method, setting or scales; an input that the method needs is missing; P and the scales
             disagree; the method reads more than logits.
     """
     name = resolve(method)
-    row = METHODS[name]
+    row = get(name)
     values = check_settings(name, settings or {})
-    supervision = Supervision(label_smoothing, class_weights, has_unlabeled)
-    if not row.needs_teacher:
-        return {"ce": CrossEntropyObjective(values, supervision).labels_term(student_logits, labels)}
-    if not isinstance(row, LogitMethod):
+    if not row.student_reads(values) <= {LOGITS, REGIONS}:
         raise UsageError(
             f"method `{name}` reads more than logits",
-            hint="train with `icdctl.distill`, or build its objective with `methods.METHODS[name].build`",
+            hint="train with `icdctl.distill`, or build its objective with `methods.get(name).build`",
         )
-    if teacher_logits is None:
-        raise UsageError(f"method `{name}` needs the teacher's logits", hint="pass `teacher_logits`")
-    patches = _check_patches(name, student_patches, teacher_patches, scales) if row.needs_patches else None
-    objective = LogitObjective(row, values, tuple(scales), supervision)
+    student, teacher = {LOGITS: student_logits}, {}
+    if row.needs_teacher:
+        if teacher_logits is None:
+            raise UsageError(f"method `{name}` needs the teacher's logits", hint="pass `teacher_logits`")
+        teacher[LOGITS] = teacher_logits.detach()
+    if row.needs_patches:
+        student[PATCHES], teacher[PATCHES] = _check_patches(name, student_patches, teacher_patches, scales)
+    no_model = _GivenLogits(nn.Identity(), (1, 1))
+    objective = row.build(
+        no_model,
+        no_model,
+        values,
+        scales=tuple(scales),
+        supervision=Supervision(label_smoothing, class_weights, has_unlabeled),
+    )
     ce = objective.labels_term(student_logits, labels)
-    return {"ce": ce, **objective.terms_of(student_logits, teacher_logits.detach(), patches, labels, epoch)}
+    return {"ce": ce, **objective.distillation_terms(student, teacher, labels, epoch)}
+
+
+class _GivenLogits(ModelProbe):
+    """In the place of models whose logits are given: patches are pooled already, so no map is too small for them."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `ModelProbe`."""
+        return 1, LARGEST_SCALE, LARGEST_SCALE
 
 
 def _check_patches(

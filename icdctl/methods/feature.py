@@ -368,6 +368,7 @@ def _row(
     *,
     weight: float,
     kind: type[FeatureMethod] = FeatureMethod,
+    has_parameters: bool = False,
     **settings: float,
 ) -> FeatureMethod:
     """A method whose cross-entropy has weight 1, as in all reference configurations."""
@@ -376,6 +377,7 @@ def _row(
         comparison=comparison,
         reads=reads,
         source=source,
+        has_parameters=has_parameters,
         defaults={"ce_weight": 1.0, "feature_weight": weight, **settings},
     )
 
@@ -386,21 +388,31 @@ _ROWS = (
     _row("at", attention, (STAGES,), _PAPER + "1612.03928", weight=1000.0, attention_power=2.0),
     _row("nst", selectivity, (STAGES,), _PAPER + "1707.01219", weight=50.0),
     _row("sp", similarity, (DEEPEST,), _PAPER + "1907.09682", weight=3000.0),
-    _row("cc", correlations, (POOLED,), _PAPER + "1904.01802", weight=0.02, feat_dim=128.0),
+    _row("cc", correlations, (POOLED,), _PAPER + "1904.01802", has_parameters=True, weight=0.02, feat_dim=128.0),
     _row("pkt", probabilities, (POOLED,), _PAPER + "1803.10837", weight=30_000.0),
     _row("rkd", relations, (POOLED,), _PAPER + "1904.05068", weight=1.0, distance_weight=25.0, angle_weight=50.0),
     # Relations of consecutive stages.
     _row("fsp", flows, (STEM, STAGES), "Yim et al., CVPR 2017", weight=50.0),
     _row("kdsvd", singular_vectors, (STAGES,), _PAPER + "1807.06819", weight=1.0, num_vectors=1.0),
     # Maps that are imitated, through connectors.
-    _row("ab", boundaries, (PREACTIVATIONS,), _PAPER + "1811.03233", weight=1.0, margin=1.0),
-    _row("ofd", margins, (PREACTIVATIONS,), _PAPER + "1904.01866", weight=0.001, kind=Overhaul, kernel_size=1.0),
-    _row("vid", predictions, (STAGES,), _PAPER + "1904.05835", weight=1.0, initial_variance=5.0),
+    _row("ab", boundaries, (PREACTIVATIONS,), _PAPER + "1811.03233", has_parameters=True, weight=1.0, margin=1.0),
+    _row(
+        "ofd",
+        margins,
+        (PREACTIVATIONS,),
+        _PAPER + "1904.01866",
+        has_parameters=True,
+        weight=0.001,
+        kind=Overhaul,
+        kernel_size=1.0,
+    ),
+    _row("vid", predictions, (STAGES,), _PAPER + "1904.05835", has_parameters=True, weight=1.0, initial_variance=5.0),
     _row(
         "ft",
         factors,
         (DEEPEST,),
         _PAPER + "1802.04977",
+        has_parameters=True,
         weight=200.0,
         factor_ratio=0.5,
         factor_power=2.0,
@@ -412,6 +424,7 @@ _ROWS = (
         review,
         (PREACTIVATIONS, POOLED),
         _PAPER + "2104.09044",
+        has_parameters=True,
         weight=1.0,
         kind=KnowledgeReview,
         student_preactivations=0.0,
@@ -424,6 +437,7 @@ FEATURE_METHODS: dict[str, Method] = {
         defaults={"hint_stage": 2.0, "ce_weight": 1.0, "feature_weight": 100.0},
         source=_PAPER + "1412.6550",
         family="fitnet",
+        has_parameters=True,
     ),
     **{row.family: row for row in _ROWS},
     "crd": Contrastive(
@@ -437,5 +451,6 @@ FEATURE_METHODS: dict[str, Method] = {
         },
         source=_PAPER + "1910.10699",
         family="crd",
+        has_parameters=True,
     ),
 }

@@ -144,7 +144,7 @@ def dkd_loss(
 
     Source: Zhao et al. 2022, equations 5 to 7, https://arxiv.org/abs/2203.08679
     """
-    target = _is_target(labels, student_logits.shape[1])
+    target = is_target(labels, student_logits.shape[1])
     both = _both(student_logits, teacher_logits) / temperature
     of_others = F.log_softmax(both.masked_fill(target, -torch.inf), dim=2)
     split = _target_split(F.log_softmax(both, dim=2), of_others, labels)
@@ -214,7 +214,7 @@ def nkd_loss(
 
     Source: Yang et al. 2023, equation 8, https://arxiv.org/abs/2303.13005
     """
-    target = _is_target(labels, student_logits.shape[1])
+    target = is_target(labels, student_logits.shape[1])
     both = _both(student_logits, teacher_logits)
     log_probs = F.log_softmax(both, dim=2)
     log_target = log_probs.gather(2, _places(labels))  # [2, B, 1]
@@ -294,7 +294,7 @@ def _both(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return torch.stack((student_logits.detach(), teacher_logits.detach()))
 
 
-def _is_target(labels: Tensor, num_classes: int) -> Tensor:
+def is_target(labels: Tensor, num_classes: int) -> Tensor:
     """[B] -> [B, K] bool; unlike `one_hot`, it never looks at the values, so the host never waits for a device."""
     return labels[:, None] == torch.arange(num_classes, device=labels.device)
 

@@ -6,7 +6,7 @@ The engine knows methods by these two classes alone. Shapes: B images, V views o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from icdctl.methods.logit import UNLABELED, cross_entropy_loss
 from icdctl.methods.method_settings import Settings
-from icdctl.methods.reads import LOGITS, ModelProbe
+from icdctl.methods.reads import LOGITS, ModelProbe, regions_of
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ class Method(ABC):
     """Whether the loss is applied to every patch, complementary ones twice, rather than to the global logits (SDD)."""
     cluster: bool = False
     """Whether gamma times the Gram-matrix divergence of the patches is added (CD)."""
+    has_parameters: bool = False
+    """Whether its objective has parameters, which are trained with the student."""
     num_views: int = 1
     """V, differently cropped and flipped views of each image in a batch. Every tensor that is read then has V * B rows:
     those of all first views, then of all second ones, and so on; labels too."""
@@ -131,6 +133,10 @@ class Method(ABC):
     def student_reads(self, settings: Settings) -> frozenset[str]:
         """Names of the tensors of the student's pass that the objective reads, see `icdctl.methods.reads`."""
         return frozenset({LOGITS}) | (self.teacher_reads(settings) if self.needs_teacher else frozenset())
+
+    def reads_of_scales(self, scales: Sequence[int]) -> frozenset[str]:
+        """Names of the tensors of both models' passes that these scales of patches need."""
+        return frozenset(map(regions_of, scales)) if self.needs_patches else frozenset()
 
     @abstractmethod
     def teacher_reads(self, settings: Settings) -> frozenset[str]:

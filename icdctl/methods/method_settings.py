@@ -50,9 +50,27 @@ class MethodSetting:
 
 DECLARED: dict[str, MethodSetting] = {
     "temperature": MethodSetting("Temperature of both softmaxes.", least=0.001, most=10_000.0),
-    "alpha": MethodSetting("Weight of DKD's target part."),
-    "beta": MethodSetting("Weight of the part among the classes other than the target."),
+    "alpha": MethodSetting("Weight of the target part (DKD), the confidence (RLD) or the local part (LDRLD)."),
+    "beta": MethodSetting("Weight of the part among the other classes (DKD, NKD, RLD, LDRLD)."),
     "gamma": MethodSetting("Weight of the cluster term."),
+    "confidence_temperature": MethodSetting("Temperature of RLD's confidence part.", least=0.001, most=10_000.0),
+    "top_classes": MethodSetting("Classes in GDKD's first group, the teacher's likeliest.", least=1.0, is_whole=True),
+    "split_weight": MethodSetting("Weight of GDKD's split between the first group and the rest."),
+    "top_weight": MethodSetting("Weight of GDKD's part within the first group."),
+    "rest_weight": MethodSetting("Weight of GDKD's part within the rest."),
+    "ranked_classes": MethodSetting(
+        "Classes that LDRLD compares in pairs, the student's likeliest.", least=2.0, most=1000.0, is_whole=True
+    ),
+    "teacher_power": MethodSetting("Power of the teacher's probabilities in TTM and WTTM.", least=0.001, most=100.0),
+    "ab_alpha": MethodSetting("Exponent of the teacher's probabilities in ABKD.", least=-3.0, most=3.0),
+    "ab_beta": MethodSetting("Exponent of the student's probabilities in ABKD.", least=-3.0, most=3.0),
+    "inter_weight": MethodSetting("Weight of DIST's relations between the classes of an image."),
+    "intra_weight": MethodSetting("Weight of DIST's relations between the images of a class."),
+    "regularisation": MethodSetting("What SKD adds to the diagonal of the covariance.", least=0.001),
+    "map_resolution": MethodSetting("Rows and columns of CAT's maps: 1, 2 or 4.", least=1.0, most=4.0, is_whole=True),
+    "map_normalised": MethodSetting("1 to scale each of CAT's maps to unit length, 0 not to.", most=1.0, is_whole=True),
+    "ea_temperature": MethodSetting("Temperature of the entropies in EA's weights.", least=0.001, most=10_000.0),
+    "weight": MethodSetting("Factor of all terms of this part of a sum of methods."),
     "ce_weight": MethodSetting("Weight of the cross-entropy with the labels."),
     "kd_weight": MethodSetting("Weight of the divergence from the teacher."),
     "feature_weight": MethodSetting("Weight of the distance between feature maps or between their relations."),
@@ -113,7 +131,8 @@ def _check_number(key: str, value: object) -> float:
         number = float(str(value))
     except ValueError as error:
         raise UsageError(f"setting `{key}` is `{value}`, expected a number", hint=f"e.g. `--set {key}=2`") from error
-    if not DECLARED[key].accepts(number):
-        expected = DECLARED[key].bounds
+    declared = DECLARED[key.rpartition(".")[2]]  # `kd.temperature` in a sum of methods
+    if not declared.accepts(number):
+        expected = declared.bounds
         raise UsageError(f"setting `{key}` is {value}, expected a {expected}", hint=f"e.g. `--set {key}=2`")
     return number

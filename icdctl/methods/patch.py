@@ -1,14 +1,16 @@
 """Scale decoupling (SDD) and implicit clustering (CD): everything that reads patch logits.
 
-Shapes: B images, K classes, P patches, C channels. Patches are ordered 1x1, then 2x2 row by row, then 4x4 row by row.
+Shapes: B images, K classes, P patches, C channels. Patches are ordered by scale: 1x1, then 2x2 row by row, and so on.
+Scales other than 1, 2 and 4 are pooled from the feature map, each by itself.
 Patch logits are the classifier applied to a region's mean feature, so one call on the 4x4 grid gives all of them: the
 classifier is linear, and a coarser patch's logits are the mean of its regions'.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +20,11 @@ from icdctl.errors import UsageError
 from icdctl.methods.logit import kl_divergence, with_gradient
 
 SCALES = (1, 2, 4)
-"""The scales that can be chosen; 4 x 4 is the finest grid, and the others are averages of it."""
+"""The scales of the papers; 4 x 4 is the finest grid, and the others are averages of it."""
+LARGEST_SCALE = 8
+"""Scales from 1 to this can be chosen."""
 
 _CLUSTER_SOFTNESS = 2.0
-_SCALE_WEIGHTS = {1: 1.0, 2: 2.0, 4: 3.0}
 FINEST = max(SCALES)
 """Regions along each side of an image."""
 _SHORTEST = 1e-12
@@ -32,7 +35,7 @@ def parse_scales(text: str) -> tuple[int, ...]:
     """`1,2,4` (or the reference's `[1,2,4]`) as an ascending tuple.
 
     Raises:
-        UsageError: empty, repeated, not whole numbers, or a grid that can't be pooled from 4 x 4.
+        UsageError: empty, repeated, or not whole numbers from 1 to 8.
     """
     parts = [part.strip() for part in text.strip().removeprefix("[").removesuffix("]").split(",")]
     if not all(re.fullmatch(r"-?[0-9]{1,9}", part) for part in parts):
@@ -47,15 +50,15 @@ def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
     """The scales in ascending order.
 
     Raises:
-        UsageError: none given, one given twice, or one that is not 1, 2 or 4.
+        UsageError: none given, one given twice, or one that is not from 1 to 8.
     """
     given = ",".join(map(str, scales))
-    hint = "choose one or more of 1, 2 and 4, e.g. `--scales 1,2,4`"
+    hint = f"choose whole numbers from 1 to {LARGEST_SCALE}, e.g. `--scales 1,2,4`"
     if not scales:
         raise UsageError("no scale is given", hint=hint)
     for scale in scales:
-        if scale not in SCALES:
-            raise UsageError(f"scale {scale} of `{given}` can't be pooled from the 4x4 grid", hint=hint)
+        if not 1 <= scale <= LARGEST_SCALE:
+            raise UsageError(f"scale {scale} of `{given}` is not a number from 1 to {LARGEST_SCALE}", hint=hint)
     if len(set(scales)) != len(scales):
         raise UsageError(f"scales `{given}` name one twice", hint=hint)
     return tuple(sorted(scales))
@@ -69,36 +72,38 @@ def num_patches(scales: Sequence[int]) -> int:
 def patch_logits(feature_map: Tensor, head: Callable[[Tensor], Tensor], scales: Sequence[int] = SCALES) -> Tensor:
     """Logits of every region of every scale.
 
-    The map is pooled to 4 x 4 first, whatever the scales, as the reference does. On maps whose side is a multiple of 4
-    that is plain average pooling; on 2 x 2 maps each place stands four times; on 7 x 7 and 14 x 14 maps the pooling
-    windows overlap, and the 1 x 1 patch is near, but not equal to, the model's own logits.
+    For the scales 1, 2 and 4 the map is pooled to 4 x 4 first, as the reference does. On maps whose side is a multiple
+    of 4 that is plain average pooling; on 2 x 2 maps each place stands four times; on 7 x 7 and 14 x 14 maps the
+    pooling windows overlap, and the 1 x 1 patch is near, but not equal to, the model's own logits.
 
     Args:
         feature_map: [B, C, H, W], what the model's head reads after global average pooling.
         head: the classifier, [N, C] -> [N, K]; it must be affine.
-        scales: some of 1, 2, 4, ascending.
+        scales: ascending.
 
     Returns:
         [B, K, P].
 
     Source: Luo et al. 2024 (SDD), section 3.2, https://arxiv.org/abs/2403.13512
     """
-    return pool_regions(region_logits(feature_map, head), scales)
+    finer = {scale: region_logits(feature_map, head, scale) for scale in scales if scale not in SCALES}
+    return pool_regions(region_logits(feature_map, head), scales, finer)
 
 
-def region_logits(feature_map: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-    """Logits of the regions of the 4 x 4 grid, from which those of all coarser patches follow.
+def region_logits(feature_map: Tensor, head: Callable[[Tensor], Tensor], side: int = FINEST) -> Tensor:
+    """Logits of the regions of a grid; those of 4 x 4 are also averaged for the scales 1 and 2.
 
     Args:
         feature_map: as for `patch_logits`.
         head: as for `patch_logits`.
+        side: regions along each side, S.
 
     Returns:
-        [B, K, 4, 4].
+        [B, K, S, S].
     """
-    if feature_map.shape[2] * feature_map.shape[3] < FINEST**2:  # then it is less work to pool what the head says
-        return average_pool(_at_each_place(feature_map, head), (FINEST, FINEST))
-    return _at_each_place(average_pool(feature_map, (FINEST, FINEST)), head)
+    if feature_map.shape[2] * feature_map.shape[3] < side**2:  # then it is less work to pool what the head says
+        return average_pool(_at_each_place(feature_map, head), (side, side))
+    return _at_each_place(average_pool(feature_map, (side, side)), head)
 
 
 def _at_each_place(feature_map: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
@@ -131,10 +136,29 @@ def _windows(side: int, count: int, *, like: Tensor) -> Tensor:
     return (inside / inside.sum(dim=1, keepdim=True)).to(like.dtype)
 
 
-def pool_regions(regions: Tensor, scales: Sequence[int]) -> Tensor:
-    """Patch logits of some scales from the regions: [B, K, 4, 4] -> [B, K, P], the classes side by side in memory."""
-    grids = [regions if scale == FINEST else F.avg_pool2d(regions, FINEST // scale) for scale in scales]
+def pool_regions(regions: Tensor, scales: Sequence[int], finer: Mapping[int, Tensor] | None = None) -> Tensor:
+    """Patch logits of some scales from the regions, the classes side by side in memory.
+
+    Args:
+        regions: [B, K, 4, 4].
+        scales: ascending.
+        finer: scale S -> [B, K, S, S], for scales other than 1, 2 and 4.
+
+    Returns:
+        [B, K, P].
+    """
+    grids = [_grid(regions, scale) if scale in SCALES else (finer or {})[scale] for scale in scales]
     return torch.cat([grid.permute(0, 2, 3, 1).flatten(1, 2) for grid in grids], dim=1).transpose(1, 2)
+
+
+def _grid(regions: Tensor, scale: int) -> Tensor:
+    return regions if scale == FINEST else F.avg_pool2d(regions, FINEST // scale)
+
+
+def scale_weight(scale: int) -> float:
+    """How much a scale weighs in the cluster loss, before the weights are shared: 1, 2, 3 for 1, 2, 4, and between
+    them, and beyond, by the same rule 1 + log2(scale)."""
+    return 1.0 + math.log2(scale)
 
 
 def textbook_scale_decoupled_loss(
@@ -159,6 +183,8 @@ def scale_decoupled_loss(
     teacher_patches: Tensor,
     labels: Tensor,
     global_prediction: Tensor,
+    *,
+    shared_weight: bool = False,
 ) -> Tensor:
     """A row loss over every patch, complementary patches twice.
 
@@ -168,6 +194,7 @@ def scale_decoupled_loss(
         teacher_patches: [B, K, P], without gradient.
         labels: [B] int64.
         global_prediction: [B] int64, the teacher's class for the whole image.
+        shared_weight: give every patch of the batch the mean weight, as published code of DSKD does with DKD.
 
     Returns:
         [B], the weighted mean over the patches. The weights are not normalised, so the scale of the loss follows the
@@ -182,6 +209,8 @@ def scale_decoupled_loss(
         labels.repeat_interleave(patches),
     )
     weights = complementary_weights(teacher_patches, labels, global_prediction)
+    if shared_weight:
+        weights = weights.mean()
     return (losses.reshape(batch, patches) * weights).mean(dim=1)
 
 
@@ -214,7 +243,7 @@ def textbook_cluster_loss(
             F.log_softmax(gram_matrix(patches) / _CLUSTER_SOFTNESS, dim=2) for patches in (student, teacher)
         )
         divergence = F.kl_div(student_rows, teacher_rows, reduction="none", log_target=True).sum(dim=(1, 2))
-        loss = loss + _SCALE_WEIGHTS[scale] / sum(_SCALE_WEIGHTS[each] for each in counted or [1]) * divergence
+        loss = loss + scale_weight(scale) / sum(scale_weight(each) for each in counted or [1]) * divergence
     return loss * (_CLUSTER_SOFTNESS**2 if corrected else 1.0)
 
 
@@ -231,7 +260,8 @@ def cluster_loss(
     distribution in each row; the loss is KL(teacher || student), summed over the rows.
 
     As published, scale s weighs 1, 2, 3 for s = 1, 2, 4 over the sum of those present, and there is no factor T^2. The
-    1 x 1 scale has a Gram matrix of one element, so its part is exactly 0, yet it keeps its share of the weights.
+    1 x 1 scale has a Gram matrix of one element, so its part is exactly 0, yet it keeps its share of the weights. Other
+    scales follow the rule of those three, 1 + log2(s).
     `corrected` shares the weights among the scales that have more than one patch, and multiplies by 2^2.
 
     Gradient: let U be the student's unit vectors of a scale [N, K], G = U U^T, and D the gradient of the divergence
@@ -252,7 +282,7 @@ def cluster_loss(
     """
     unit, length = _unit_length(torch.stack((student_patches.detach(), teacher_patches.detach())).transpose(2, 3))
     live = [scale for scale in scales if scale > 1]
-    total_weight = sum(_SCALE_WEIGHTS[scale] for scale in (live if corrected else scales))
+    total_weight = sum(scale_weight(scale) for scale in (live if corrected else scales))
     factor = _CLUSTER_SOFTNESS**2 if corrected else 1.0
 
     loss = student_patches.new_zeros(student_patches.shape[0])
@@ -264,7 +294,7 @@ def cluster_loss(
         if scale == 1:
             unit_gradients.append(torch.zeros_like(group[0]))
             continue
-        weight = factor * _SCALE_WEIGHTS[scale] / total_weight
+        weight = factor * scale_weight(scale) / total_weight
         divergence, gap = kl_divergence(*F.log_softmax(_gram(group) / _CLUSTER_SOFTNESS, dim=3))
         loss = loss + weight * divergence.sum(dim=1)
         unit_gradients.append((gap + gap.transpose(1, 2)) @ group[0] * (weight / _CLUSTER_SOFTNESS))

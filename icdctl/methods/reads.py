@@ -6,6 +6,8 @@ Shapes: B images, K classes, C channels, H rows, W columns.
 |---|---|
 | `logits` | [B, K], before softmax |
 | `regions` | [B, K, 4, 4], the logits of the regions of the 4 x 4 grid; those of coarser patches follow from them |
+| `regions.S` | [B, K, S, S], the same of an S x S grid that 4 x 4 regions can't give, e.g. 3 x 3 |
+| `class_maps` | [B, K, 4, 4], the same regions' logits without the classifier's bias: class activation maps |
 | `pooled` | [B, C], what the head reads |
 | `feature_map` | [B, C, H, W], whose average over the image is `pooled` |
 | `stages.I` | [B, C, H, W], the output of stage I; 0 is the stem |
@@ -27,22 +29,28 @@ import torch
 from torch import Tensor, nn
 
 from icdctl.errors import UsageError
-from icdctl.methods.patch import FINEST, region_logits
+from icdctl.methods.patch import FINEST, SCALES, region_logits
 
 LOGITS = "logits"
 REGIONS = "regions"
+CLASS_MAPS = "class_maps"
 POOLED = "pooled"
 FEATURE_MAP = "feature_map"
 IMAGE_NUMBERS = "image_numbers"
 STAGES = "stages.*"
 PREACTIVATIONS = "preactivations.*"
-SMALL_READS = frozenset({LOGITS, REGIONS, POOLED})
+SMALL_READS = frozenset({LOGITS, REGIONS, CLASS_MAPS, POOLED})
 """Tensors whose size does not grow with the image: a teacher's answers of these can be kept for every view."""
 
 
 def stage(index: int) -> str:
     """The name of a stage's output."""
     return f"stages.{index}"
+
+
+def regions_of(scale: int) -> str:
+    """The name of the logits of a grid's regions."""
+    return REGIONS if scale in SCALES else f"{REGIONS}.{scale}"
 
 
 def preactivation(index: int) -> str:
@@ -113,10 +121,16 @@ def _no_such(name: str, group: str, count: int) -> UsageError:
 def _tensor(outputs: PassOutputs, head: Callable[[Tensor], Tensor], name: str) -> Tensor:
     if name == REGIONS:
         return region_logits(outputs.feature_map, head)
+    if name == CLASS_MAPS:
+        # The bias is what the classifier says of nothing; its own gradient cancels out.
+        bias = head(outputs.pooled.new_zeros(1, outputs.pooled.shape[1]))
+        return region_logits(outputs.feature_map, head) - bias[:, :, None, None]
     if name in (LOGITS, POOLED, FEATURE_MAP):
         found: Tensor = getattr(outputs, name)
         return found
     group, _, index = name.partition(".")
+    if group == REGIONS:
+        return region_logits(outputs.feature_map, head, int(index))
     maps: Sequence[Tensor] = outputs.stages if group == "stages" else outputs.preactivations
     if not -len(maps) <= int(index) < len(maps):
         raise _no_such(name, group, len(maps))
@@ -144,7 +158,8 @@ class ModelProbe:
         head = self._head
         if name in SMALL_READS:  # known without running the model
             num_classes, channels = head.out_features, head.in_features
-            return {LOGITS: (num_classes,), REGIONS: (num_classes, FINEST, FINEST), POOLED: (channels,)}[name]
+            grid = (num_classes, FINEST, FINEST)
+            return {LOGITS: (num_classes,), REGIONS: grid, CLASS_MAPS: grid, POOLED: (channels,)}[name]
         with self._named():
             return tuple(read(self._seen, head, (name,))[name].shape[1:])
 

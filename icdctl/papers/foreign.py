@@ -191,7 +191,7 @@ def _shown(value: object) -> str:
 def _from_reference(stated: _Stated, family: str, scales: str | None) -> tuple[dict[str, object], list[str]]:
     """Options of a run, and warnings."""
     method, names = _method_and_models(stated)
-    row = METHODS[method]
+    row = methods.get(method)
     warnings: list[str] = []
     dataset = _dataset(stated, warnings)
     options: dict[str, object] = {"dataset": dataset, **names, "method": method}
@@ -235,7 +235,7 @@ def _method_and_models(stated: _Stated) -> tuple[str, dict[str, str]]:
         raise UsageError(f"`{stated.path}` states no `DISTILLER.{missing}`", hint="fix the file")
     method = "ce" if kind.upper() == "NONE" else methods.resolve(kind)
     names = {"student": models.resolve(student)}
-    if teacher is None and METHODS[method].needs_teacher:
+    if teacher is None and methods.get(method).needs_teacher:
         raise UsageError(f"`{stated.path}` states no `DISTILLER.TEACHER`", hint="fix the file")
     return method, {**({} if teacher is None else {"teacher": models.resolve(teacher)}), **names}
 
@@ -253,7 +253,7 @@ def _dataset(stated: _Stated, warnings: list[str]) -> str:
 
 def _settings(stated: _Stated, method: str, family: str, warnings: list[str]) -> dict[str, float]:
     """Settings of the method: always beta and gamma, as in the papers' cells; others that are not defaults."""
-    defaults = METHODS[method].defaults
+    defaults = methods.get(method).defaults
     of_family = paper.load().families
     found: dict[str, float] = {}
     for setting, default in defaults.items():

@@ -93,14 +93,14 @@ def in_detail(found: GroupMeasurements, measurer: ModelMeasurer, *, shown: Seque
 def _clustered(cells: Sequence[ReportCell]) -> list[ReportCell]:
     """The cells whose Gram matrices are drawn: those with the cluster term and their counterparts without it; if there
     are none, the last cell."""
-    clustered = [cell for cell in cells if methods.METHODS[cell.config.method].cluster]
-    families = {methods.METHODS[cell.config.method].family for cell in clustered}
+    clustered = [cell for cell in cells if methods.get(cell.config.method).cluster]
+    families = {methods.get(cell.config.method).family for cell in clustered}
     beside = [
         cell
         for cell in cells
         if cell not in clustered
-        and methods.METHODS[cell.config.method].patches
-        and methods.METHODS[cell.config.method].family in families
+        and methods.get(cell.config.method).patches
+        and methods.get(cell.config.method).family in families
     ]
     return [*beside, *clustered] or list(cells[-1:])
 
@@ -113,7 +113,8 @@ def _gram_picture(
     dataset: Dataset,
     chosen: ChosenImages,
 ) -> Picture:
-    scales = [scale for scale in (cell.config.scales or methods.SCALES) if scale > 1] or [
+    # Only these can be drawn from the regions that are kept of each image.
+    scales = [scale for scale in cell.config.scales if scale > 1 and scale in methods.SCALES] or [
         scale for scale in methods.SCALES if scale > 1
     ]
     images = dataset.test_images[chosen.shown].numpy()

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from icdctl import data
+from icdctl import data, methods
 from icdctl.config.run_config import RunConfig
 from icdctl.methods import METHODS, SCALES
 from icdctl.reporting.finished_runs import FinishedRun
@@ -114,25 +114,13 @@ class RunGroup:
 
     def _built_on(self, cell: ReportCell) -> list[ReportCell]:
         """The cells of the methods that a cell builds on; the nearest method first, then the nearest settings."""
-        ranks = {method: rank for rank, method in enumerate(_bases(cell.config.method))}
+        ranks = {method: rank for rank, method in enumerate(methods.builds_on(cell.config.method))}
         found = [other for other in self.cells if other.config.method in ranks]
         return sorted(found, key=lambda other: (ranks[other.config.method], len(cell.differing_settings(other))))
 
 
 def _family(cell: ReportCell) -> str:
-    return METHODS[cell.config.method].family
-
-
-def _bases(method: str) -> list[str]:
-    """The methods that a method builds on, the nearest first: same loss with fewer additions, then cross-entropy."""
-    row = METHODS[method]
-    rank = row.patches + row.cluster
-    less = [
-        (-(other.patches + other.cluster), name)
-        for name, other in METHODS.items()
-        if other.family == row.family and other.patches + other.cluster < rank
-    ]
-    return [*(name for _, name in sorted(less)), *(["ce"] if method != "ce" else [])]
+    return methods.get(cell.config.method).family
 
 
 def without_duplicates(runs: Iterable[FinishedRun], notes: list[str]) -> list[FinishedRun]:
@@ -210,23 +198,28 @@ def _cells(runs: Sequence[FinishedRun]) -> tuple[ReportCell, ...]:
     return tuple(ReportCell(label, tuple(same)) for label, same in zip(labels, held, strict=True))
 
 
-def _place(config: RunConfig, num_methods: Mapping[str, int]) -> tuple[int, int, int, str]:
+def _place(config: RunConfig, num_methods: Mapping[str, int]) -> tuple[tuple[int, str], int, int, str]:
     """Sorting key of a cell: the method, then the training that most methods share, then the method's settings.
 
     Args:
         config: configuration of the cell's first run.
         num_methods: training, as text -> number of methods that were trained in this way.
     """
-    method = METHODS[config.method]
+    method = methods.get(config.method)
     ours = {key: value for key, value in config.settings.items() if key != "warmup_epochs"}
     own = sum(value != method.defaults.get(key, value) for key, value in ours.items())
     own += config.scales not in ((), SCALES)
     return (
-        list(METHODS).index(config.method),
+        _listed_at(config.method),
         -num_methods[_as_text(_training(config))],
         own,
         _as_text(_settings(config)),
     )
+
+
+def _listed_at(method: str) -> tuple[int, str]:
+    """Sorting key: in the order in which methods are listed, those that are made of others behind them."""
+    return list(METHODS).index(method) if method in METHODS else len(METHODS), method
 
 
 def _settings(config: RunConfig) -> dict[str, object]:
