@@ -85,8 +85,11 @@ def run_training(
     from icdctl.api import planning
     from icdctl.config.expand import expand
     from icdctl.engine.run import Failure
+    from icdctl.models.backbones import allow_typed
 
     several = expand(options, seeds=seeds)
+    for each in several:
+        allow_typed(each.get("student"))
     in_folder = len(several) > 1
     if len(several) > 1 and as_teacher:
         raise UsageError(

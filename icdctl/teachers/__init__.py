@@ -67,8 +67,10 @@ def model_of(teacher: str) -> str | None:
     Raises:
         UsageError: the text is neither a path nor the name of a model.
     """
-    is_path = bool(teacher) and (_is_there(teacher) or "/" in teacher or "." in teacher)
-    return None if is_path or teacher.startswith("registry:") else models.resolve(teacher)
+    if teacher.startswith("registry:") or (teacher and _is_there(teacher)):
+        return None
+    is_path = not models.is_backbone(teacher) and ("/" in teacher or "." in teacher)
+    return None if is_path else models.resolve(teacher)
 
 
 def _is_there(path: str) -> bool:
