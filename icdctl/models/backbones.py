@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from icdctl import files
 from icdctl.errors import ArtifactError, IcdctlError, UsageError, is_out_of_memory
 from icdctl.models.external import LINEAR_HEAD, Adapted, check_module
-from icdctl.models.weights import hash_weights
+from icdctl.models.weights import hash_weights, read_weights
 
 MODULES_VARIABLE = "ICDCTL_MODULES"
 """The variable with the packages, with commas between them, whose callables a stored name may call."""
@@ -59,12 +59,17 @@ _RESERVED = {
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 _LONGEST_LABEL = 48
 _NO_LINEAR_HEAD = f"leave out `{LINEAR_HEAD}`: a method without patches (`kd`, `dkd` or `nkd`) needs no such head"
-_CLEAN_CACHE = (
-    "`icdctl` takes it from the library's own cache; fetch it on a machine with a network, and copy that cache"
+_CACHE_HINT = (
+    "the library's own cache is looked at first: fetch them on a machine with a network, and copy that cache "
+    "(`TORCH_HOME`, `HF_HOME`)"
 )
 
 _typed: set[str] = set()
 """Packages whose callables the user named in this process."""
+
+
+class UnavailableError(UsageError):
+    """What builds the model is not installed here, or not allowed to run."""
 
 
 @dataclass(frozen=True)
@@ -360,7 +365,7 @@ def _pretrained_state(backbone: Backbone) -> dict[str, Tensor]:
             module = _trained_timm(backbone) if backbone.source == "timm" else _trained_torchvision(backbone)
     except (URLError, OSError) as error:
         raise ArtifactError(
-            f"the weights of `{backbone}` can't be downloaded by {backbone.source}: {error}", hint=_CLEAN_CACHE
+            f"the weights of `{backbone}` can't be downloaded by {backbone.source}: {error}", hint=_CACHE_HINT
         ) from error
     return module.state_dict()
 
@@ -383,32 +388,47 @@ def _trained_timm(backbone: Backbone) -> nn.Module:
 def _trained_torchvision(backbone: Backbone) -> nn.Module:
     from torchvision import models as zoo
 
-    known = list(zoo.get_model_weights(backbone.model))
-    if not known:
+    known = zoo.get_model_weights(backbone.model)
+    if not list(known):
         raise _without_weights(backbone, [])
     arguments = {key: value for key, value in backbone.arguments.items() if key != LINEAR_HEAD}
-    # torchvision compares a file with the hash in its name after a download, and never again.
-    weights = zoo.get_model_weights(backbone.model)["DEFAULT"]
-    _check_cached(Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(weights.url).path).name)
+    weights = known["DEFAULT"]
+    _fetch(weights.url)
     try:
         module = zoo.get_model(backbone.model, weights=weights, progress=False, **arguments)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise _broken_weights(backbone, error) from error
     assert isinstance(module, nn.Module)
     return module
 
 
-def _check_cached(path: Path) -> None:
-    """Compare a file of torch's cache with the start of its hash, which torch puts into the name."""
+def _fetch(url: str) -> None:
+    """Bring a file into torch's cache as torch does, and check that it is whole and holds tensors alone.
+
+    torch puts the start of the hash into the file's name, compares it after a download and never again, and loads the
+    file as a pickle, which may run code.
+
+    Raises:
+        OSError: it can't be downloaded.
+        ArtifactError: it is broken, or holds more than tensors.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
     stated = re.search(r"-([a-f0-9]{8,64})\.[^.]+$", path.name)
-    if stated is None or not path.is_file():
-        return
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), stated[1] if stated else None, progress=False)
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"`{url}` gives another file than its name states: {error}", hint="try again; the file was not kept"
+            ) from error
     found = files.sha256_file(path)
-    if not found.startswith(stated[1]):
+    if stated is not None and not found.startswith(stated[1]):
         raise ArtifactError(
             f"`{path}` has sha256 {found[:12]}..., its name states {stated[1]}: it is broken or cut short",
             hint=f"delete `{path}`; the next run downloads it again",
         )
+    read_weights(path)
 
 
 def _broken_weights(backbone: Backbone, error: Exception) -> ArtifactError:
@@ -447,12 +467,12 @@ def _timm() -> Any:
     """The package timm, an optional one.
 
     Raises:
-        UsageError: it is not installed.
+        UnavailableError: it is not installed.
     """
     try:
         return importlib.import_module("timm")
     except ModuleNotFoundError as error:
-        raise UsageError(
+        raise UnavailableError(
             f"`timm:` needs the package timm, which can't be imported: {error}", hint="`pip install 'icdctl[timm]'`"
         ) from error
 
@@ -461,11 +481,12 @@ def _callable(backbone: Backbone) -> Callable[..., object]:
     """The function or class of the user's that builds a model.
 
     Raises:
-        UsageError: nobody allowed to call it, or it is not there.
+        UnavailableError: nobody allowed to call it, or its module can't be imported.
+        UsageError: the module has no such function or class.
     """
     allowed = {name.strip() for name in os.environ.get(MODULES_VARIABLE, "").split(",")} | _typed
     if backbone.package not in allowed:
-        raise UsageError(
+        raise UnavailableError(
             f"the model is built by `{backbone.source}:{backbone.model}`, code that a file names and that is not "
             "allowed to run",
             hint=f"if you trust it, set `{MODULES_VARIABLE}={backbone.package}`",
@@ -474,7 +495,7 @@ def _callable(backbone: Backbone) -> Callable[..., object]:
         module = importlib.import_module(backbone.source)
     except Exception as error:  # code of the user's can raise any exception
         missing = isinstance(error, ModuleNotFoundError)
-        raise UsageError(
+        raise UnavailableError(
             f"module `{backbone.source}` can't be imported: {type(error).__name__}: {error}",
             hint="install it, or name the folder that holds it: `PYTHONPATH=FOLDER icdctl ...`"
             if missing

@@ -16,6 +16,7 @@ from icdctl import files, models, registry, run_files
 from icdctl.data import DatasetInfo, Preprocessing, SplitRecord
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.models import Classifier, Weights
+from icdctl.models.backbones import UnavailableError
 from icdctl.models.external import CUSTOM_MODEL, adapt, without_adapter
 from icdctl.models.state_dicts import differences
 from icdctl.run_files import WEIGHTS_FILE
@@ -75,7 +76,10 @@ class TrainedModel:
         """
         size = self.preprocessing.size
         if self.module is None:
-            model = models.create(self.model, self.num_classes, image_size=size)
+            try:
+                model = models.create(self.model, self.num_classes, image_size=size)
+            except UnavailableError as error:
+                raise CustomModuleError(error.message, hint=error.hint) from error
         else:
             module = copy.deepcopy(self.module).float().cpu()
             model = adapt(module, image_size=size, num_classes=self.num_classes, needs_patches=False)
@@ -95,7 +99,7 @@ class TrainedModel:
 
 
 class CustomModuleError(UsageError):
-    """The weights belong to a custom module, and the caller did not pass that module."""
+    """The weights belong to a custom module that the caller did not pass, or to code that is not available here."""
 
 
 def resolve(
