@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import CommandLine
+from huggingface_hub import constants as hub
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models import Weights, WeightsEnum
 from torchvision.models import _api as zoo
@@ -372,6 +373,23 @@ def test_a_callable_of_a_package_builds_a_model(
     assert icdctl("eval", tmp_path / "run")[0] == 0
 
 
+def test_a_run_is_not_continued_with_another_network_of_the_same_name(
+    photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "changing_nets.py").write_text(OWN_CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    given = small(photos, model="changing_nets:Net", epochs=2, out=str(tmp_path / "run"))
+    library.train(**given, time_limit="0.001s")
+    (tmp_path / "changing_nets.py").write_text(OWN_CODE.replace("width=4", "width=12"))
+    monkeypatch.delitem(sys.modules, "changing_nets")
+    with pytest.raises(ArtifactError, match="builds another `changing_nets:Net` than"):
+        library.train(**given, resume=True)
+    (tmp_path / "changing_nets.py").write_text(OWN_CODE)
+    monkeypatch.delitem(sys.modules, "changing_nets")
+    library.train(**given, resume=True)
+    assert (tmp_path / "run" / "metrics.json").is_file()
+
+
 class TinyNet(nn.Module):
     """A net of torchvision's form, small enough for a test."""
 
@@ -484,6 +502,29 @@ def test_other_trained_weights_than_those_of_the_run_are_refused(
     assert (code, "the trained weights of `torchvision:tiny_net` have sha256" in err) == (1, True)
     with pytest.raises(UsageError, match="pretrained_sha256 000000000000 ->"):
         library.train(**given, resume=True)
+
+
+def test_trained_weights_of_timm_come_from_its_cache_without_a_network(
+    photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # timm's library for downloads reads its variables (`HF_HOME`, `HF_HUB_OFFLINE`) when it is first imported.
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    name = "timm:test_resnet.r160_in1k"
+    given = small(photos, model=name, pretrained=True, lr=1e-9, epochs=1)
+    with pytest.raises(ArtifactError, match="can't be downloaded by timm"):
+        library.train(**given, out=str(tmp_path / "missing"))
+    taught = built(name, num_classes=1000).inner
+    cache, commit = tmp_path / "hub" / "models--timm--test_resnet.r160_in1k", "0" * 40
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    (cache / "snapshots" / commit).mkdir(parents=True)
+    save_file(taught.state_dict(), cache / "snapshots" / commit / "model.safetensors")
+    library.train(**given, out=str(tmp_path / "run"))
+    learnt = load_file(tmp_path / "run" / "student.safetensors")
+    assert torch.allclose(learnt["conv1.0.weight"], taught.state_dict()["conv1.0.weight"], atol=1e-6)
+    stated = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stated["pretrained_sha256"] == models.hash_weights(taught)
 
 
 @pytest.mark.parametrize(
