@@ -481,6 +481,10 @@ def test_trained_weights_of_the_library_are_downloaded_once_and_pinned(
     stated = json.loads((out / "config.json").read_text())
     assert stated["pretrained_sha256"] == models.hash_weights(trained)
     assert len(asked) == 1
+    # With a head of one layer the names of the weights are others.
+    linear = built('torchvision:tiny_net({"linear_head": true})')
+    assert backbones.load_pretrained(linear) == stated["pretrained_sha256"]
+    assert torch.equal(linear.state_dict()["inner.inner.features.0.weight"], trained.state_dict()["features.0.weight"])
     # From the cache, and from a configuration that states the hash.
     assert icdctl("train", "--config", out / "config.json", "--out", tmp_path / "again")[0] == 0
     assert len(asked) == 1

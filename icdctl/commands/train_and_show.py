@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -118,7 +119,7 @@ def run_training(
         return
     _show(result)
     if artifact is not None:
-        console.show_line(f"{'teacher':<11} {artifact}, found by `--teacher {result.config.student}`")
+        console.show_line(f"{'teacher':<11} {artifact}, found by `--teacher {shlex.quote(result.config.student)}`")
 
 
 def _show_many(results: Sequence[RunResult | Failure], as_json: bool) -> None:
