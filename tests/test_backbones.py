@@ -319,6 +319,9 @@ def test_a_callable_in_a_file_is_not_called_unless_it_is_allowed(
 
 
 OWN_CODE = """
+import os
+from os import system
+
 from torch import nn
 
 class Net(nn.Module):
@@ -335,6 +338,9 @@ def broken():
 
 number = 5
 """
+
+
+OF_OTHERS = [(name, "is not defined in `own_nets`") for name in ("system", "os.system", "nn.Linear")]
 
 
 def test_a_callable_of_a_package_builds_a_model(
@@ -357,7 +363,12 @@ def test_a_callable_of_a_package_builds_a_model(
     code, _, err = icdctl("train", "--model", "own_nets:Net", *given, "--out", tmp_path / "run")
     assert (code, "can't be imported" in err, "PYTHONPATH=FOLDER" in err) == (2, True, True)
     monkeypatch.syspath_prepend(tmp_path / "code")
-    for name, message in (("broken", "no such net"), ("number", "that can be called"), ("Nets", "`own_nets:Net`")):
+    for name, message in (
+        ("broken", "no such net"),
+        ("number", "that can be called"),
+        ("Nets", "`own_nets:Net`"),
+        *OF_OTHERS,
+    ):
         code, _, err = icdctl("train", "--model", f"own_nets:{name}", *given, "--out", tmp_path / "run")
         assert (code, message in err) == (2, True), err
     code, _, err = icdctl("train", "--model", 'own_nets:Net({"width": 6})', *given, "--out", tmp_path / "run")

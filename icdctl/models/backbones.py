@@ -482,7 +482,7 @@ def _callable(backbone: Backbone) -> Callable[..., object]:
 
     Raises:
         UnavailableError: nobody allowed to call it, or its module can't be imported.
-        UsageError: the module has no such function or class.
+        UsageError: the module has no such function or class, or has only imported it.
     """
     allowed = {name.strip() for name in os.environ.get(MODULES_VARIABLE, "").split(",")} | _typed
     if backbone.package not in allowed:
@@ -509,6 +509,13 @@ def _callable(backbone: Backbone) -> Callable[..., object]:
         raise UsageError(
             f"module `{backbone.source}` has no `{backbone.model}` that can be called",
             hint=f"did you mean `{backbone.source}:{near[0]}`?" if near else "name a function or a class of it",
+        )
+    # What a module has imported is not its own: `os.system` would come with many a package that is allowed.
+    home = str(getattr(found, "__module__", ""))
+    if home.partition(".")[0] != backbone.package:
+        raise UsageError(
+            f"`{backbone.source}:{backbone.model}` is not defined in `{backbone.package}` but in `{home}`",
+            hint=f"name it where it is defined, or write a function in `{backbone.source}` that calls it",
         )
     return found
 
