@@ -162,7 +162,7 @@ def test_every_list_is_a_table_and_a_json_object(icdctl: CommandLine, what: str)
     assert code == 0
     assert "\x1b" not in stdout
     rows = json.loads(icdctl("list", what, "--json")[1])[what]
-    assert len(rows) == {"methods": len(METHODS), "models": 23, "datasets": 4, "recipes": 5, "teachers": 9}[what]
+    assert len(rows) == {"methods": len(METHODS), "models": 23, "datasets": 4, "recipes": 6, "teachers": 9}[what]
     assert all(row["name"] in stdout for row in rows)
 
 

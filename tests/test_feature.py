@@ -209,7 +209,7 @@ def test_the_export_has_the_student_alone(icdctl: CommandLine, taught: Path, tmp
 
 
 class Foreign(nn.Module):
-    """A module without stages."""
+    """A module with a single stage."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,8 +220,8 @@ class Foreign(nn.Module):
         return logits
 
 
-def test_a_custom_module_without_stages_is_refused_by_name(taught: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"`Foreign` has no `stages\.2`: it has 0 stages"):
+def test_a_custom_module_without_that_stage_is_refused_by_name(taught: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"`Foreign` has no `stages\.2`: it has 1 stages"):
         library.distill(**fitnet(taught, student=Foreign()), out=str(tmp_path / "run"))
 
 

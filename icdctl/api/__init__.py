@@ -26,12 +26,14 @@ from icdctl.config.expand import expand
 from icdctl.config.run_config import RunConfig
 from icdctl.data.folder_scan import LeftOut
 from icdctl.engine import run as engine
+from icdctl.engine.building import with_pretrained_hash
 from icdctl.engine.device import resolve_device
 from icdctl.engine.observer import Observer, SilentObserver, decoding
 from icdctl.engine.run import Failure
 from icdctl.engine.run_output import RunResult
 from icdctl.errors import UsageError
 from icdctl.exporting import Export, export_onnx
+from icdctl.models.backbones import allow_typed
 from icdctl.registry.trained import TrainedModel
 
 Config = Mapping[str, Any] | RunConfig
@@ -60,6 +62,7 @@ def train(
     given = {**_stated(config), **options}
     if "model" in given:
         given["student"] = given.pop("model")
+    allow_typed(options.get("model", options.get("student")))
     return _one(_run([Job("train", given)], resume=resume, observer=observer))
 
 
@@ -83,6 +86,7 @@ def distill(
     Raises:
         IcdctlError: with a message and a hint.
     """
+    allow_typed(options.get("student"))
     return _one(_run([Job("distill", {**_stated(config), **options})], resume=resume, observer=observer))
 
 
@@ -114,6 +118,8 @@ def distill_many(
     given = {**_stated(config), **options}
     text = seeds if seeds is None or isinstance(seeds, str) else ",".join(map(str, seeds))
     several = expand(given, seeds=text)
+    for each in several if "student" in options else ():
+        allow_typed(each.get("student"))
     return start("distill", several, in_folder=len(several) > 1, resume=resume, observer=observer)
 
 
@@ -182,8 +188,9 @@ def _run(
         observer.message(text)
     needs_patches = any(methods.get(job.config.method).needs_patches for job in jobs)
     asking = next((job for job in jobs if job.config.teacher is not None), jobs[0])
+    configs = [with_pretrained_hash(job.config) for job in jobs]
     return engine.run_together(
-        [job.config for job in jobs],
+        configs,
         dataset,
         teacher=asking.teacher(dataset, needs_patches),
         teacher_origin=_origin_of(asking.teacher_target),

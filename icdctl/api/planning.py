@@ -19,7 +19,7 @@ from icdctl.config.sources import Options
 from icdctl.data import Dataset, DatasetInfo, Request
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.models import Classifier
-from icdctl.models.external import CUSTOM_MODEL, adapt, check_module
+from icdctl.models.external import CUSTOM_MODEL, adapt, check_module, check_patches
 from icdctl.registry.trained import TrainedModel, split_in, weights_file
 
 FindTeacher = Callable[[str, DatasetInfo], TrainedModel]
@@ -206,7 +206,10 @@ class Job:
     def teacher(self, dataset: Dataset, needs_patches: bool) -> Classifier | None:
         """The teacher's weights, or a custom module; None where the method reads none."""
         if self.teacher_target is not None:
-            return self.teacher_target.load()
+            model = self.teacher_target.load()
+            if needs_patches:
+                check_patches(model)
+            return model
         return self._adapted(self.teacher_module, dataset, needs_patches)
 
     def own_student(self, dataset: Dataset) -> Classifier | None:

@@ -67,6 +67,11 @@ def list_(
         hidden = _ONLY_IN_JSON.get(What(what), ())
         columns = [column for column in rows[0] if column not in hidden]
         console.show_table(columns, [[_cell(row[column]) for column in columns] for row in rows])
+        if what == What.MODELS:
+            console.talk(
+                "also `torchvision:NAME`, `timm:NAME` and `package.module:callable`, with arguments as JSON in "
+                "parentheses"
+            )
         if hidden:
             console.talk(f"`icdctl list {what} --json` also shows {', '.join(hidden)}")
         if what == What.METHODS:

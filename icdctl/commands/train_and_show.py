@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -85,8 +86,11 @@ def run_training(
     from icdctl.api import planning
     from icdctl.config.expand import expand
     from icdctl.engine.run import Failure
+    from icdctl.models.backbones import allow_typed
 
     several = expand(options, seeds=seeds)
+    for each in several:
+        allow_typed(each.get("student"))
     in_folder = len(several) > 1
     if len(several) > 1 and as_teacher:
         raise UsageError(
@@ -115,7 +119,7 @@ def run_training(
         return
     _show(result)
     if artifact is not None:
-        console.show_line(f"{'teacher':<11} {artifact}, found by `--teacher {result.config.student}`")
+        console.show_line(f"{'teacher':<11} {artifact}, found by `--teacher {shlex.quote(result.config.student)}`")
 
 
 def _show_many(results: Sequence[RunResult | Failure], as_json: bool) -> None:

@@ -79,7 +79,7 @@ def _entries(key: str, value: object) -> list[object]:
     """The entries of a list, or the one value that it is."""
     one_is_a_list = key in _LISTED and OPTIONS[key].is_list
     if isinstance(value, str):
-        entries: list[object] = [part.strip() for part in value.split(";" if one_is_a_list else ",")]
+        entries: list[object] = [part.strip() for part in _split(value, ";" if one_is_a_list else ",")]
     elif isinstance(value, Sequence) and not one_is_a_list:
         entries = list(value)
     else:
@@ -91,6 +91,18 @@ def _entries(key: str, value: object) -> list[object]:
     if len({str(entry) for entry in entries}) < len(entries):
         raise UsageError(f"{named} names one twice", hint="give each once")
     return entries
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The parts of a list, whose separators don't count inside parentheses: those hold arguments of a model."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if character == separator and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def _check_settings_known(settings: Mapping[str, list[object]], names: list[object] | None) -> None:

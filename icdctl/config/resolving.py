@@ -21,6 +21,7 @@ from icdctl.config.settings import CUSTOM_IMAGE_SIZE, DatasetSettings
 from icdctl.config.sources import Options, from_validation
 from icdctl.errors import ArtifactError, IcdctlError, UsageError, combine, unknown_name
 from icdctl.methods import SCALES
+from icdctl.models import backbones
 from icdctl.models.external import CUSTOM_MODEL
 
 G = TypeVar("G")
@@ -53,6 +54,7 @@ def make_config(
     student = options.text("student") or ""
     if student != CUSTOM_MODEL:
         student = _attempt(found, models.resolve, student) or ""
+        _attempt(found, models.check_available, student)
     default_recipe = recipes.default_for(dataset)
     name_of_recipe = _attempt(found, recipes.resolve, _given(options.text("recipe"), default_recipe)) or default_recipe
     recipe = RECIPES[name_of_recipe]
@@ -83,6 +85,7 @@ def make_config(
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         found.append(from_validation(error, options.origin))
+    _attempt(found, partial(_check_pretrained, student), options)
     first_weights = _attempt(found, _first_weights, options) if options.get("init_weights") is not None else {}
     if found:
         raise combine(found)
@@ -117,9 +120,31 @@ def _stated(options: Options) -> dict[str, object]:
 def dataset_settings(dataset: str, student: str | None, options: Options) -> DatasetSettings:
     """The settings of the data set: as given, or its defaults."""
     settings = check_dataset_settings(dataset, {key: options.get(key) for key in DatasetSettings.model_fields})
-    if settings.image_size is not None and options.get("image_size") is None and student == CUSTOM_MODEL:
+    if settings.image_size is not None and options.get("image_size") is None and _is_foreign(student):
         return settings.model_copy(update={"image_size": CUSTOM_IMAGE_SIZE})
     return settings
+
+
+def _is_foreign(student: str | None) -> bool:
+    """Whether a student is none of icdctl's models, most of which are made for smaller images than others."""
+    return student is not None and (student == CUSTOM_MODEL or models.is_backbone(student))
+
+
+def _check_pretrained(student: str, options: Options) -> None:
+    """Check that the library's trained weights are asked for where there are such, and nothing else to start from.
+
+    Raises:
+        UsageError: the model has none, or `--init-weights` is given too.
+    """
+    if options.get("pretrained") in (None, False):
+        return
+    if not backbones.has_pretrained(student):
+        raise UsageError(
+            f"{options.origin('pretrained')} is given, and `{student}` is no model of torchvision or timm",
+            hint="start from weights of your own with `--init-weights PATH`",
+        )
+    if options.get("init_weights") is not None:
+        raise UsageError("`--pretrained` and `--init-weights` are both given", hint="give one of them")
 
 
 def _first_weights(options: Options) -> dict[str, str]:
@@ -213,8 +238,8 @@ def default_run_name(config: RunConfig) -> str:
     """`<teacher>-<student>-<method>-s<seed>`, then what differs from the recipe, e.g. `-gamma8`."""
     recipe = RECIPES[config.recipe]
     kind = data.DatasetName.parse(config.dataset).kind
-    parts = [config.teacher] if config.teacher else []
-    parts += [config.student, config.method, f"s{config.seed}"]
+    parts = [models.short_label(config.teacher)] if config.teacher else []
+    parts += [models.short_label(config.student), config.method, f"s{config.seed}"]
     usual = {
         **recipe.numbers(config.student),
         **{each.name: each.default for each in _named_by_default()},

@@ -100,7 +100,8 @@ class TaskSettings(_Frozen):
     student: Annotated[
         str,
         Setting(
-            "Model to train, or several with commas between them: `mv2,shuv1`. `icdctl list models` shows all.",
+            "Model to train, or several with commas between them: `mv2,shuv1`. `icdctl list models` shows all. Also "
+            "`torchvision:NAME`, `timm:NAME` or `package.module:callable`, with arguments as JSON in parentheses.",
             swept=True,
             listed=True,
             flag_of_train="--model",
@@ -261,7 +262,7 @@ class DatasetSettings(_Frozen):
             swept=True,
             metavar="SIDE",
             datasets={"imagefolder": 32},
-            shown_default=f"32; {CUSTOM_IMAGE_SIZE} for a custom model",
+            shown_default=f"32; {CUSTOM_IMAGE_SIZE} for a custom model or one of another library",
         ),
     ] = None
     test_split: Annotated[
@@ -388,6 +389,22 @@ class ExecutionSettings(_Frozen):
     init_sha256: Annotated[
         str | None,
         Setting("sha256 of the file of `init_weights`; another one is refused when a run is repeated.", Given.KEYWORD),
+    ] = None
+    pretrained: Annotated[
+        bool,
+        Setting(
+            "Start from the trained weights that torchvision or timm has for its model, all but the head; the library "
+            "downloads them into its own cache.",
+            identity=Identity.WHEN_CHANGED,
+        ),
+    ] = False
+    pretrained_sha256: Annotated[
+        str | None,
+        Setting(
+            "sha256 of these weights, set when the run begins; others are refused when it is repeated or continued.",
+            Given.KEYWORD,
+            identity=Identity.WHEN_CHANGED,
+        ),
     ] = None
     max_steps: Annotated[
         int | None,

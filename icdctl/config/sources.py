@@ -24,6 +24,13 @@ from icdctl.errors import IcdctlError, UsageError, combine, unknown_name
 from icdctl.files import yaml_reading
 
 _VARIABLE_PREFIX = "ICDCTL_"
+_PINNED = (
+    ("teacher", "teacher_sha256"),
+    ("init_weights", "init_sha256"),
+    ("student", "pretrained_sha256"),
+    ("pretrained", "pretrained_sha256"),
+)
+"""Options, and the hashes in a config.json that hold no longer where the option is given."""
 _LONGEST_SHOWN = 80
 _MOST_PRINTED = 10
 
@@ -100,7 +107,7 @@ def collect(given: Mapping[str, object], *, config_file: Path | None = None, com
         if keywords.get(key) == "":
             raise UsageError(f"{OPTIONS[key].shown()} is empty", hint="name a folder, or leave it out")
     stated = _from_config_file(config_file, command) if config_file is not None else {}
-    for key, pinned in (("teacher", "teacher_sha256"), ("init_weights", "init_sha256")):
+    for key, pinned in _PINNED:
         if key in keywords:
             stated.pop(pinned, None)
     own, held = keywords.get("settings"), stated.get("settings")

@@ -12,19 +12,23 @@ from icdctl.config.run_config import RunConfig
 from icdctl.engine.shared_data import SharedData, balanced_class_weights
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.methods import ModelProbe, Objective, Supervision
-from icdctl.models import Classifier, Weights
-from icdctl.models.external import without_adapter
+from icdctl.models import Classifier, Weights, backbones
+from icdctl.models.external import Adapted, check_patches, without_adapter
 
 _OBJECTIVE_SEED = 2**31
 """Added to the run's seed for what a method draws: a connector's weights are not those of the student's first layer."""
 
 
 def new_student(config: RunConfig, shared: SharedData) -> Classifier:
-    """The model that the configuration names, with the weights that its seed gives."""
+    """The model that the configuration names, with the weights that its seed gives, or its library's trained ones."""
     size = shared.dataset.preprocessing.size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         student = models.create(config.student, shared.dataset.num_classes, image_size=size)
+    if methods.get(config.method).needs_patches:
+        check_patches(student)
+    if config.pretrained and isinstance(student, Adapted):
+        _check_pretrained(config, backbones.load_pretrained(student))
     if min(size) < student.smallest_image:
         raise UsageError(
             f"images of {size[0]} x {size[1]} are too small for `{config.student}`, which needs "
@@ -32,6 +36,29 @@ def new_student(config: RunConfig, shared: SharedData) -> Classifier:
             hint=f"`--image-size {student.smallest_image}` or more, or another model",
         )
     return student
+
+
+def with_pretrained_hash(config: RunConfig) -> RunConfig:
+    """The configuration with the hash of its library's trained weights, which are downloaded; others unchanged.
+
+    Raises:
+        UsageError, ArtifactError: there are no such weights, or not those that the configuration states.
+    """
+    if not config.pretrained:
+        return config
+    found = backbones.pretrained_sha256(config.student)
+    _check_pretrained(config, found)
+    return config.model_copy(update={"pretrained_sha256": found})
+
+
+def _check_pretrained(config: RunConfig, found: str) -> None:
+    if found != (config.pretrained_sha256 or found):
+        raise ArtifactError(
+            f"the trained weights of `{config.student}` have sha256 {found[:12]}..., the configuration states "
+            f"{str(config.pretrained_sha256)[:12]}...",
+            hint="put back the file in the library's cache, or install the version of the library that it is of; "
+            "`--pretrained` without `--config`, in another folder, takes them as they are now",
+        )
 
 
 def new_objective(config: RunConfig, shared: SharedData, student: Classifier, teacher: Classifier | None) -> Objective:

@@ -95,6 +95,8 @@ class RunOutput:
         self._check_folder(progress, config)
         write_history(self.out / "history.csv", progress.history)
         metadata = self._shared.dataset.weights_metadata(config.student)
+        if models.is_backbone(config.student):
+            metadata["library"] = models.library_of(config.student)
         # These describe an earlier training in this folder, whose weights are replaced now.
         (self.out / "metrics.json").unlink(missing_ok=True)
         metrics[HASH_KEY] = models.save_weights(self.out / WEIGHTS_FILE, without_adapter(model), metadata)

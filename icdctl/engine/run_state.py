@@ -227,6 +227,8 @@ def _different(
 def differences(earlier: RunConfig, config: RunConfig) -> list[str]:
     """What makes two runs different, e.g. `gamma 4.0 -> 8.0`; empty where one may continue the other."""
     new, old = config.identity, earlier.identity
+    if config.pretrained and config.pretrained_sha256 is None:  # planned: these weights were not loaded
+        old.pop("pretrained_sha256", None)
     return [_change(key, old.get(key), new.get(key)) for key in SETTINGS if new.get(key) != old.get(key)]
 
 

@@ -14,7 +14,7 @@ from icdctl import methods, models
 from icdctl.config.run_config import RunConfig
 from icdctl.data import UNLABELED, Views
 from icdctl.engine.building import load_first_weights, new_objective, new_student
-from icdctl.engine.checkpoint import Progress, load_checkpoint
+from icdctl.engine.checkpoint import Progress, load_checkpoint, read_state, read_student
 from icdctl.engine.compiled import Compiler
 from icdctl.engine.environment import differing_environment
 from icdctl.engine.optimizers import make_optimizer
@@ -28,6 +28,7 @@ from icdctl.errors import IcdctlError
 from icdctl.evaluation import Evaluation, batch_size_on, evaluate_logits, module_predictor, predict_all
 from icdctl.models import Classifier
 from icdctl.models.external import Adapted, without_adapter
+from icdctl.models.state_dicts import differences
 from icdctl.run_files import WEIGHTS_FILE
 
 
@@ -111,11 +112,26 @@ class StudentRun:
             return self._new_progress(done=True)
         if state is None:
             return self._new_progress()
+        if models.is_backbone(self.config.student):
+            self._check_same_network(state.folder)
         found = load_checkpoint(state.folder, self.step, self._message)
         if found is not None:
             return found.model_copy(update={"run": state.run})
         begun = {"run": state.run, "student_sha256": state.student_sha256, **state.decided}
         return self._new_progress().model_copy(update=begun)
+
+    def _check_same_network(self, folder: Path) -> None:
+        """Refuse a state of another library's model where the installed version of the library builds another network.
+
+        Raises:
+            ArtifactError: names and shapes of the weights differ.
+        """
+        held, found = read_student(folder), read_state(folder)
+        problems = differences(self.student.state_dict(), held) if held else []
+        if problems and found is not None:
+            versions = found[0].attempts[-1].get("versions") if found[0].attempts else None
+            before = versions if isinstance(versions, dict) else {}
+            raise models.other_version(self.config.student, before, f"the state of `{self.out}`: {problems[0]}")
 
     def _new_progress(self, *, done: bool = False) -> Progress:
         sha256 = self.shared.dataset.sha256
@@ -166,6 +182,8 @@ class StudentRun:
         """Record where the run is trained from now on, and say what differs from where it was trained up to now."""
         progress = self.progress
         now = self.shared.environment
+        if models.is_backbone(self.config.student):
+            now = {**now, "versions": {**now["versions"], **models.library_of(self.config.student)}}
         attempts = [each for each in progress.attempts if progress.has_begun]
         changed = differing_environment(attempts[-1], now) if attempts else ()
         if changed:

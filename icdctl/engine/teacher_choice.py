@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from icdctl import methods
+from icdctl import methods, models
 from icdctl.config.run_config import RunConfig
 from icdctl.engine.observer import Observer
 from icdctl.engine.precision import choose_teacher_precision
@@ -60,12 +60,13 @@ def choose_teacher(
     precision = choose_teacher_precision(
         wanted_precision, model, shared.store, num_images=num_forwards, deterministic=config.deterministic
     )
+    is_foreign = models.is_backbone(config.teacher or "")
     plan = plan_cache(
         shared.store,
         demand,
         shared.dataset,
-        # The weights of a custom module are known, but not its code, so no cache is kept for it.
-        teacher_sha256=(config.teacher_weights and config.teacher_sha256) or "",
+        # The weights of a custom module, or of another library's model, are known, but not its code: no cache is kept.
+        teacher_sha256="" if is_foreign or not config.teacher_weights else config.teacher_sha256 or "",
         precision=precision,
         teacher=config.teacher or "",
     )

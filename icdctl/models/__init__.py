@@ -1,12 +1,18 @@
-"""Models: one class per architecture, one row per name in `MODELS`, and `Outputs`, which every model returns."""
+"""Models: one class per architecture, one row per name in `MODELS`, and `Outputs`, which every model returns.
+
+A name such as `torchvision:NAME` is that of another library's model, see `icdctl.models.backbones`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from icdctl.errors import UsageError, unknown_name
+from icdctl.errors import ArtifactError, UsageError, unknown_name
+from icdctl.models import backbones
+from icdctl.models.backbones import is_backbone, short_label
 from icdctl.models.fold import fold_batch_norms
 from icdctl.models.mobilenetv2 import MobileNetV2
 from icdctl.models.outputs import Classifier, Outputs
@@ -16,23 +22,37 @@ from icdctl.models.shufflenetv1 import ShuffleNetV1
 from icdctl.models.shufflenetv2 import ShuffleNetV2
 from icdctl.models.state_dicts import split_part
 from icdctl.models.vgg import VGG
-from icdctl.models.weights import Weights, hash_of_part, hash_weights, load_weights, read_weights, save_weights
+from icdctl.models.weights import (
+    DoesNotFitError,
+    Weights,
+    hash_of_part,
+    hash_weights,
+    load_weights,
+    read_weights,
+    save_weights,
+)
 from icdctl.models.wrn import WideResNet
 
 __all__ = [
     "MODELS",
     "Classifier",
+    "DoesNotFitError",
     "Model",
     "Outputs",
     "Weights",
+    "check_available",
     "create",
     "fold_batch_norms",
     "hash_of_part",
     "hash_weights",
+    "is_backbone",
+    "library_of",
     "load_weights",
+    "other_version",
     "read_weights",
     "resolve",
     "save_weights",
+    "short_label",
     "split_part",
 ]
 
@@ -86,17 +106,59 @@ _LARGE_IMAGE = 128
 """Shorter side, in pixels, from which on a model for large images is built."""
 
 
+_USUAL_SIZE = (224, 224)
+"""Height and width that most models of other libraries are made for."""
+
+
 def resolve(name: str) -> str:
     """The name in `MODELS` for any spelling: upper or lower case, the reference's name, with or without `_sdd`.
+
+    The name of another library's model is only read: whether the library has it, `check_available` says.
 
     Raises:
         UsageError: no model has this name.
     """
+    if is_backbone(name):
+        return str(backbones.parse(name))
     folded = name.lower().removesuffix("_sdd")
     for canonical, model in MODELS.items():
         if folded == canonical or folded in (alias.lower() for alias in model.aliases):
             return canonical
     raise unknown_name("model", name, MODELS, listing="icdctl list models")
+
+
+def check_available(name: str) -> None:
+    """Check that a model which `resolve` has named can be built here: that its library is installed and has it.
+
+    Raises:
+        UsageError: it can't.
+    """
+    if is_backbone(name):
+        backbones.check_available(backbones.parse(name))
+
+
+def library_of(name: str) -> dict[str, str | None]:
+    """The package that builds another library's model, and its installed version; None where it has none."""
+    backbone = backbones.parse(name)
+    return {backbone.package: backbone.version}
+
+
+def other_version(name: str, before: Mapping[str, object], what: str) -> ArtifactError:
+    """The error where an installed library builds another network than the one that weights belong to.
+
+    Args:
+        name: for which `is_backbone` holds.
+        before: the version of its package when the weights were trained.
+        what: what does not fit, and where.
+    """
+    backbone = backbones.parse(name)
+    then = before.get(backbone.package)
+    stated = f"{backbone.package} {then or 'of a version that is not known'}"
+    return ArtifactError(
+        f"{backbone.package} {backbone.version or 'without a version'} builds another `{name}` than {stated}, which "
+        f"these weights are of: {what}",
+        hint=f"`pip install {backbone.package}=={then}`" if then else f"install the {backbone.package} that built it",
+    )
 
 
 def create(
@@ -109,13 +171,14 @@ def create(
     the rule of their family.
 
     Args:
-        name: a key of `MODELS` or the reference's name.
+        name: a key of `MODELS`, the reference's name, or a name of another library's model.
         num_classes: K, at least 2.
         dataset: "cub200" gives the variant for large images; any other data set, or None, the model for 32 x 32.
-        image_size: height and width; 128 x 128 or larger gives the variant for large images too.
+        image_size: height and width; 128 x 128 or larger gives the variant for large images too. For another library's
+            model, those of the pass that finds its head.
 
     Raises:
-        UsageError: the name is unknown, or there are fewer than 2 classes.
+        UsageError: the name is unknown, there are fewer than 2 classes, or another library's model can't be built.
     """
     canonical = resolve(name)
     if num_classes < 2:
@@ -123,6 +186,8 @@ def create(
             f"`{canonical}` can't classify into {num_classes} classes",
             hint="a classifier needs at least 2 classes; check the data set",
         )
+    if is_backbone(canonical):
+        return backbones.build(canonical, num_classes, image_size=image_size or _USUAL_SIZE)
     is_large = image_size is not None and min(image_size) >= _LARGE_IMAGE
     model = MODELS[canonical].build(num_classes, large_images=is_large or dataset == "cub200")
     model.name = canonical

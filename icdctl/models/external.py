@@ -5,8 +5,9 @@ Shapes: B images, K classes, C channels, H rows, W columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,33 +20,50 @@ from icdctl.models.weights import check_state
 CUSTOM_MODEL = "custom"
 """The name, in configurations and weight files, of a custom module that the user passed as an nn.Module."""
 
+LINEAR_HEAD = "linear_head"
+"""The argument that puts one linear layer in the place of all that another library has behind the global average."""
+
 _PROBE_IMAGES = 2
+_LOOKED_INTO = 2.5
+"""Factor by which a module may shrink its map and still count as one stage, or as a part of one."""
+_ONE_STAGE = 1.5
+"""Factor between the sizes of two stages, at least."""
 _TOLERANCE = 1e-4
 _MUST_MAP = "a model must map [B, 3, H, W] to logits [B, K]"
+_END_SO = "end the module with a global average and an `nn.Linear`, and nothing after it"
 _LINEAR_LAST = f"{_MUST_MAP}, with an `nn.Linear` last; `sdd_` and `cd_` methods need a global average before it"
 
 
 class Adapted(Classifier):
-    """A custom module that maps images [B, 3, H, W] to logits [B, K], with the outputs that distillation reads.
+    """A module of the user's or of another library that maps images [B, 3, H, W] to logits [B, K], with the outputs
+    that distillation reads.
 
     Its head is the last linear layer that runs. Its feature map is the last four-dimensional tensor whose average over
     the image is the head's input. Losses on patches need such a map: only then are the logits of a region the head
-    applied to the region's mean.
+    applied to the region's mean. Its stages are found by their size, see `_stages_of`.
     """
 
-    def __init__(self, inner: nn.Module, *, image_size: tuple[int, int]) -> None:
+    def __init__(self, inner: nn.Module, *, image_size: tuple[int, int], name: str = "", hint: str = "") -> None:
         """
         Args:
             inner: the module, trained or not; it is used, not copied.
             image_size: height and width of the images for the forward pass.
+            name: its name in messages and files; by default that of its class.
+            hint: what to do where it does not run on such images; by default what any module must do.
 
         Raises:
             UsageError: the module does not give logits for such images, or has no linear head.
         """
         super().__init__()
         self.inner = inner
-        self._head_name, self._map_name, self.num_classes = _inspect(inner, image_size)
-        self.name = type(inner).__name__
+        self.name = name or type(inner).__name__
+        found = _inspect(inner, image_size, self.name, hint or _MUST_MAP)
+        self.head_name = found.head
+        """The name of its head among its modules."""
+        self._map_name, self._stage_names = found.feature_map, found.stages
+        self.has_small_map = found.has_small_map
+        """Whether its only map is a single pixel for images of this size, so that larger ones would have regions."""
+        self.num_classes = found.num_classes
 
     @property
     def has_feature_map(self) -> bool:
@@ -53,16 +71,29 @@ class Adapted(Classifier):
         return self._map_name is not None
 
     @property
+    def num_stages(self) -> int:
+        """Number of its stages; a transformer without a pyramid has one."""
+        return len(self._stage_names)
+
+    @property
     def head(self) -> nn.Linear:
         """See `Classifier`."""
-        layer = self.inner.get_submodule(self._head_name)
+        layer = self.inner.get_submodule(self.head_name)
         assert isinstance(layer, nn.Linear)
         return layer
 
+    def replace_head(self, num_classes: int) -> None:
+        """Put a new head with random weights in the place of the old one."""
+        old = self.head
+        new = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
+        parent, _, child = self.head_name.rpartition(".")
+        setattr(self.inner.get_submodule(parent), child, new)
+        self.num_classes = num_classes
+
     def features(self, images: Tensor) -> Features:
-        """See `Classifier`; there are no stages, since a custom module does not name them."""
-        feature_map = self.outputs(images).feature_map
-        return Features((), (), feature_map)
+        """See `Classifier`; there are no pre-activations, since the module does not name them."""
+        outputs = self.outputs(images)
+        return Features(outputs.stages, (), outputs.feature_map)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> logits [B, K]: the module's own forward pass, which an exporter can trace."""
@@ -74,14 +105,17 @@ class Adapted(Classifier):
         captured: dict[str, Tensor] = {}
 
         def keep_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            captured["pooled"] = inputs[0]
+            captured[""] = inputs[0]
 
-        def keep_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            captured["map"] = output
+        def keep_output(name: str, module: nn.Module) -> Any:
+            def keep(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                captured[name] = output
 
+            return module.register_forward_hook(keep)
+
+        watched = {*self._stage_names, *([] if self._map_name is None else [self._map_name])}
         handles = [self.head.register_forward_pre_hook(keep_input)]
-        if self._map_name is not None:
-            handles.append(self.inner.get_submodule(self._map_name).register_forward_hook(keep_output))
+        handles += [keep_output(name, self.inner.get_submodule(name)) for name in sorted(watched)]
         try:
             logits = self.inner(images)
         finally:
@@ -92,11 +126,18 @@ class Adapted(Classifier):
                 f"`{self.name}` gives a {type(logits).__name__} in training mode, expected logits [B, K]",
                 hint="build it without auxiliary heads, e.g. `aux_logits=False` for torchvision's models",
             )
-        pooled = captured["pooled"]
-        return Outputs(logits, (), captured.get("map", pooled[:, :, None, None]), pooled)
+        missing = next((name for name in sorted(watched) if name not in captured), None)
+        if missing is not None:
+            raise UsageError(
+                f"`{missing}` of `{self.name}` runs in eval mode and not in training mode",
+                hint="pass a module that runs the same layers in both modes",
+            )
+        pooled = captured[""]
+        feature_map = pooled[:, :, None, None] if self._map_name is None else captured[self._map_name]
+        return Outputs(logits, tuple(captured[name] for name in self._stage_names), feature_map, pooled)
 
     def conv_bn_pairs(self) -> list[tuple[str, str]]:
-        """An empty list: which layers read a custom module's convolutions is not known."""
+        """An empty list: which layers read the module's convolutions is not known, so nothing is folded."""
         return []
 
 
@@ -231,13 +272,36 @@ def adapt(
             f"`{name}` gives {classifier.head.out_features} logits, the data set has {num_classes} classes",
             hint=f"build it with {num_classes} classes",
         )
-    if needs_patches and isinstance(classifier, Adapted) and not classifier.has_feature_map:
-        raise UsageError(
-            f"`{name}` has no feature map whose average its head reads, so there are no logits of single regions",
-            hint="use a method without patches: `kd`, `dkd` or `nkd`; or end the module with a global average and an "
-            "`nn.Linear`, and nothing after it",
-        )
+    if needs_patches:
+        check_patches(classifier)
     return classifier
+
+
+def check_patches(model: Classifier) -> None:
+    """Check that a model has logits of single regions: that its head and the average over the image can change places.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if not isinstance(model, Adapted) or model.has_feature_map:
+        return
+    if model.has_small_map:
+        raise UsageError(
+            f"the last feature map of `{model.name}` is a single pixel for these images: it has no regions",
+            hint="larger images: `--image-size 64` or more; or a method without patches: `kd`, `dkd` or `nkd`",
+        )
+    linear = _linear_head_hint(model.name) if model.num_stages > 1 else ""
+    raise UsageError(
+        f"`{model.name}` has no feature map whose average its head reads, so there are no logits of single regions",
+        hint=f"use a method without patches: `kd`, `dkd` or `nkd`; or {linear or _END_SO}",
+    )
+
+
+def _linear_head_hint(name: str) -> str:
+    """How to get one linear layer behind a global average; empty for a module that is not built by its name."""
+    if ":" not in name or LINEAR_HEAD in name:
+        return ""
+    return f'build it with the argument `{{"{LINEAR_HEAD}": true}}`: one linear layer behind a global average'
 
 
 def _check_trainable(module: nn.Module, image_size: tuple[int, int]) -> None:
@@ -256,7 +320,7 @@ def _check_trainable(module: nn.Module, image_size: tuple[int, int]) -> None:
         )
 
 
-def _probed(module: nn.Module, image_size: tuple[int, int]) -> object:
+def _probed(module: nn.Module, image_size: tuple[int, int], name: str = "", hint: str = _MUST_MAP) -> object:
     """What a module gives for two images in eval mode.
 
     Raises:
@@ -271,17 +335,38 @@ def _probed(module: nn.Module, image_size: tuple[int, int]) -> object:
     except Exception as error:  # a custom module can raise any exception
         if is_out_of_memory(error):
             raise
-        raise UsageError(
-            f"`{type(module).__name__}` fails on images of {image_size[0]} x {image_size[1]}: {error}", hint=_MUST_MAP
-        ) from error
+        size = f"{image_size[0]} x {image_size[1]}"
+        raise UsageError(f"`{name or type(module).__name__}` fails on images of {size}: {error}", hint=hint) from error
     finally:
         module.train(was_training)
 
 
-def _inspect(inner: nn.Module, image_size: tuple[int, int]) -> tuple[str, str | None, int]:
-    """Names of the head and of the feature map (None without one), and K, from one forward pass in eval mode."""
+@dataclass(frozen=True)
+class _Map:
+    """A map that a module gives in one pass."""
+
+    tensor: Tensor
+    input_height: int | None
+    """Height of the map that it reads; None where it reads no map."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one pass through a module shows."""
+
+    head: str
+    feature_map: str | None
+    stages: tuple[str, ...]
+    num_classes: int
+    has_small_map: bool
+
+
+def _inspect(inner: nn.Module, image_size: tuple[int, int], label: str, hint: str) -> _Found:
+    """The names of head, feature map and stages, and K, from one pass in eval mode; arguments as for `Adapted`."""
     linear: list[tuple[str, Tensor, Tensor]] = []
-    maps: list[tuple[str, Tensor]] = []
+    maps: dict[str, _Map] = {}
+    """By the name of the module, in the order in which they end."""
+    repeated: set[str] = set()
     handles = []
 
     def watch(name: str, module: nn.Module) -> None:
@@ -289,7 +374,11 @@ def _inspect(inner: nn.Module, image_size: tuple[int, int]) -> tuple[str, str | 
             if isinstance(layer, nn.Linear) and isinstance(output, Tensor) and output.dim() == 2:
                 linear.append((name, inputs[0], output))
             elif isinstance(output, Tensor) and output.dim() == 4 and not linear:
-                maps.append((name, output))
+                if maps.pop(name, None) is not None:
+                    repeated.add(name)
+                given = inputs[0] if inputs else None
+                height = given.shape[2] if isinstance(given, Tensor) and given.dim() == 4 else None
+                maps[name] = _Map(output, height)
 
         handles.append(module.register_forward_hook(see))
 
@@ -298,23 +387,73 @@ def _inspect(inner: nn.Module, image_size: tuple[int, int]) -> tuple[str, str | 
             watch(name, module)
     try:
         with torch.no_grad():
-            output = _probed(inner, image_size)
+            output = _probed(inner, image_size, label, hint)
     finally:
         for handle in handles:
             handle.remove()
-    logits = check_logits(type(inner).__name__, output)
+    logits = check_logits(label, output)
     if not linear:
-        raise UsageError(f"no `nn.Linear` of `{type(inner).__name__}` gives its logits", hint=_LINEAR_LAST)
+        raise UsageError(f"no `nn.Linear` of `{label}` gives its logits", hint=_linear_head_hint(label) or _LINEAR_LAST)
     head_name, pooled, last = linear[-1]
     # What follows the head, such as a sigmoid, would be missing in the logits of single regions.
     is_last = last.shape == logits.shape and torch.allclose(last, logits, rtol=_TOLERANCE, atol=_TOLERANCE)
-    return head_name, _map_of(pooled, maps) if is_last else None, logits.shape[1]
+    averaged = [name for name, each in maps.items() if is_last and _averages_to(each.tensor, pooled)]
+    with_regions = [name for name in averaged if maps[name].tensor.shape[2:].numel() > 1]
+    once = {name: each for name, each in maps.items() if name not in repeated}
+    return _Found(
+        head_name,
+        with_regions[-1] if with_regions else None,
+        _stages_of(once, image_size),
+        logits.shape[1],
+        has_small_map=bool(averaged) and not with_regions,
+    )
 
 
-def _map_of(pooled: Tensor, maps: list[tuple[str, Tensor]]) -> str | None:
-    """Name of the last map larger than 1 x 1 whose average is the head's input; None without one."""
-    for name, candidate in reversed(maps):
-        fits = candidate.shape[:2] == pooled.shape and candidate.shape[2] * candidate.shape[3] > 1
-        if fits and torch.allclose(candidate.mean(dim=(2, 3)), pooled, rtol=_TOLERANCE, atol=_TOLERANCE):
-            return name
-    return None
+def _averages_to(candidate: Tensor, pooled: Tensor) -> bool:
+    """Whether the average of a map over the image is the head's input."""
+    if candidate.shape[:2] != pooled.shape:
+        return False
+    return torch.allclose(candidate.mean(dim=(2, 3)), pooled, rtol=_TOLERANCE, atol=_TOLERANCE)
+
+
+def _stages_of(maps: Mapping[str, _Map], image_size: tuple[int, int]) -> tuple[str, ...]:
+    """The modules whose outputs are the stages: the last output of each size, the sizes falling.
+
+    A module that shrinks its map to less than half is looked into, any other one counts as a whole: inside of it,
+    the first convolution of a block may still run at the size of the stage before. Sizes less than a third apart are
+    one stage, as convolutions without padding make them. A single pixel is no stage, because squeezed channels and
+    global averages look like it.
+
+    Args:
+        maps: the maps of modules that run once in a pass, in the order in which they end.
+        image_size: height and width; a map of another shape is none of the image, such as one with channels last.
+    """
+    height, width = image_size
+    rounding = 0 if height == width else max(height, width)
+    shaped = {
+        name: each
+        for name, each in maps.items()
+        if len(each.tensor) == _PROBE_IMAGES
+        and abs(each.tensor.shape[2] * width - each.tensor.shape[3] * height) <= rounding
+    }
+    units: set[str] = set()
+    for name in sorted(shaped, key=lambda name: name.count(".")):
+        parts = name.split(".")
+        if any(".".join(parts[:depth]) in units for depth in range(1, len(parts))):
+            continue
+        given, own = shaped[name].input_height, shaped[name].tensor.shape[2]
+        shrinks = given is None or given > _LOOKED_INTO * own
+        if not shrinks or not any(other.startswith(f"{name}.") for other in shaped):
+            units.add(name)
+    stages: list[str] = []
+    side = height * _ONE_STAGE + 1
+    for name, each in shaped.items():
+        own = each.tensor.shape[2]
+        if name not in units or own == 1:
+            continue
+        if own * _ONE_STAGE <= side:
+            stages.append(name)
+            side = own
+        elif own <= side:
+            stages[-1], side = name, own
+    return tuple(stages)

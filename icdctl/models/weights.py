@@ -44,6 +44,10 @@ _PATHS = ("pathlib", "pathlib._local")
 """Modules of the classes of paths: before Python 3.13, and from then on."""
 
 
+class DoesNotFitError(ArtifactError):
+    """The weights in a file have other names or shapes than those of the model."""
+
+
 class _Nothing:
     """Takes the place of built-in types, which a file may only name."""
 
@@ -185,8 +189,8 @@ def save_weights(path: Path | str, model: nn.Module | Mapping[str, Tensor], meta
     return sha256_bytes(content)
 
 
-def hash_weights(model: nn.Module) -> str:
-    """sha256, hex, of the file that `save_weights` would write for a module without metadata."""
+def hash_weights(model: nn.Module | Mapping[str, Tensor]) -> str:
+    """sha256, hex, of the file that `save_weights` would write for a module, or its state_dict, without metadata."""
     return sha256_bytes(_content(model, {}))
 
 
@@ -301,7 +305,7 @@ def _fitted(
             hint = _classes_hint(model, plain, loaded) or hint
         name = getattr(model, "name", "") or type(model).__name__
         others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ArtifactError(f"weights in `{path}` do not fit `{name}`: {problems[0]}{others}", hint=hint)
+        raise DoesNotFitError(f"weights in `{path}` do not fit `{name}`: {problems[0]}{others}", hint=hint)
     return {names[key]: key for key in loaded}
 
 

@@ -16,6 +16,7 @@ from icdctl import files, models, registry, run_files
 from icdctl.data import DatasetInfo, Preprocessing, SplitRecord
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.models import Classifier, Weights
+from icdctl.models.backbones import UnavailableError
 from icdctl.models.external import CUSTOM_MODEL, adapt, without_adapter
 from icdctl.models.state_dicts import differences
 from icdctl.run_files import WEIGHTS_FILE
@@ -32,7 +33,7 @@ class TrainedModel:
     sha256: str
     """Hash of the weights file."""
     model: str
-    """Name of the architecture in `MODELS`; for a custom module, the name of its class."""
+    """Name of the architecture, as `models.resolve` gives it; for a custom module, the name of its class."""
     dataset: str
     """The data set that it was trained on, according to the weights file or else to the user."""
     class_names: tuple[str, ...]
@@ -41,7 +42,7 @@ class TrainedModel:
     """The name that the user typed."""
     weights: Weights
     module: nn.Module | None = None
-    """The custom module that the weights belong to, which is never changed; None for a model of `MODELS`."""
+    """The custom module that the weights belong to, which is never changed; None for a model with a name."""
     split: SplitRecord | None = None
     """How its data set was divided, and the hashes of its images; None where the weights do not say it."""
 
@@ -70,15 +71,25 @@ class TrainedModel:
 
         Raises:
             ArtifactError: the weights file has changed since it was found, or does not fit the model.
-            UsageError: a custom module does not take these images, or has another number of classes.
+            UsageError: a custom module does not take these images, or has another number of classes; or the library
+                that builds the model is not installed.
         """
         size = self.preprocessing.size
         if self.module is None:
-            model = models.create(self.model, self.num_classes, image_size=size)
+            try:
+                model = models.create(self.model, self.num_classes, image_size=size)
+            except UnavailableError as error:
+                raise CustomModuleError(error.message, hint=error.hint) from error
         else:
             module = copy.deepcopy(self.module).float().cpu()
             model = adapt(module, image_size=size, num_classes=self.num_classes, needs_patches=False)
-        loaded = models.load_weights(without_adapter(model), self.path)
+        try:
+            loaded = models.load_weights(without_adapter(model), self.path)
+        except models.DoesNotFitError as error:
+            if self.module is not None or not models.is_backbone(self.model):
+                raise
+            before = self.weights.metadata.get("library")
+            raise models.other_version(self.model, before if isinstance(before, dict) else {}, error.message) from error
         if loaded.sha256 != self.sha256:
             raise ArtifactError(
                 f"`{self.path}` changed while it was being read",
@@ -88,7 +99,7 @@ class TrainedModel:
 
 
 class CustomModuleError(UsageError):
-    """The weights belong to a custom module, and the caller did not pass that module."""
+    """The weights belong to a custom module that the caller did not pass, or to code that is not available here."""
 
 
 def resolve(
@@ -105,7 +116,7 @@ def resolve(
             `registry:NAME[@vN]`.
         dataset: the data set for a weights file that does not state it; gives normalisation and class names.
         registry_folder: the registry that `registry:` names are looked up in; None for the project's.
-        module: the custom module that the weights belong to; None for a model of `MODELS`.
+        module: the custom module that the weights belong to; None for a model with a name.
 
     Raises:
         CustomModuleError: the weights belong to a custom module, and `module` was not given.

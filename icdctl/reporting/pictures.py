@@ -205,8 +205,10 @@ def pareto(groups: Sequence[GroupMeasurements]) -> list[Picture]:
 
 def num_parameters(trained_model: TrainedModel) -> int:
     """The number of a model's parameters, without the statistics of its batch norms."""
-    with torch.device("meta"):
-        made = models.create(
-            trained_model.model, trained_model.num_classes, image_size=trained_model.preprocessing.size
-        )
+    if models.is_backbone(trained_model.model):  # which must run once, so it needs weights
+        made = trained_model.load()
+    else:
+        with torch.device("meta"):
+            size = trained_model.preprocessing.size
+            made = models.create(trained_model.model, trained_model.num_classes, image_size=size)
     return sum(parameter.numel() for parameter in made.parameters())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from icdctl import files, models, registry
 from icdctl.data import IMAGE_FOLDER, DatasetInfo, DatasetName
 from icdctl.errors import ArtifactError, UsageError
@@ -67,8 +69,10 @@ def model_of(teacher: str) -> str | None:
     Raises:
         UsageError: the text is neither a path nor the name of a model.
     """
-    is_path = bool(teacher) and (_is_there(teacher) or "/" in teacher or "." in teacher)
-    return None if is_path or teacher.startswith("registry:") else models.resolve(teacher)
+    if teacher.startswith("registry:") or (teacher and _is_there(teacher)):
+        return None
+    is_path = not models.is_backbone(teacher) and ("/" in teacher or "." in teacher)
+    return None if is_path else models.resolve(teacher)
 
 
 def _is_there(path: str) -> bool:
@@ -79,7 +83,7 @@ def _is_there(path: str) -> bool:
 def _check_fit(teacher: str, found: TrainedModel, dataset: DatasetInfo) -> None:
     """Refuse a teacher whose data set, classes, image size or normalisation differ from those of the run."""
     kinds = [DatasetName.parse(name).kind for name in (found.dataset, dataset.name)]
-    train = f"train one with `icdctl train --model {found.model} --dataset {_shown_name(dataset)} --as-teacher`"
+    train = f"train one with {_how_to_train(found.model, dataset)}"
     if kinds[0] != kinds[1]:
         raise ArtifactError(
             f"teacher `{teacher}` was trained on `{found.dataset}`, but this run uses `{dataset.name}`",
@@ -112,6 +116,11 @@ def _shown_name(dataset: DatasetInfo) -> str:
     return f"{IMAGE_FOLDER}:DIR" if DatasetName.parse(dataset.name).is_image_folder else dataset.name
 
 
+def _how_to_train(model: str, dataset: DatasetInfo) -> str:
+    """The command that trains a teacher; the arguments of a model are quoted, since a file may have named it."""
+    return f"`icdctl train --model {shlex.quote(model)} --dataset {_shown_name(dataset)} --as-teacher`"
+
+
 def _by_model(model: str, dataset: DatasetInfo) -> TrainedModel:
     """The newest registered teacher with this architecture on the data set, or else the fetched one."""
     name = dataset.name
@@ -126,7 +135,7 @@ def _by_model(model: str, dataset: DatasetInfo) -> TrainedModel:
     raise ArtifactError(
         f"teacher `{model}` for `{name}` is not there: `{registry.default_folder()}` has no such artifact"
         + (", and the published teacher has not been fetched" if published is not None else ""),
-        hint=f"{fetching}train one with `icdctl train --model {model} --dataset {_shown_name(dataset)} --as-teacher`",
+        hint=f"{fetching}train one with {_how_to_train(model, dataset)}",
     )
 
 
