@@ -49,7 +49,7 @@ NOT_HERE = {
     "wkd_flow": "Sinkhorn distances need a cost matrix of teacher features: WKD is not a method of icdctl",
     "wkd_logit": "as wkd_flow",
     "wkd_sep": "as wkd_flow",
-    "dot": "an optimiser with two momenta: DOT is not in icdctl",
+    "dot": "an optimiser, checked in test_dot.py",
 }
 """Reference function -> why icdctl has none to compare with it."""
 ABLATION_RULE = "an ablation that icdctl does not offer (GDKD's other strategies and KLs, CAT's partial or binary maps)"

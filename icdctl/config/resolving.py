@@ -85,6 +85,8 @@ def make_config(
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         found.append(from_validation(error, options.origin))
+    else:
+        _attempt(found, _check_optimizer, config)
     _attempt(found, partial(_check_pretrained, student), options)
     first_weights = _attempt(found, _first_weights, options) if options.get("init_weights") is not None else {}
     if found:
@@ -94,6 +96,22 @@ def make_config(
     config = config if config.out else config.model_copy(update={"out": str(_default_folder(config))})
     _check_names(config, options.origin)
     return config
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    """Refuse `dot` where it can't separate two gradients, or without a stable momentum for each."""
+    if config.optimizer != "dot":
+        return
+    if not methods.get(config.method).needs_teacher:
+        raise UsageError(
+            f"optimizer `dot` separates distillation from the cross-entropy, and `{config.method}` has no distillation",
+            hint="choose `--optimizer sgd`",
+        )
+    if not config.dot_delta <= config.momentum < 1 - config.dot_delta:
+        raise UsageError(
+            f"momentum {config.momentum:g} less and plus dot_delta {config.dot_delta:g} must be from 0 to below 1",
+            hint="e.g. `--set momentum=0.9 --set dot_delta=0.075`",
+        )
 
 
 def _check_names(config: RunConfig, origin: Callable[[str], str]) -> None:

@@ -161,9 +161,25 @@ class RecipeSettings(_Frozen):
     epochs: Annotated[int, Field(ge=1, le=100_000), Setting("Number of passes over the training images.")]
     batch_size: Annotated[int, Field(ge=2, le=1_000_000), Setting("Number of images in a training step.")]
     lr: Annotated[float, Field(gt=0), Setting("Highest learning rate of the schedule.")]
-    optimizer: Annotated[Literal["sgd", "adamw"], Setting("Optimiser: `sgd` or `adamw`.")] = "sgd"
-    momentum: Annotated[float, Field(ge=0, lt=1), Setting("Momentum of SGD; AdamW does not read it.", Given.SET)] = 0.9
-    nesterov: Annotated[bool, Setting("Use Nesterov's momentum with SGD.", Given.SET)] = False
+    optimizer: Annotated[
+        Literal["sgd", "adamw", "dot"],
+        Setting("Optimiser: `sgd`, `adamw`, or `dot`, SGD whose distillation terms have a momentum of their own."),
+    ] = "sgd"
+    momentum: Annotated[
+        float, Field(ge=0, lt=1), Setting("Momentum of SGD and DOT; AdamW does not read it.", Given.SET)
+    ] = 0.9
+    dot_delta: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        Setting(
+            "With `optimizer=dot`: what the momentum of the cross-entropy lacks and that of the other terms has more.",
+            Given.SET,
+            identity=Identity.WHEN_CHANGED,
+        ),
+    ] = 0.075
+    nesterov: Annotated[
+        bool, Setting("Use Nesterov's momentum with SGD; the other optimisers do not read it.", Given.SET)
+    ] = False
     weight_decay: Annotated[
         float, Field(ge=0), Setting("Weight decay of every parameter, biases and batch norm included.", Given.SET)
     ] = 5e-4

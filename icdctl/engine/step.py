@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from icdctl import methods
 from icdctl.engine.compiled import Compiler
+from icdctl.engine.optimizers import DistillationOriented
 from icdctl.engine.teacher import Answer
 from icdctl.methods import Objective
 from icdctl.models import MODELS, Classifier
@@ -210,12 +211,19 @@ class TrainingStep:
     def backward(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Gradients of the sum of the terms, which is returned."""
         total = torch.stack(list(terms.values())).sum()
-        total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if isinstance(self.optimizer, DistillationOriented):
+            ce, *others = terms.values()
+            self.optimizer.backward(ce, torch.stack(others).sum())
+        else:
+            total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return total
 
     def update(self, total: Tensor) -> Tensor:
         """Clip the gradient and move the weights; the gradient's norm before clipping, a scalar."""
         gradient_norm: Tensor = nn.utils.clip_grad_norm_(self._parameters, self.rule.clip_norm)
+        if isinstance(self.optimizer, DistillationOriented):
+            # The factor by which torch has scaled the sum.
+            self.optimizer.scale_gradients(torch.clamp(self.rule.clip_norm / (gradient_norm + 1e-6), max=1.0))
         if self.rule.skip_nonfinite:
             self._guard(total, gradient_norm)
         self.optimizer.step()
