@@ -30,12 +30,13 @@ from icdctl.errors import ArtifactError, IcdctlError, UsageError
 
 SMALL: dict[str, Any] = {
     "dataset": "digits100",
-    "train_images": 200,
+    "train_images": 104,
     "test_images": 100,
+    "batch_size": 32,
     "epochs": 2,
     "device": "cpu",
 }
-"""Less than a second of training: 4 steps an epoch, the last of 8 images."""
+"""Less than half a second of training: 4 steps an epoch, the last of 8 images."""
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path: Path, optimizer:
     given = {**SMALL, "epochs": 3, "model": "res8", "optimizer": optimizer, "lr": 0.01}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     library.train(**given, out=str(whole))
-    for stop in (Stop(after_epoch=1), Stop(after_epoch=2, images_later=100)):
+    for stop in (Stop(after_epoch=1), Stop(after_epoch=2, images_later=50)):
         with pytest.raises(engine.Interrupted, match="is saved") as caught:
             library.train(**given, out=str(parts), resume=True, observer=stop)
         assert caught.value.exit_code == 130
@@ -250,7 +251,7 @@ def test_a_teacher_that_is_asked_ahead_or_once_for_every_view_says_the_same(
     teacher: Path, tmp_path: Path, method: str
 ) -> None:
     given = {**SMALL, "method": method, "teacher": str(teacher), "student": "res8", "crop_padding": 1, "flip": True}
-    given |= {"train_images": 1200}
+    given |= {"train_images": 600, "epochs": 1}
     rows = {}
     for mode in ("inline", "ahead", "cache"):
         out = tmp_path / mode

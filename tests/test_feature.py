@@ -132,7 +132,7 @@ def test_a_run_with_a_connector_resumes_to_the_same_bytes(
 ) -> None:
     given = fitnet(taught, epochs=3, **changes)
     library.distill(**given, out=str(tmp_path / "whole"))
-    for stop in (Stop(after_epoch=1), Stop(after_epoch=2, images_later=100)):
+    for stop in (Stop(after_epoch=1), Stop(after_epoch=2, images_later=50)):
         with pytest.raises(engine.Interrupted):
             library.distill(**given, out=str(tmp_path / "parts"), resume=True, observer=stop)
     library.distill(**given, out=str(tmp_path / "parts"), resume=True)

@@ -79,8 +79,8 @@ def test_a_failing_student_does_not_take_the_others_down(teacher: Path, tmp_path
 
 
 def test_students_that_differ_in_what_is_shared_are_refused(teacher: Path, tmp_path: Path) -> None:
-    one, other = planned(teacher, tmp_path / "a"), planned(teacher, tmp_path / "b", batch_size=32)
-    with pytest.raises(UsageError, match="`batch_size` 64 and 32"):
+    one, other = planned(teacher, tmp_path / "a"), planned(teacher, tmp_path / "b", batch_size=16)
+    with pytest.raises(UsageError, match="`batch_size` 32 and 16"):
         together([one, other], teacher)
     with pytest.raises(UsageError, match="two runs would write"):
         together([one, one], teacher)

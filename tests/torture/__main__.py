@@ -22,7 +22,7 @@ from typing import Any
 
 from . import children, figures, fuzz, kills, originals, places, serve
 
-_SHARES = {"kill": 0.12, "together": 0.08, "mutation": 0.8}
+_SHARES = {"kill": 0.1, "together": 0.05, "mutation": 0.85}
 """Share of the time that each part gets."""
 
 
