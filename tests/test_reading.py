@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 from pydantic import ValidationError
 
 import icdctl
 from icdctl import files, run_files
 from icdctl.errors import ArtifactError
-from icdctl.files import yaml_reading
+from icdctl.files import safetensors_header, yaml_reading
 from icdctl.registry.artifact import Manifest
 
 PACKAGE = Path(icdctl.__file__).parent
@@ -329,6 +331,20 @@ def test_no_other_module_reads_files_in_its_own_way() -> None:
         if (calls := _calls(path) & PARSING)
     }
     assert own.keys() == OWN_READERS.keys(), own
+
+
+def test_a_safetensors_file_that_is_not_sound_is_not_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.safetensors"
+    sound = safetensors.numpy.save({"a": np.zeros(3, dtype=np.float32)}, metadata={"b": "c"})
+    path.write_bytes(sound)
+    assert files.read_safetensors(path, most_bytes=1000) == sound
+    monkeypatch.setattr(safetensors_header, "read_regular", lambda *given, **more: pytest.fail("it is read"))
+    for content in (bytes(1000), sound[:-1], sound + b"x", sound[:20], b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"header"):
+            files.read_safetensors(path, most_bytes=1000)
 
 
 # --- values that are percentages -------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def load(wanted: Request, on_images: OnImages) -> Dataset:
 def _read_cache(path: Path, keys: Sequence[str]) -> tuple[tuple[Tensor, ...], str]:
     """The tensors of a cache file and the hash in its metadata; `((), "")` where it can't be read."""
     try:
-        content = files.read_regular(path, most_bytes=files.LARGEST_FOREIGN_BYTES)
+        content = files.read_safetensors(path, most_bytes=files.LARGEST_FOREIGN_BYTES)
         tensors = safetensors.torch.load(content)
         found = tuple(tensors[key] for key in keys), files.texts_in(content)["sha256"]
     except (OSError, safetensors.SafetensorError, KeyError, ValueError):

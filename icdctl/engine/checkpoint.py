@@ -260,7 +260,7 @@ def _loaded(path: Path, step: TrainingStep) -> Progress:
         ArtifactError: it is damaged.
     """
     try:
-        content = files.read_regular(path, most_bytes=_LARGEST_BYTES)
+        content = files.read_safetensors(path, most_bytes=_LARGEST_BYTES)
         tensors, said = load(content), files.texts_in(content)
         del content
         if _HASH in said and said[_HASH] != _hash_of(tensors, said):  # earlier versions wrote none
@@ -314,8 +314,8 @@ def read_state(folder: Path) -> tuple[Progress, RunConfig | None] | None:
 def read_student(folder: Path) -> dict[str, Tensor]:
     """The tensors of the student in a state; empty where they can't be read."""
     try:
-        return _below(_MODEL, load(files.read_regular(folder / STATE_FILE, most_bytes=_LARGEST_BYTES)))
-    except (OSError, SafetensorError):
+        return _below(_MODEL, load(files.read_safetensors(folder / STATE_FILE, most_bytes=_LARGEST_BYTES)))
+    except (OSError, SafetensorError, ValueError):
         return {}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from icdctl.files.reading import LARGEST_TEXT_BYTES, open_regular, parse_json
+from icdctl.files.reading import LARGEST_TEXT_BYTES, open_regular, parse_json, read_regular
 
 _PREFIX_BYTES = 8
 """The file begins with the length of its header."""
@@ -42,6 +42,17 @@ def read_texts(path: Path) -> dict[str, str]:
     if len(prefix) < _PREFIX_BYTES or actual != expected:
         raise ValueError(f"it has {actual:,} bytes, its header says {expected:,}")
     return _texts(header)
+
+
+def read_safetensors(path: Path, *, most_bytes: int) -> bytes:
+    """The content of a file, once its header agrees with its length: one that is not sound takes no memory.
+
+    Raises:
+        OSError: as for `read_texts`, or it is larger than `most_bytes`.
+        ValueError: as for `read_texts`.
+    """
+    read_texts(path)
+    return read_regular(path, most_bytes=most_bytes)
 
 
 def _header(content: bytes, length: int) -> dict[str, dict[str, list[int]]]:
