@@ -48,6 +48,16 @@ def icdctl(capsys: pytest.CaptureFixture[str]) -> CommandLine:
     return command
 
 
+LONGEST_FIRST = ("test_torture.py", "test_pipeline.py", "test_grid.py", "test_device_loop.py", "test_report.py")
+"""Files that take a minute or more: at the end, one process would wait for the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files; all others keep their order."""
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 def pytest_sessionstart() -> None:
     """Ctrl-C works in the processes that tests start, even where the tests themselves run in the background."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -22,7 +22,7 @@ from typing import Any
 
 from . import children, figures, fuzz, kills, originals, places, serve
 
-_SHARES = {"kill": 0.1, "together": 0.05, "mutation": 0.85}
+_SHARES = {"kill": 0.08, "together": 0.04, "mutation": 0.88}
 """Share of the time that each part gets."""
 
 
