@@ -163,7 +163,8 @@ class Running:
         """
         self._limits = limits
         self._reports = {name: place.root / f"{name}{number or ''}" for name in REPORTS}
-        self._reports["outside"].touch()
+        for path in self._reports.values():  # it may be killed before it makes them
+            path.touch()
         self._started = time.monotonic()
         self._base = _least_peak_bytes()
         sys.stdout.flush()
