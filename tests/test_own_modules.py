@@ -134,7 +134,7 @@ def test_without_the_module_the_message_says_what_is_missing(
     with pytest.raises(UsageError, match="`Own` is a module, expected what holds its weights"):
         library.export(Own())  # type: ignore[arg-type]  # the mistake that is told
     with pytest.raises(UsageError, match="the configuration is a Own"):
-        library.train(Own(), **SMALL)  # type: ignore[arg-type]  # likewise
+        library.train(Own(), **SMALL)  # type: ignore[arg-type]  # the same mistake
     code, _, err = icdctl("eval", out)
     assert (code, "holds weights of a custom module" in err, "model=MODULE" in err) == (2, True, True)
     code, told, _ = icdctl("validate", out)

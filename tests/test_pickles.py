@@ -158,7 +158,7 @@ HONEST: dict[str, Callable[[], Any]] = {
 def _optimiser() -> torch.optim.Optimizer:
     weights = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.Adam([weights])
-    weights.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    torch.autograd.backward(weights.sum())
     optimizer.step()
     return optimizer
 

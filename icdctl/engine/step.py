@@ -215,7 +215,7 @@ class TrainingStep:
             ce, *others = terms.values()
             self.optimizer.backward(ce, torch.stack(others).sum())
         else:
-            total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            torch.autograd.backward(total)
         return total
 
     def update(self, total: Tensor) -> Tensor:
