@@ -30,7 +30,7 @@ import icdctl as library
 from icdctl import files, models
 from icdctl.config.expand import expand
 from icdctl.errors import ArtifactError, UsageError
-from icdctl.models import backbones
+from icdctl.models import backbone_names, backbones, pretrained
 from icdctl.models.external import Adapted, check_patches
 from icdctl.registry import trained
 
@@ -60,6 +60,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def small(photos: str, **changes: Any) -> dict[str, Any]:
     return {"dataset": photos, "image_size": 64, "epochs": 1, "batch_size": 12, "device": "cpu", **changes}
+
+
+def flags(photos: str) -> list[str | Path]:
+    """The settings of `small` as words of a command line."""
+    return [part for key, value in small(photos).items() for part in (f"--{key.replace('_', '-')}", str(value))]
 
 
 @pytest.fixture(scope="module")
@@ -205,25 +210,14 @@ def test_a_student_of_another_library_is_built_again_by_its_name(
     teacher: Path, photos: str, tmp_path: Path, icdctl: CommandLine
 ) -> None:
     student, out = SMALL_TIMM, tmp_path / "run"
-    given: list[str | Path] = [
-        "--dataset",
-        photos,
-        "--image-size",
-        "64",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "12",
-        "--device",
-        "cpu",
-    ]
+    given = flags(photos)
     given += ["--teacher", teacher, "--student", student, "--set", "ema_decay=0.5"]
     code, _, err = icdctl("distill", "--method", "cd_sdd_dkd", *given, "--out", out)
     assert code == 0, err
     assert json.loads((out / "config.json").read_text())["student"] == student
     with safe_open(out / "student.safetensors", "pt") as stored:
         said = json.loads(stored.metadata()["icdctl"])
-    version = backbones.parse(student).version
+    version = backbone_names.parse(student).version
     assert (said["model"], said["library"]) == (student, {"timm": version})
     assert json.loads((out / "environment.json").read_text())["versions"]["timm"] == version
     assert icdctl("distill", "--method", "cd_sdd_dkd", *given, "--out", out, "--resume")[0] == 0
@@ -260,18 +254,7 @@ def test_a_transformer_learns_from_logits_and_is_refused_patches(teacher: Path, 
 def test_a_registered_teacher_is_found_by_the_name_of_its_model(
     photos: str, tmp_path: Path, icdctl: CommandLine
 ) -> None:
-    given: list[str | Path] = [
-        "--dataset",
-        photos,
-        "--image-size",
-        "64",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "12",
-        "--device",
-        "cpu",
-    ]
+    given = flags(photos)
     code, _, err = icdctl("train", "--model", SMALL_TIMM, *given, "--as-teacher", "--out", tmp_path / "t")
     assert code == 0, err
     code, shown, err = icdctl(
@@ -348,18 +331,7 @@ def test_a_callable_of_a_package_builds_a_model(
 ) -> None:
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "own_nets.py").write_text(OWN_CODE)
-    given: list[str | Path] = [
-        "--dataset",
-        photos,
-        "--image-size",
-        "64",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "12",
-        "--device",
-        "cpu",
-    ]
+    given = flags(photos)
     code, _, err = icdctl("train", "--model", "own_nets:Net", *given, "--out", tmp_path / "run")
     assert (code, "can't be imported" in err, "PYTHONPATH=FOLDER" in err) == (2, True, True)
     monkeypatch.syspath_prepend(tmp_path / "code")
@@ -468,18 +440,7 @@ def test_trained_weights_of_the_library_are_downloaded_once_and_pinned(
     origin: tuple[TinyNet, Path, list[str]], photos: str, tmp_path: Path, icdctl: CommandLine
 ) -> None:
     trained, cached, asked = origin
-    given: list[str | Path] = [
-        "--dataset",
-        photos,
-        "--image-size",
-        "64",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "12",
-        "--device",
-        "cpu",
-    ]
+    given = flags(photos)
     given += ["--model", "torchvision:tiny_net", "--pretrained", "--recipe", "finetune", "--lr", "1e-9"]
     code, shown, err = icdctl("train", *given, "--dry-run")
     assert (code, json.loads(shown)["pretrained_sha256"], asked) == (0, None, []), err
@@ -494,7 +455,7 @@ def test_trained_weights_of_the_library_are_downloaded_once_and_pinned(
     assert len(asked) == 1
     # With a head of one layer the names of the weights are others.
     linear = built('torchvision:tiny_net({"linear_head": true})')
-    assert backbones.load_pretrained(linear) == stated["pretrained_sha256"]
+    assert pretrained.load_pretrained(linear) == stated["pretrained_sha256"]
     assert torch.equal(linear.state_dict()["inner.inner.features.0.weight"], trained.state_dict()["features.0.weight"])
     # From the cache, and from a configuration that states the hash.
     assert icdctl("train", "--config", out / "config.json", "--out", tmp_path / "again")[0] == 0
@@ -557,7 +518,7 @@ def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str,
 
 def test_a_model_without_trained_weights_is_named() -> None:
     with pytest.raises(UsageError, match="timm has no trained weights for `mobilenetv2_035`"):
-        backbones.pretrained_sha256("timm:mobilenetv2_035")
+        pretrained.pretrained_sha256("timm:mobilenetv2_035")
 
 
 def test_the_list_of_models_says_how_to_name_those_of_other_libraries(icdctl: CommandLine) -> None:

@@ -15,8 +15,8 @@ from icdctl.errors import UsageError
 from icdctl.methods import METHODS, Objective, Settings, Supervision, check_settings
 from icdctl.methods.connectors import Boundaries
 from icdctl.methods.contrastive import ContrastiveObjective
-from icdctl.methods.feature import FeatureMethod, FeatureObjective, Pairs
 from icdctl.methods.feature_losses import flow_loss, negative_means
+from icdctl.methods.feature_method import FeatureMethod, FeatureObjective, Pairs
 from icdctl.methods.logit import dkd_loss
 from icdctl.methods.patch import scale_decoupled_loss
 
@@ -218,7 +218,7 @@ def crd_terms(case: dict[str, Any], inputs: Inputs) -> tuple[dict[str, Tensor], 
     banks.memory_v2.copy_(given["memory_v2"])
     candidates = given["contrastive_index"]
     assert torch.equal(candidates[:, 0], given["index"])
-    objective.negatives = Stored(candidates[:, 1:])  # type: ignore[assignment]
+    objective.negatives = Stored(candidates[:, 1:])  # type: ignore[assignment]  # in the place of the draw
     student = {**inputs.student, "image_numbers": given["index"]}
 
     first = objective(student, inputs.teacher, inputs.labels, 1)

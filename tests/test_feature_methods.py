@@ -21,7 +21,7 @@ from icdctl.methods import FEATURE_METHODS, METHODS, ModelProbe, Objective, Supe
 from icdctl.methods import feature_losses as losses
 from icdctl.methods.connectors import Factors, Predictions
 from icdctl.methods.contrastive import Banks, Negatives, contrastive_loss, hashed
-from icdctl.methods.feature import FeatureObjective
+from icdctl.methods.feature_method import FeatureObjective
 from icdctl.models import Classifier
 
 __all__ = ["by_position", "taught"]
@@ -76,7 +76,7 @@ def test_the_gradient_reaches_the_student_and_the_connectors(method: str) -> Non
     terms, objective, student = terms_of(method)
     assert tuple(terms) == objective.term_names
     assert all(term.shape == () and torch.isfinite(term) for term in terms.values())
-    torch.stack([term for name, term in terms.items() if name != "ce"]).sum().backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(torch.stack([term for name, term in terms.items() if name != "ce"]).sum())
     reached = [parameter.grad is not None for name, parameter in student.named_parameters() if "fc" not in name]
     assert any(reached)
     for name, parameter in objective.named_parameters():
@@ -118,7 +118,7 @@ def test_batches_of_one_or_two_images_of_two_classes_are_finite(method: str, cou
     if method == "reviewkd" and count == 1:
         pytest.skip("its batch norm of pooled features needs two images; the engine leaves a last batch of one out")
     terms, _, student = terms_of(method, count, num_classes=2)
-    torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(torch.stack(list(terms.values())).sum())
     assert all(torch.isfinite(term) for term in terms.values())
     assert all(parameter.grad is None or torch.isfinite(parameter.grad).all() for parameter in student.parameters())
 
@@ -137,7 +137,7 @@ def test_bfloat16_and_extreme_maps_give_finite_float32(method: str, scale: float
     }
     terms = objective(read, {name: scale * tensor for name, tensor in answer.items()}, torch.arange(4), 1)
     assert {term.dtype for term in terms.values()} == {torch.float32}
-    torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(torch.stack(list(terms.values())).sum())
     assert all(torch.isfinite(term) for term in terms.values())
     assert all(tensor.grad is None or torch.isfinite(tensor.grad).all() for tensor in read.values())
 
@@ -207,7 +207,7 @@ def test_singular_vectors_do_not_depend_on_signs_and_have_a_gradient_where_value
     turned = losses.singular_vectors_loss(maps[:2], [-maps[2], maps[3]], num_vectors=2)
     torch.testing.assert_close(value, turned)
     equal = torch.eye(4).expand(2, 3, 4, 4).clone().requires_grad_()
-    losses.singular_vectors_loss([equal, maps[1]], maps[2:], num_vectors=1).backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(losses.singular_vectors_loss([equal, maps[1]], maps[2:], num_vectors=1))
     assert equal.grad is not None
     assert torch.isfinite(equal.grad).all()
     leaf = maps[0].double().requires_grad_()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import icdctl as library
 from icdctl.errors import IcdctlError, UsageError
-from icdctl.models.external import Adapted, adapt, check_logits, check_module
+from icdctl.models.external import Adapted, adapt, check_module
+from icdctl.models.inspection import check_logits
 
 SMALL: dict[str, Any] = {"dataset": "digits100", "train_images": 128, "test_images": 100, "epochs": 1, "device": "cpu"}
 CLASSES = 100

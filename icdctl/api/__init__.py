@@ -26,7 +26,7 @@ from icdctl.config.expand import expand
 from icdctl.config.run_config import RunConfig
 from icdctl.data.folder_scan import LeftOut
 from icdctl.engine import run as engine
-from icdctl.engine.building import with_pretrained_hash
+from icdctl.engine.building import with_pretrained_hashes
 from icdctl.engine.device import resolve_device
 from icdctl.engine.observer import Observer, SilentObserver, decoding
 from icdctl.engine.run import Failure
@@ -188,9 +188,8 @@ def _run(
         observer.message(text)
     needs_patches = any(methods.get(job.config.method).needs_patches for job in jobs)
     asking = next((job for job in jobs if job.config.teacher is not None), jobs[0])
-    configs = [with_pretrained_hash(job.config) for job in jobs]
     return engine.run_together(
-        configs,
+        with_pretrained_hashes([job.config for job in jobs]),
         dataset,
         teacher=asking.teacher(dataset, needs_patches),
         teacher_origin=_origin_of(asking.teacher_target),

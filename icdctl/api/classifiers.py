@@ -19,7 +19,8 @@ from icdctl.config.sources import from_validation
 from icdctl.data import Dataset, DatasetInfo, DatasetName, Preprocessing, Request, SplitRecord
 from icdctl.errors import ArtifactError, UsageError, is_out_of_memory
 from icdctl.exporting import OnnxClassifier
-from icdctl.models.external import check_logits, check_weights
+from icdctl.models.external import check_weights
+from icdctl.models.inspection import check_logits
 from icdctl.registry import trained
 from icdctl.registry.trained import TrainedModel
 from icdctl.run_files import HASH_KEY

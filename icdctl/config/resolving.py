@@ -21,7 +21,7 @@ from icdctl.config.settings import CUSTOM_IMAGE_SIZE, DatasetSettings
 from icdctl.config.sources import Options, from_validation
 from icdctl.errors import ArtifactError, IcdctlError, UsageError, combine, unknown_name
 from icdctl.methods import SCALES
-from icdctl.models import backbones
+from icdctl.models import backbone_names
 from icdctl.models.external import CUSTOM_MODEL
 
 G = TypeVar("G")
@@ -156,7 +156,7 @@ def _check_pretrained(student: str, options: Options) -> None:
     """
     if options.get("pretrained") in (None, False):
         return
-    if not backbones.has_pretrained(student):
+    if not backbone_names.has_pretrained(student):
         raise UsageError(
             f"{options.origin('pretrained')} is given, and `{student}` is no model of torchvision or timm",
             hint="start from weights of your own with `--init-weights PATH`",

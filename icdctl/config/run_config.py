@@ -19,7 +19,8 @@ from pydantic import JsonValue
 from icdctl import data, files, methods
 from icdctl.config.declare import Identity
 from icdctl.config.lookup import SETTINGS, names_in_identity
-from icdctl.config.settings import DatasetSettings, Settings, seconds_of
+from icdctl.config.settings import DatasetSettings, Settings
+from icdctl.config.values import seconds_of
 from icdctl.data import Augmentation, Request
 from icdctl.errors import UsageError
 

@@ -10,58 +10,15 @@ documentation.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from icdctl.config.declare import Command, Given, Identity, Panel, Setting
+from icdctl.config.values import Epochs, Seed, TwoNumbers, interval, none_by_name
 
-_DURATION = re.compile(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,12}(?:\.[0-9]{1,20})?)s?)?")
-NONE = "none"
-"""The word that switches off a setting of the recipe."""
 CUSTOM_IMAGE_SIZE = 224
 """The default `image_size` for models that are not icdctl's: most are made for it, and some fail on small images."""
-
-
-def _listed(value: object) -> object:
-    """`0.35,1` or `[150, 180, 210]` as a list; anything else as it is."""
-    return value.strip("[]() ").split(",") if isinstance(value, str) else value
-
-
-def _paired(value: object) -> object:
-    """A list of exactly two values."""
-    listed = _listed(value)
-    if not isinstance(listed, list | tuple) or len(listed) != 2:
-        raise ValueError("expected two numbers, as in `0.35,1`")
-    return listed
-
-
-def _none_by_name(value: object) -> object:
-    """`none` as None, for a setting of the recipe that can be switched off."""
-    return None if value == NONE else value
-
-
-def seconds_of(text: str) -> float:
-    """`90m`, `2h`, `45s`, `1h30m` or a number of seconds, in seconds; 0 for anything else."""
-    match = re.fullmatch(_DURATION, text.strip())
-    if match is None:
-        return 0.0
-    hours, minutes, rest = (float(part or 0) for part in match.groups())
-    return hours * 3600 + minutes * 60 + rest
-
-
-def _interval(text: str) -> str:
-    """A time, or a number of steps."""
-    if not seconds_of(text):
-        raise ValueError("expected a time such as `30s` or `5m`, or a number of steps such as `500`")
-    return text
-
-
-Positive = Annotated[float, Field(gt=0)]
-TwoNumbers = Annotated[tuple[Positive, Positive], BeforeValidator(_paired)]
-Epochs = Annotated[tuple[int, ...], BeforeValidator(_listed)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _Frozen(BaseModel):
@@ -213,7 +170,7 @@ class RecipeSettings(_Frozen):
     flip: Annotated[bool, Setting("Mirror half of the training images, drawn at random.", Given.SET)] = False
     crop_scale: Annotated[
         TwoNumbers | None,
-        BeforeValidator(_none_by_name),
+        BeforeValidator(none_by_name),
         Setting(
             "Least and greatest share of an image's area that is cut out at random and resized; `none` cuts nothing.",
             Given.SET,
@@ -441,7 +398,7 @@ class ExecutionSettings(_Frozen):
     checkpoint_every: Annotated[
         str,
         BeforeValidator(str),
-        AfterValidator(_interval),
+        AfterValidator(interval),
         Setting(
             "Save the state after so much time (`30s`, `5m`) or so many steps (`500`), and after each epoch.",
             identity=Identity.NEVER,

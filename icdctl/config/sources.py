@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from icdctl import files
 from icdctl.config.declare import Identity
 from icdctl.config.lookup import OPTIONS, SETTINGS, Declared, names_in_identity
-from icdctl.config.settings import NONE
+from icdctl.config.values import NONE
 from icdctl.errors import IcdctlError, UsageError, combine, unknown_name
 from icdctl.files import yaml_reading
 

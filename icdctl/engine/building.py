@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from icdctl.config.run_config import RunConfig
 from icdctl.engine.shared_data import SharedData, balanced_class_weights
 from icdctl.errors import ArtifactError, UsageError
 from icdctl.methods import ModelProbe, Objective, Supervision
-from icdctl.models import Classifier, Weights, backbones
+from icdctl.models import Classifier, Weights, pretrained
 from icdctl.models.external import Adapted, check_patches, without_adapter
 
 _OBJECTIVE_SEED = 2**31
@@ -28,7 +29,7 @@ def new_student(config: RunConfig, shared: SharedData) -> Classifier:
     if methods.get(config.method).needs_patches:
         check_patches(student)
     if config.pretrained and isinstance(student, Adapted):
-        _check_pretrained(config, backbones.load_pretrained(student))
+        _check_pretrained(config, pretrained.load_pretrained(student))
     if min(size) < student.smallest_image:
         raise UsageError(
             f"images of {size[0]} x {size[1]} are too small for `{config.student}`, which needs "
@@ -38,17 +39,21 @@ def new_student(config: RunConfig, shared: SharedData) -> Classifier:
     return student
 
 
-def with_pretrained_hash(config: RunConfig) -> RunConfig:
-    """The configuration with the hash of its library's trained weights, which are downloaded; others unchanged.
+def with_pretrained_hashes(configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """The configurations, with the hash of the library's trained weights where they want those, which are downloaded.
 
     Raises:
-        UsageError, ArtifactError: there are no such weights, or not those that the configuration states.
+        UsageError, ArtifactError: there are no such weights, or not those that a configuration states.
     """
-    if not config.pretrained:
-        return config
-    found = backbones.pretrained_sha256(config.student)
-    _check_pretrained(config, found)
-    return config.model_copy(update={"pretrained_sha256": found})
+    students = dict.fromkeys(config.student for config in configs if config.pretrained)
+    hashes = {name: pretrained.pretrained_sha256(name) for name in students}
+    found = []
+    for config in configs:
+        if config.pretrained:
+            _check_pretrained(config, hashes[config.student])
+            config = config.model_copy(update={"pretrained_sha256": hashes[config.student]})
+        found.append(config)
+    return found
 
 
 def _check_pretrained(config: RunConfig, found: str) -> None:

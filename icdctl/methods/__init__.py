@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from icdctl.errors import UsageError
 from icdctl.methods.algebra import MODIFIERS, builds_on, get, resolve
-from icdctl.methods.audit import DIFFERENCES, PUBLISHED_AT, Difference, differences_of
+from icdctl.methods.audit import DIFFERENCES, Difference, differences_of
 from icdctl.methods.feature import FEATURE_METHODS
 from icdctl.methods.logit_methods import LOGIT_METHODS, PATCHES, LogitMethod
 from icdctl.methods.method import Method, Objective, Supervision
 from icdctl.methods.method_settings import DECLARED, VARIANT, VARIANTS, MethodSetting, Settings, check_values
+from icdctl.methods.papers import PUBLISHED_AT
 from icdctl.methods.patch import (
     LARGEST_SCALE,
     SCALES,

@@ -1,6 +1,6 @@
 """Models: one class per architecture, one row per name in `MODELS`, and `Outputs`, which every model returns.
 
-A name such as `torchvision:NAME` is that of another library's model, see `icdctl.models.backbones`.
+A name such as `torchvision:NAME` is that of another library's model, see `icdctl.models.backbone_names`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from functools import partial
 from typing import Protocol
 
 from icdctl.errors import ArtifactError, UsageError, unknown_name
-from icdctl.models import backbones
-from icdctl.models.backbones import is_backbone, short_label
+from icdctl.models import backbone_names, backbones
+from icdctl.models.backbone_names import is_backbone, short_label
 from icdctl.models.fold import fold_batch_norms
 from icdctl.models.mobilenetv2 import MobileNetV2
 from icdctl.models.outputs import Classifier, Outputs
@@ -119,7 +119,7 @@ def resolve(name: str) -> str:
         UsageError: no model has this name.
     """
     if is_backbone(name):
-        return str(backbones.parse(name))
+        return str(backbone_names.parse(name))
     folded = name.lower().removesuffix("_sdd")
     for canonical, model in MODELS.items():
         if folded == canonical or folded in (alias.lower() for alias in model.aliases):
@@ -134,12 +134,12 @@ def check_available(name: str) -> None:
         UsageError: it can't.
     """
     if is_backbone(name):
-        backbones.check_available(backbones.parse(name))
+        backbones.check_available(backbone_names.parse(name))
 
 
 def library_of(name: str) -> dict[str, str | None]:
     """The package that builds another library's model, and its installed version; None where it has none."""
-    backbone = backbones.parse(name)
+    backbone = backbone_names.parse(name)
     return {backbone.package: backbone.version}
 
 
@@ -151,7 +151,7 @@ def other_version(name: str, before: Mapping[str, object], what: str) -> Artifac
         before: the version of its package when the weights were trained.
         what: what does not fit, and where.
     """
-    backbone = backbones.parse(name)
+    backbone = backbone_names.parse(name)
     then = before.get(backbone.package)
     stated = f"{backbone.package} {then or 'of a version that is not known'}"
     return ArtifactError(

@@ -1,4 +1,4 @@
-"""Backbones of other libraries by name: `torchvision:NAME`, `timm:NAME` and `package.module:callable`.
+"""Models of other libraries, built by their names, see `icdctl.models.backbone_names`.
 
 The name is all that is stored of such a model: in config.json, weights, ONNX files and registries. A library is
 imported when one of its models is looked up or built, never to read a name. The callable of a package is any code: it
@@ -9,60 +9,26 @@ file from elsewhere may name any function.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
 import importlib.util
 import inspect
-import json
 import os
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from importlib import metadata
-from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.parse import urlsplit
 
 import torch
-from pydantic import JsonValue
 from torch import Tensor, nn
 
-from icdctl import files
-from icdctl.errors import ArtifactError, IcdctlError, UsageError, is_out_of_memory
-from icdctl.models.external import LINEAR_HEAD, Adapted, check_module
-from icdctl.models.weights import hash_weights, read_weights
+from icdctl.errors import IcdctlError, UsageError, is_out_of_memory
+from icdctl.models.backbone_names import Backbone, is_backbone, parse
+from icdctl.models.external import Adapted, check_module
+from icdctl.models.inspection import LINEAR_HEAD
 
 MODULES_VARIABLE = "ICDCTL_MODULES"
 """The variable with the packages, with commas between them, whose callables a stored name may call."""
 
-_NAME = re.compile(
-    r"(?P<source>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<model>[A-Za-z_][\w.]*)(?:\((?P<arguments>.*)\))?",
-    re.ASCII | re.DOTALL,
-)
-_OTHER_PREFIXES = ("registry", "imagefolder")
-_FILE_ENDINGS = ("pth", "pt", "safetensors", "ckpt", "bin", "tar")
-"""Ends of `FILE:KEY`, which looks like a callable."""
-_RESERVED = {
-    "torchvision": ("weights", "weights_backbone", "pretrained", "progress", "num_classes"),
-    "timm": (
-        "pretrained",
-        "pretrained_cfg",
-        "pretrained_cfg_overlay",
-        "checkpoint_path",
-        "cache_dir",
-        "features_only",
-        "num_classes",
-    ),
-}
-"""Arguments that icdctl gives itself, or that would read other files."""
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
-_LONGEST_LABEL = 48
 _NO_LINEAR_HEAD = f"leave out `{LINEAR_HEAD}`: a method without patches (`kd`, `dkd` or `nkd`) needs no such head"
-_CACHE_HINT = (
-    "the library's own cache is looked at first: fetch them on a machine with a network, and copy that cache "
-    "(`TORCH_HOME`, `HF_HOME`)"
-)
 
 _typed: set[str] = set()
 """Packages whose callables the user named in this process."""
@@ -72,96 +38,10 @@ class UnavailableError(UsageError):
     """What builds the model is not installed here, or not allowed to run."""
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """The name of a model of another library, taken apart."""
-
-    source: str
-    """`torchvision`, `timm` or the module of a callable."""
-    model: str
-    """The library's name of the model, or the callable's."""
-    arguments: Mapping[str, JsonValue] = field(default_factory=dict)
-    """Keyword arguments for the library's builder, and `linear_head`."""
-
-    def __str__(self) -> str:
-        """The only spelling that is stored: arguments in alphabetical order."""
-        given = f"({json.dumps(self.arguments, sort_keys=True)})" if self.arguments else ""
-        return f"{self.source}:{self.model}{given}"
-
-    @property
-    def is_callable(self) -> bool:
-        """Whether it is code of the user's, not a model of a known library."""
-        return self.source not in _RESERVED
-
-    @property
-    def package(self) -> str:
-        """The top-level package that is imported."""
-        return self.source.partition(".")[0]
-
-    @property
-    def version(self) -> str | None:
-        """The installed version of that package; None where it has none."""
-        try:
-            names = [self.package] if not self.is_callable else metadata.packages_distributions()[self.package]
-            return metadata.version(names[0])
-        except (metadata.PackageNotFoundError, KeyError):
-            return None
-
-
-def is_backbone(name: str) -> bool:
-    """Whether a name has the form of a model of another library, or of a callable."""
-    match = _NAME.fullmatch(name.strip())
-    if match is None or match["source"] in _OTHER_PREFIXES:
-        return False
-    return match["source"].rpartition(".")[2] not in _FILE_ENDINGS
-
-
-def parse(name: str) -> Backbone:
-    """The parts of a name for which `is_backbone` holds; no library is imported.
-
-    Raises:
-        UsageError: its arguments are no JSON object, or one of them is not the user's to give.
-    """
-    match = _NAME.fullmatch(name.strip())
-    assert match is not None
-    source, model = match["source"], match["model"]
-    arguments: object = {}
-    if (match["arguments"] or "").strip():
-        try:
-            arguments = files.parse_json(match["arguments"])
-        except ValueError as error:
-            raise UsageError(
-                f"the arguments of `{source}:{model}` are not JSON: {error}", hint=_arguments_hint()
-            ) from error
-    if not isinstance(arguments, dict):
-        raise UsageError(f"the arguments of `{source}:{model}` are not a JSON object", hint=_arguments_hint())
-    taken = [key for key in arguments if key in _RESERVED.get(source, ())]
-    if taken:
-        raise UsageError(
-            f"`{taken[0]}` is not an argument that `{source}:{model}` takes here",
-            hint="the data set gives the classes, `--pretrained` and `--init-weights` give the first weights",
-        )
-    return Backbone(source, model, arguments)
-
-
-def _arguments_hint() -> str:
-    return "keyword arguments stand in parentheses, in quotes of the shell: `'timm:resnet18({\"drop_rate\": 0.1})'`"
-
-
 def allow_typed(name: object) -> None:
     """Allow the callables of a package, one of which a user typed, to be called by this process."""
     if isinstance(name, str) and is_backbone(name):
         _typed.add(parse(name).package)
-
-
-def short_label(name: str) -> str:
-    """A name in the characters of file names: `timm:resnet18({"drop_rate": 0.1})` is `timm_resnet18_drop_rate_0.1`."""
-    if not is_backbone(name):
-        return name
-    label = re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_")
-    if len(label) <= _LONGEST_LABEL:
-        return label
-    return f"{label[:_LONGEST_LABEL]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def check_available(backbone: Backbone) -> None:
@@ -173,7 +53,7 @@ def check_available(backbone: Backbone) -> None:
     if backbone.is_callable:
         _callable(backbone)
     elif backbone.source == "timm":
-        timm = _timm()
+        timm = timm_package()
         tagged = timm.list_models(pretrained=True)
         if not timm.is_model(backbone.model) or ("." in backbone.model and backbone.model not in tagged):
             raise _unknown(backbone, [*timm.list_models(), *tagged])
@@ -205,47 +85,6 @@ def build(name: str, num_classes: int, *, image_size: tuple[int, int]) -> Adapte
     if model.head.out_features != num_classes:
         model.replace_head(num_classes)
     return model
-
-
-def load_pretrained(model: Adapted) -> str:
-    """Give a model of torchvision or timm the library's own trained weights, all but a head for other classes.
-
-    The library downloads them into its own cache, and takes them from there the next time.
-
-    Returns:
-        sha256 of the loaded weights, hex, as of a weights file.
-
-    Raises:
-        UsageError: the library has no weights for it, or they do not fit its arguments.
-        ArtifactError: they can't be downloaded, or the file in the cache is broken.
-    """
-    backbone = parse(model.name)
-    trained = _pretrained_state(backbone)
-    prefix = "inner." if isinstance(model.inner, WithLinearHead) else ""
-    own = model.inner.state_dict()
-    taken: dict[str, Tensor] = {}
-    for key, tensor in own.items():
-        found = trained.get(key.removeprefix(prefix)) if key.startswith(prefix) else None
-        if found is not None and found.shape == tensor.shape:
-            taken[key] = found
-        elif key.rpartition(".")[0] != model.head_name:
-            raise UsageError(
-                f"the weights that {backbone.source} has for `{backbone.model}` do not fit `{backbone}`: `{key}` "
-                "differs",
-                hint="leave out the arguments that change its layers, or `--pretrained`",
-            )
-    model.inner.load_state_dict({**own, **taken})
-    return hash_weights(trained)
-
-
-def pretrained_sha256(name: str) -> str:
-    """The hash that `load_pretrained` returns for a model; errors as there."""
-    return hash_weights(_pretrained_state(parse(name)))
-
-
-def has_pretrained(name: str) -> bool:
-    """Whether `--pretrained` can be asked for: the weights of a callable are its own matter."""
-    return is_backbone(name) and not parse(name).is_callable
 
 
 class WithLinearHead(nn.Module):
@@ -321,7 +160,7 @@ def _made(backbone: Backbone, num_classes: int) -> nn.Module:
             arguments = {"num_classes": num_classes, **arguments}
     elif backbone.source == "timm":
         arguments |= {"model_name": backbone.model, "num_classes": num_classes}
-        build = _timm().create_model
+        build = timm_package().create_model
     else:
         from torchvision import models as zoo
 
@@ -357,94 +196,6 @@ def _built(backbone: Backbone, build: Callable[..., object], arguments: Mapping[
         ) from error
 
 
-def _pretrained_state(backbone: Backbone) -> dict[str, Tensor]:
-    """The trained weights of a library's model, with the library's own head."""
-    check_available(backbone)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            module = _trained_timm(backbone) if backbone.source == "timm" else _trained_torchvision(backbone)
-    except (URLError, OSError) as error:
-        raise ArtifactError(
-            f"the weights of `{backbone}` can't be downloaded by {backbone.source}: {error}", hint=_CACHE_HINT
-        ) from error
-    return module.state_dict()
-
-
-def _trained_timm(backbone: Backbone) -> nn.Module:
-    timm = _timm()
-    config = timm.get_pretrained_cfg(backbone.model)
-    if config is None or not config.has_weights:
-        tags = [name for name in timm.list_models(f"{backbone.model.partition('.')[0]}.*", pretrained=True)]
-        raise _without_weights(backbone, tags)
-    arguments = {key: value for key, value in backbone.arguments.items() if key != LINEAR_HEAD}
-    try:
-        module = timm.create_model(backbone.model, pretrained=True, **arguments)
-    except RuntimeError as error:
-        raise _broken_weights(backbone, error) from error
-    assert isinstance(module, nn.Module)
-    return module
-
-
-def _trained_torchvision(backbone: Backbone) -> nn.Module:
-    from torchvision import models as zoo
-
-    known = zoo.get_model_weights(backbone.model)
-    if not list(known):
-        raise _without_weights(backbone, [])
-    arguments = {key: value for key, value in backbone.arguments.items() if key != LINEAR_HEAD}
-    weights = known["DEFAULT"]
-    _fetch(weights.url)
-    try:
-        module = zoo.get_model(backbone.model, weights=weights, progress=False, **arguments)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise _broken_weights(backbone, error) from error
-    assert isinstance(module, nn.Module)
-    return module
-
-
-def _fetch(url: str) -> None:
-    """Bring a file into torch's cache as torch does, and check that it is whole and holds tensors alone.
-
-    torch puts the start of the hash into the file's name, compares it after a download and never again, and loads the
-    file as a pickle, which may run code.
-
-    Raises:
-        OSError: it can't be downloaded.
-        ArtifactError: it is broken, or holds more than tensors.
-    """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
-    stated = re.search(r"-([a-f0-9]{8,64})\.[^.]+$", path.name)
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), stated[1] if stated else None, progress=False)
-        except RuntimeError as error:
-            raise ArtifactError(
-                f"`{url}` gives another file than its name states: {error}", hint="try again; the file was not kept"
-            ) from error
-    found = files.sha256_file(path)
-    if stated is not None and not found.startswith(stated[1]):
-        raise ArtifactError(
-            f"`{path}` has sha256 {found[:12]}..., its name states {stated[1]}: it is broken or cut short",
-            hint=f"delete `{path}`; the next run downloads it again",
-        )
-    read_weights(path)
-
-
-def _broken_weights(backbone: Backbone, error: Exception) -> ArtifactError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return ArtifactError(
-        f"the weights that {backbone.source} has for `{backbone}` can't be loaded: {reason}",
-        hint="a broken download: delete its file in the library's cache. Otherwise leave out the arguments that change "
-        "the model's layers",
-    )
-
-
-def _without_weights(backbone: Backbone, tags: list[str]) -> UsageError:
-    hint = f"name the weights too, e.g. `timm:{tags[0]}`" if tags else "leave out `--pretrained`"
-    return UsageError(f"{backbone.source} has no trained weights for `{backbone.model}`", hint=hint)
-
-
 def _unknown(backbone: Backbone, names: list[str]) -> UsageError:
     near = difflib.get_close_matches(backbone.model, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(f'`{backbone.source}:{name}`' for name in near)}?" if near else ""
@@ -463,7 +214,7 @@ def _torchvision_names() -> list[str]:
     return names
 
 
-def _timm() -> Any:
+def timm_package() -> Any:
     """The package timm, an optional one.
 
     Raises:

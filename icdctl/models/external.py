@@ -5,33 +5,21 @@ Shapes: B images, K classes, C channels, H rows, W columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from icdctl.errors import IcdctlError, UsageError, is_out_of_memory
+from icdctl.models.inspection import MUST_MAP, inspect_module, linear_head_hint, probed
 from icdctl.models.outputs import Classifier, Features, Outputs
 from icdctl.models.weights import check_state
 
 CUSTOM_MODEL = "custom"
 """The name, in configurations and weight files, of a custom module that the user passed as an nn.Module."""
-
-LINEAR_HEAD = "linear_head"
-"""The argument that puts one linear layer in the place of all that another library has behind the global average."""
-
-_PROBE_IMAGES = 2
-_LOOKED_INTO = 2.5
-"""Factor by which a module may shrink its map and still count as one stage, or as a part of one."""
-_ONE_STAGE = 1.5
-"""Factor between the sizes of two stages, at least."""
-_TOLERANCE = 1e-4
-_MUST_MAP = "a model must map [B, 3, H, W] to logits [B, K]"
 _END_SO = "end the module with a global average and an `nn.Linear`, and nothing after it"
-_LINEAR_LAST = f"{_MUST_MAP}, with an `nn.Linear` last; `sdd_` and `cd_` methods need a global average before it"
 
 
 class Adapted(Classifier):
@@ -40,7 +28,7 @@ class Adapted(Classifier):
 
     Its head is the last linear layer that runs. Its feature map is the last four-dimensional tensor whose average over
     the image is the head's input. Losses on patches need such a map: only then are the logits of a region the head
-    applied to the region's mean. Its stages are found by their size, see `_stages_of`.
+    applied to the region's mean. Its stages are found by their size, see `icdctl.models.inspection`.
     """
 
     def __init__(self, inner: nn.Module, *, image_size: tuple[int, int], name: str = "", hint: str = "") -> None:
@@ -57,7 +45,7 @@ class Adapted(Classifier):
         super().__init__()
         self.inner = inner
         self.name = name or type(inner).__name__
-        found = _inspect(inner, image_size, self.name, hint or _MUST_MAP)
+        found = inspect_module(inner, image_size, self.name, hint or MUST_MAP)
         self.head_name = found.head
         """The name of its head among its modules."""
         self._map_name, self._stage_names = found.feature_map, found.stages
@@ -193,33 +181,6 @@ def check_weights(module: nn.Module) -> None:
             )
 
 
-def check_logits(name: str, logits: object) -> Tensor:
-    """The output of a model, where it is logits.
-
-    Args:
-        name: the model, for messages.
-        logits: what it gave for a batch.
-
-    Raises:
-        UsageError: it is no tensor, not [B, K], or it holds probabilities.
-    """
-    if not isinstance(logits, Tensor):
-        raise UsageError(
-            f"`{name}` gives a {type(logits).__name__}, expected a tensor of logits [B, K]",
-            hint="pass a module whose `forward` returns the logits alone, e.g. one that calls it and takes `[0]`",
-        )
-    if logits.dim() != 2 or not logits.is_floating_point():
-        kind = str(logits.dtype).removeprefix("torch.")
-        raise UsageError(f"`{name}` gives {kind} {list(logits.shape)}, expected logits [B, K]", hint=_MUST_MAP)
-    sums = logits.double().sum(dim=1)
-    if logits.shape[0] and logits.min() >= 0 and bool(((sums - 1).abs() <= _TOLERANCE).all()):
-        raise UsageError(
-            f"`{name}` gives probabilities, each row of which sums to 1, expected logits",
-            hint="leave out its softmax: losses and metrics compute it themselves",
-        )
-    return logits
-
-
 @contextmanager
 def module_errors_reported() -> Iterator[None]:
     """Raise a UsageError in place of what a custom module's own code raises, which stays its cause."""
@@ -231,7 +192,7 @@ def module_errors_reported() -> Iterator[None]:
             raise
         raise UsageError(
             f"`{name}` fails: {type(error).__name__}: {error}",
-            hint=f"{_MUST_MAP}, in training mode too; the exception's cause shows where it fails",
+            hint=f"{MUST_MAP}, in training mode too; the exception's cause shows where it fails",
         ) from error
 
 
@@ -290,18 +251,11 @@ def check_patches(model: Classifier) -> None:
             f"the last feature map of `{model.name}` is a single pixel for these images: it has no regions",
             hint="larger images: `--image-size 64` or more; or a method without patches: `kd`, `dkd` or `nkd`",
         )
-    linear = _linear_head_hint(model.name) if model.num_stages > 1 else ""
+    linear = linear_head_hint(model.name) if model.num_stages > 1 else ""
     raise UsageError(
         f"`{model.name}` has no feature map whose average its head reads, so there are no logits of single regions",
         hint=f"use a method without patches: `kd`, `dkd` or `nkd`; or {linear or _END_SO}",
     )
-
-
-def _linear_head_hint(name: str) -> str:
-    """How to get one linear layer behind a global average; empty for a module that is not built by its name."""
-    if ":" not in name or LINEAR_HEAD in name:
-        return ""
-    return f'build it with the argument `{{"{LINEAR_HEAD}": true}}`: one linear layer behind a global average'
 
 
 def _check_trainable(module: nn.Module, image_size: tuple[int, int]) -> None:
@@ -312,148 +266,9 @@ def _check_trainable(module: nn.Module, image_size: tuple[int, int]) -> None:
             hint="`module.requires_grad_(True)` first, or pass it as the teacher",
         )
     with torch.enable_grad():
-        logits = _probed(module, image_size)
+        logits = probed(module, image_size)
     if isinstance(logits, Tensor) and not logits.requires_grad:
         raise UsageError(
             f"nothing of `{name}` can be trained: no gradient reaches its parameters",
             hint="leave out `detach`, `torch.no_grad` and the like in its `forward`",
         )
-
-
-def _probed(module: nn.Module, image_size: tuple[int, int], name: str = "", hint: str = _MUST_MAP) -> object:
-    """What a module gives for two images in eval mode.
-
-    Raises:
-        UsageError: it fails.
-    """
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn((_PROBE_IMAGES, 3, *image_size), generator=generator)
-    was_training = module.training
-    try:
-        output: object = module.eval()(images.to(next(module.parameters(), images)))
-        return output
-    except Exception as error:  # a custom module can raise any exception
-        if is_out_of_memory(error):
-            raise
-        size = f"{image_size[0]} x {image_size[1]}"
-        raise UsageError(f"`{name or type(module).__name__}` fails on images of {size}: {error}", hint=hint) from error
-    finally:
-        module.train(was_training)
-
-
-@dataclass(frozen=True)
-class _Map:
-    """A map that a module gives in one pass."""
-
-    tensor: Tensor
-    input_height: int | None
-    """Height of the map that it reads; None where it reads no map."""
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What one pass through a module shows."""
-
-    head: str
-    feature_map: str | None
-    stages: tuple[str, ...]
-    num_classes: int
-    has_small_map: bool
-
-
-def _inspect(inner: nn.Module, image_size: tuple[int, int], label: str, hint: str) -> _Found:
-    """The names of head, feature map and stages, and K, from one pass in eval mode; arguments as for `Adapted`."""
-    linear: list[tuple[str, Tensor, Tensor]] = []
-    maps: dict[str, _Map] = {}
-    """By the name of the module, in the order in which they end."""
-    repeated: set[str] = set()
-    handles = []
-
-    def watch(name: str, module: nn.Module) -> None:
-        def see(layer: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
-            if isinstance(layer, nn.Linear) and isinstance(output, Tensor) and output.dim() == 2:
-                linear.append((name, inputs[0], output))
-            elif isinstance(output, Tensor) and output.dim() == 4 and not linear:
-                if maps.pop(name, None) is not None:
-                    repeated.add(name)
-                given = inputs[0] if inputs else None
-                height = given.shape[2] if isinstance(given, Tensor) and given.dim() == 4 else None
-                maps[name] = _Map(output, height)
-
-        handles.append(module.register_forward_hook(see))
-
-    for name, module in inner.named_modules():
-        if name:
-            watch(name, module)
-    try:
-        with torch.no_grad():
-            output = _probed(inner, image_size, label, hint)
-    finally:
-        for handle in handles:
-            handle.remove()
-    logits = check_logits(label, output)
-    if not linear:
-        raise UsageError(f"no `nn.Linear` of `{label}` gives its logits", hint=_linear_head_hint(label) or _LINEAR_LAST)
-    head_name, pooled, last = linear[-1]
-    # What follows the head, such as a sigmoid, would be missing in the logits of single regions.
-    is_last = last.shape == logits.shape and torch.allclose(last, logits, rtol=_TOLERANCE, atol=_TOLERANCE)
-    averaged = [name for name, each in maps.items() if is_last and _averages_to(each.tensor, pooled)]
-    with_regions = [name for name in averaged if maps[name].tensor.shape[2:].numel() > 1]
-    once = {name: each for name, each in maps.items() if name not in repeated}
-    return _Found(
-        head_name,
-        with_regions[-1] if with_regions else None,
-        _stages_of(once, image_size),
-        logits.shape[1],
-        has_small_map=bool(averaged) and not with_regions,
-    )
-
-
-def _averages_to(candidate: Tensor, pooled: Tensor) -> bool:
-    """Whether the average of a map over the image is the head's input."""
-    if candidate.shape[:2] != pooled.shape:
-        return False
-    return torch.allclose(candidate.mean(dim=(2, 3)), pooled, rtol=_TOLERANCE, atol=_TOLERANCE)
-
-
-def _stages_of(maps: Mapping[str, _Map], image_size: tuple[int, int]) -> tuple[str, ...]:
-    """The modules whose outputs are the stages: the last output of each size, the sizes falling.
-
-    A module that shrinks its map to less than half is looked into, any other one counts as a whole: inside of it,
-    the first convolution of a block may still run at the size of the stage before. Sizes less than a third apart are
-    one stage, as convolutions without padding make them. A single pixel is no stage, because squeezed channels and
-    global averages look like it.
-
-    Args:
-        maps: the maps of modules that run once in a pass, in the order in which they end.
-        image_size: height and width; a map of another shape is none of the image, such as one with channels last.
-    """
-    height, width = image_size
-    rounding = 0 if height == width else max(height, width)
-    shaped = {
-        name: each
-        for name, each in maps.items()
-        if len(each.tensor) == _PROBE_IMAGES
-        and abs(each.tensor.shape[2] * width - each.tensor.shape[3] * height) <= rounding
-    }
-    units: set[str] = set()
-    for name in sorted(shaped, key=lambda name: name.count(".")):
-        parts = name.split(".")
-        if any(".".join(parts[:depth]) in units for depth in range(1, len(parts))):
-            continue
-        given, own = shaped[name].input_height, shaped[name].tensor.shape[2]
-        shrinks = given is None or given > _LOOKED_INTO * own
-        if not shrinks or not any(other.startswith(f"{name}.") for other in shaped):
-            units.add(name)
-    stages: list[str] = []
-    side = height * _ONE_STAGE + 1
-    for name, each in shaped.items():
-        own = each.tensor.shape[2]
-        if name not in units or own == 1:
-            continue
-        if own * _ONE_STAGE <= side:
-            stages.append(name)
-            side = own
-        elif own <= side:
-            stages[-1], side = name, own
-    return tuple(stages)

@@ -15,8 +15,9 @@ from icdctl.config import recipes, resolving
 from icdctl.config.lookup import OPTIONS
 from icdctl.config.recipes import RECIPES, Recipe
 from icdctl.config.run_config import RunConfig
-from icdctl.config.settings import NONE, RecipeSettings
+from icdctl.config.settings import RecipeSettings
 from icdctl.config.sources import Options
+from icdctl.config.values import NONE
 from icdctl.data import IMAGE_FOLDER
 from icdctl.errors import UsageError, unknown_name
 from icdctl.methods import METHODS
