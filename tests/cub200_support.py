@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from fetch_support import CUB_TEST, CUB_TRAIN, Origin, cub_archive, cub_members, cub_release_of, running_origin
+from fetch_support import (
+    CUB_TEST,
+    CUB_TRAIN,
+    Origin,
+    close_network,
+    cub_archive,
+    cub_members,
+    cub_release_of,
+    running_origin,
+)
 
 from icdctl import data, files
 from icdctl.data import cub200, release
@@ -46,9 +55,7 @@ def swap_release(monkeypatch: pytest.MonkeyPatch, described: Release) -> None:
 @pytest.fixture(autouse=True)
 def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The stand-in, a state folder of the test's own; and whatever asks for another machine gets no answer."""
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    close_network(monkeypatch)
     monkeypatch.setenv("ICDCTL_HOME", str(tmp_path / "state"))
     swap_release(monkeypatch, RELEASE)
     return tmp_path / "state"

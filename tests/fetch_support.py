@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from icdctl.data import cub200
@@ -136,6 +137,13 @@ def _head(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str])
     for name, value in {**headers, "Connection": "close"}.items():
         handler.send_header(name, value)
     handler.end_headers()
+
+
+def close_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever asks for another machine gets no answer."""
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 def remote(content: bytes, *urls: str, name: str = "file.bin", **changes: Any) -> RemoteFile:

@@ -374,22 +374,6 @@ def test_a_killed_unpacking_leaves_no_data_set_and_the_next_run_clears_up(tmp_pa
     assert partials(there) == []
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, text=True, check=False
-    )
-    if made.returncode != 0:
-        pytest.skip(f"no tmpfs may be mounted here: {made.stderr.strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
 @pytest.mark.parametrize("pinned", [True, False], ids=["size known", "size unknown"])
 def test_a_full_disk_is_said_and_given_back(origin: Origin, small_disk: Path, pinned: bool) -> None:
     content = CONTENT * 2

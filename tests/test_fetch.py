@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CommandLine
-from fetch_support import Origin, cifar_members, release_of, remote, running_origin, tar_of
+from fetch_support import Origin, cifar_members, close_network, release_of, remote, running_origin, tar_of
 from test_data import Hostile
 
 from icdctl import data, models, teachers
@@ -41,9 +41,7 @@ def origin() -> Iterator[Origin]:
 @pytest.fixture(autouse=True)
 def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A state folder of the test's own; and whatever asks for another machine gets no answer."""
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    close_network(monkeypatch)
     monkeypatch.setenv("ICDCTL_HOME", str(tmp_path / "state"))
     return tmp_path / "state"
 

@@ -7,7 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -315,22 +315,6 @@ def test_what_a_killed_run_left_is_cleared_by_the_next_of_any_images(tmp_path: P
     decoded_of(tmp_path, names, content_key="yet others")
     assert [name for name in cache_files() if name.startswith(".")] == [".keep"]
     assert decoded_of(tmp_path, names)[1] == 20
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, text=True, check=False
-    )
-    if made.returncode != 0:
-        pytest.skip(f"no tmpfs may be mounted here: {made.stderr.strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.mark.parametrize("reserving", [True, False], ids=["reserved", "found while writing"])

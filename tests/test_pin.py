@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CommandLine
-from fetch_support import Origin, cifar_members, release_of, running_origin, tar_of
+from fetch_support import Origin, cifar_members, close_network, release_of, running_origin, tar_of
 
 import icdctl as package
 from icdctl import data, files
@@ -71,9 +71,7 @@ def commit_all() -> None:
 @pytest.fixture(autouse=True)
 def own_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever asks for another machine gets no answer; neither git nor dvc reads or writes anything of the user's."""
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    close_network(monkeypatch)
     monkeypatch.delenv("ICDCTL_HOME")
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     for name in ("DVC_SITE_CACHE_DIR", "DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR"):

@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from failure_support import finished
 from torch import nn
 
-import icdctl as library
 from icdctl.api.planning import Job, Planner, StandIn, plan, plan_many
 from icdctl.config.declare import Command
 from icdctl.errors import ArtifactError, IcdctlError, UsageError
 from icdctl.models.external import CUSTOM_MODEL
 
+__all__ = ["finished"]
+
 TINY: dict[str, Any] = {"dataset": "digits100", "train_images": 40, "test_images": 20, "epochs": 1}
 ABSENT = StandIn(("res20", "/elsewhere/teacher.safetensors", "0" * 64), "1" * 64)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of a res8, which no test changes."""
-    out = tmp_path_factory.mktemp("finished") / "teacher"
-    home = os.environ.get("ICDCTL_HOME")
-    os.environ["ICDCTL_HOME"] = str(out.parent / "state")
-    try:
-        library.train(model="res8", out=str(out), **TINY)
-    finally:
-        os.environ.pop("ICDCTL_HOME")
-        if home is not None:
-            os.environ["ICDCTL_HOME"] = home
-    return out
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from icdctl.engine.shared_data import make_shared_data
 from icdctl.engine.stepping import Stepping
 from icdctl.engine.student_run import StudentRun
 from icdctl.engine.teacher import AheadTeacher, Answers, CachedTeacher, InlineTeacher, Teacher, TeacherPrecision
+from icdctl.engine.teacher_choice import teacher_reads
 from icdctl.errors import IcdctlError, UsageError
 from icdctl.evaluation import Evaluation
 from icdctl.models import Classifier
@@ -217,10 +218,9 @@ class Session:
         self.shared = make_shared_data(config, dataset, device, precision)
         self.run = StudentRun(config, self.shared, student, teacher, Compiler(message))
         self.message = message
-        method = methods.get(config.method)
         self.inline = InlineTeacher(
             teacher,
-            reads=method.teacher_reads(config.settings) | method.reads_of_scales(config.scales),
+            reads=teacher_reads(config),
             device=device,
             precision=teacher_precision(config),
         )

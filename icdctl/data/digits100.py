@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import safetensors.torch
 import torch
 from PIL import Image
+from safetensors.torch import save
 from torch import Tensor
 
 from icdctl import files
@@ -65,19 +65,16 @@ def load(wanted: Request, on_images: OnImages) -> Dataset:
         arrays = (train.images, train.labels, test.images, test.labels)
         tensors = tuple(torch.from_numpy(array) for array in arrays)
         sha256 = fingerprint(*tensors)
-        files.write_bytes(
-            path, safetensors.torch.save(dict(zip(keys, tensors, strict=True)), metadata={"sha256": sha256})
-        )
+        files.write_bytes(path, save(dict(zip(keys, tensors, strict=True)), metadata={"sha256": sha256}))
     return of_halves(DESCRIPTION, tensors, wanted, sha256=sha256)
 
 
 def _read_cache(path: Path, keys: Sequence[str]) -> tuple[tuple[Tensor, ...], str]:
     """The tensors of a cache file and the hash in its metadata; `((), "")` where it can't be read."""
     try:
-        content = files.read_safetensors(path, most_bytes=files.LARGEST_FOREIGN_BYTES)
-        tensors = safetensors.torch.load(content)
-        found = tuple(tensors[key] for key in keys), files.texts_in(content)["sha256"]
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError):
+        tensors, texts = files.read_tensors(path, most_bytes=files.LARGEST_FOREIGN_BYTES)
+        found = tuple(tensors[key] for key in keys), texts["sha256"]
+    except (OSError, KeyError, ValueError):
         return (), ""
     files.mark_used(path)
     return found

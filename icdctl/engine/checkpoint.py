@@ -16,8 +16,7 @@ from typing import Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from icdctl import files
@@ -260,9 +259,7 @@ def _loaded(path: Path, step: TrainingStep) -> Progress:
         ArtifactError: it is damaged.
     """
     try:
-        content = files.read_safetensors(path, most_bytes=_LARGEST_BYTES)
-        tensors, said = load(content), files.texts_in(content)
-        del content
+        tensors, said = files.read_tensors(path, most_bytes=_LARGEST_BYTES)
         if _HASH in said and said[_HASH] != _hash_of(tensors, said):  # earlier versions wrote none
             raise ValueError("it was changed after it was written: its sha256 is another one")
         progress = Progress.model_validate_json(said[_METADATA], strict=True)
@@ -274,7 +271,7 @@ def _loaded(path: Path, step: TrainingStep) -> Progress:
             step.log[: progress.step_in_epoch] = tensors[_LOG]
             step.num_right.copy_(tensors[_NUM_RIGHT])
         _load_optimizer(step.optimizer, tensors)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _broken(path, error) from error
     return progress
 
@@ -314,8 +311,8 @@ def read_state(folder: Path) -> tuple[Progress, RunConfig | None] | None:
 def read_student(folder: Path) -> dict[str, Tensor]:
     """The tensors of the student in a state; empty where they can't be read."""
     try:
-        return _below(_MODEL, load(files.read_safetensors(folder / STATE_FILE, most_bytes=_LARGEST_BYTES)))
-    except (OSError, SafetensorError, ValueError):
+        return _below(_MODEL, files.read_tensors(folder / STATE_FILE, most_bytes=_LARGEST_BYTES)[0])
+    except (OSError, ValueError):
         return {}
 
 

@@ -16,7 +16,8 @@ from icdctl.methods import ModelProbe
 from icdctl.models import Classifier
 
 
-def _reads(config: RunConfig) -> frozenset[str]:
+def teacher_reads(config: RunConfig) -> frozenset[str]:
+    """Names of the tensors that a run's method reads of its teacher."""
     method = methods.get(config.method)
     return method.teacher_reads(config.settings) | method.reads_of_scales(config.scales)
 
@@ -50,7 +51,7 @@ def choose_teacher(
         ArtifactError: the cache can't be written.
     """
     config = configs[0]
-    reads = frozenset().union(*map(_reads, configs))
+    reads = frozenset().union(*map(teacher_reads, configs))
     if not methods.get(config.method).has_eval_mode_teacher(config.settings):
         return _in_training_mode(model, config, reads, shared, wanted_mode, wanted_precision)
     demand = _demand(model, configs, reads, shared, num_images)

@@ -36,9 +36,9 @@ from icdctl.files.reading import read_regular as read_regular
 from icdctl.files.reading import read_table as read_table
 from icdctl.files.reading import read_text as read_text
 from icdctl.files.reading import whole_number as whole_number
-from icdctl.files.safetensors_header import read_safetensors as read_safetensors
-from icdctl.files.safetensors_header import read_texts as read_texts
-from icdctl.files.safetensors_header import texts_in as texts_in
+from icdctl.files.safetensors_files import read_tensors as read_tensors
+from icdctl.files.safetensors_files import read_texts as read_texts
+from icdctl.files.safetensors_files import texts_in as texts_in
 
 JsonObject = dict[str, Any]
 """A JSON object that was read from somewhere or is about to be written; its values are checked where they are used."""

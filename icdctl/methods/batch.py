@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icdctl.methods.patch import average_pool
+
 _PUBLISHED_EPS = 1e-8
 """What DIST's published code adds to the product of two norms."""
 _ROUNDING = 4
@@ -139,16 +141,9 @@ def cat_loss(student_maps: Tensor, teacher_maps: Tensor, *, resolution: int, nor
 
     Source: Guo et al. 2023, section 3.2, CVPR 2023, "Class Attention Transfer Based Knowledge Distillation"
     """
-    student, teacher = (_coarse(maps, resolution) for maps in (student_maps, teacher_maps))
+    student, teacher = (
+        average_pool(maps, (resolution, resolution)).flatten(2) for maps in (student_maps, teacher_maps)
+    )
     if normalised:
         student, teacher = (F.normalize(maps, dim=2, eps=_SHORTEST) for maps in (student, teacher))
     return (student - teacher).square().mean(dim=(1, 2))
-
-
-def _coarse(maps: Tensor, resolution: int) -> Tensor:
-    """[B, K, H, W] -> [B, K, resolution^2]."""
-    is_whole = all(side % resolution == 0 for side in maps.shape[2:])
-    if not is_whole:
-        return F.adaptive_avg_pool2d(maps, resolution).flatten(2)
-    # The same as adaptive pooling, whose gradient on CUDA is not deterministic.
-    return F.avg_pool2d(maps, (maps.shape[2] // resolution, maps.shape[3] // resolution)).flatten(2)

@@ -329,39 +329,9 @@ class LogitObjective(Objective):
     def distillation_terms(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], labels: Tensor, epoch: int | Tensor
     ) -> dict[str, Tensor]:
-        """See `Objective`."""
-        patches = None
-        if self._needs_patches and PATCHES in student:
-            patches = student[PATCHES], teacher[PATCHES]
-        elif self._needs_patches:
-            patches = (
-                at_least_float32(self._pooled(student)),
-                self._pooled(teacher),
-            )
-        return self.terms_of(student[LOGITS], teacher[LOGITS], patches, labels, epoch)
-
-    def _pooled(self, outputs: Mapping[str, Tensor]) -> Tensor:
-        """[B, K, P], the patch logits of one model."""
-        finer = {scale: outputs[regions_of(scale)] for scale in self._scales if scale not in SCALES}
-        return pool_regions(outputs[REGIONS], self._scales, finer)
-
-    def terms_of(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        patches: tuple[Tensor, Tensor] | None,
-        labels: Tensor,
-        epoch: int | Tensor,
-    ) -> dict[str, Tensor]:
-        """`kd`, and `cluster` where the method has it.
-
-        Args:
-            student_logits: [B, K].
-            teacher_logits: [B, K], without gradient.
-            patches: [B, K, P] of the student and of the teacher, for a method that reads them.
-            labels: [B] int64.
-            epoch: counted from 1.
-        """
+        """See `Objective`: `kd`, and `cluster` where the method has it."""
+        student_logits, teacher_logits = student[LOGITS], teacher[LOGITS]
+        patches = (self._patches_of(student), self._patches_of(teacher)) if self._needs_patches else None
         labels = self.with_teacher_labels(labels, teacher_logits)
         kd_factor = self._kd_weight * warmup_factor(epoch, self._warmup_epochs)
         # As in the reference, logits are compared where the whole image is the only patch.
@@ -373,6 +343,13 @@ class LogitObjective(Objective):
             cluster = cluster_loss(*patches, scales=self._scales, corrected=self._corrected)
             terms["cluster"] = self._gamma * cluster.mean()
         return terms
+
+    def _patches_of(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """[B, K, P], the patch logits of one model."""
+        if PATCHES in outputs:
+            return outputs[PATCHES]
+        finer = {scale: outputs[regions_of(scale)] for scale in self._scales if scale not in SCALES}
+        return at_least_float32(pool_regions(outputs[REGIONS], self._scales, finer))
 
     def _over_patches(
         self, teacher_logits: Tensor, student_patches: Tensor, teacher_patches: Tensor, labels: Tensor

@@ -1,4 +1,4 @@
-"""The texts in a safetensors file, read without its tensors and without torch.
+"""Safetensors files: their texts, read without their tensors and without torch, and both.
 
 Tensors are loaded from the bytes of a file, never from a file that is mapped into memory: the system ends a process
 that reads behind the end of a mapped file, which another program may cut short at any time.
@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from icdctl.files.reading import LARGEST_TEXT_BYTES, open_regular, parse_json, read_regular
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PREFIX_BYTES = 8
 """The file begins with the length of its header."""
@@ -44,15 +48,22 @@ def read_texts(path: Path) -> dict[str, str]:
     return _texts(header)
 
 
-def read_safetensors(path: Path, *, most_bytes: int) -> bytes:
-    """The content of a file, once its header agrees with its length: one that is not sound takes no memory.
+def read_tensors(path: Path, *, most_bytes: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file, once its header agrees with its length: one that is not sound takes no
+    memory.
 
     Raises:
         OSError: as for `read_texts`, or it is larger than `most_bytes`.
-        ValueError: as for `read_texts`.
+        ValueError: it is not a complete safetensors file, or holds a type that torch does not have.
     """
+    import safetensors.torch  # not at the head, because it imports torch
+
     read_texts(path)
-    return read_regular(path, most_bytes=most_bytes)
+    content = read_regular(path, most_bytes=most_bytes)
+    try:
+        return safetensors.torch.load(content), texts_in(content)
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _header(content: bytes, length: int) -> dict[str, dict[str, list[int]]]:
