@@ -61,8 +61,8 @@ class DistillationOriented(_Uncompiled):
         """
         settings = {"lr": lr, "momentum": momentum, "delta": delta, "weight_decay": weight_decay}
         super().__init__(parameters, {**settings, "differentiable": False})
-        for parameter in parameters:
-            self.state[parameter] = {name: torch.zeros_like(parameter) for name in self.BUFFERS}
+        for name in self.BUFFERS:
+            self._buffers(parameters, name)
         self._gradients: list[tuple[torch.Tensor | None, torch.Tensor | None]] = []
 
     @property
@@ -123,7 +123,7 @@ class DistillationOriented(_Uncompiled):
         lr: float | torch.Tensor,
     ) -> None:
         """Update one buffer of these parameters, and move them by it."""
-        buffers = [self.state[parameter].setdefault(name, torch.zeros_like(parameter)) for parameter in parameters]
+        buffers = self._buffers(parameters, name)
         moved = list(torch._foreach_mul(buffers, momentum))
         torch._foreach_add_(moved, gradients)
         if weight_decay:
@@ -135,6 +135,13 @@ class DistillationOriented(_Uncompiled):
             changes = [torch.where(is_bad, torch.zeros_like(change), change) for change in changes]
         torch._foreach_copy_(buffers, moved)
         torch._foreach_add_(parameters, changes, alpha=-1)
+
+    def _buffers(self, parameters: Sequence[torch.Tensor], name: str) -> list[torch.Tensor]:
+        """One buffer of each of these parameters, zero at first."""
+        for parameter in parameters:
+            if name not in self.state[parameter]:
+                self.state[parameter][name] = torch.zeros_like(parameter)
+        return [self.state[parameter][name] for parameter in parameters]
 
 
 def make_optimizer(
